@@ -1,0 +1,51 @@
+//! A disk, as the engine sees it: aligned reads and writes, zeroing, flush.
+//!
+//! The trait is the seam between the shard engine and the machine: `disk/ring.rs` is the real one, simulated
+//! disks implement it for tests. Contract, checked by assertions in debug builds of the implementations:
+//! * offsets and lengths are multiples of [`DiskInfo::block`], except that a request may end at the disk's end;
+//! * buffers are as long as the request; short transfers are completed or reported, never returned;
+//! * a future that is dropped does not cancel the I/O: it may still reach the medium.
+
+use crate::dma_buf::DmaBuf;
+use crate::error::Result;
+use crate::io_frontend::request::{Allocation, Extent, LocalBoxFuture};
+use crate::units::ByteRange;
+use bytes::Bytes;
+
+/// What is fixed about a disk while it is open.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DiskInfo {
+    /// In bytes; for a file any number, the last block may be short.
+    pub size: u64,
+    /// Logical block size in bytes: 512 or 4096 (a power of two, at most [`crate::dma_buf::DMA_ALIGN`]).
+    pub block: u32,
+}
+
+bitflags::bitflags! {
+    /// How a range is to be zeroed.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+    pub struct ZeroFlags: u8 {
+        /// Free the space where the disk can.
+        const UNMAP = 1;
+        /// Fail with NotSupported rather than write zeros out.
+        const FAST_ONLY = 1 << 1;
+    }
+}
+
+/// A disk opened by one shard.
+pub trait Disk {
+    fn info(&self) -> DiskInfo;
+    /// Reads `range`.
+    fn read(&self, range: ByteRange) -> LocalBoxFuture<'_, Result<DmaBuf>>;
+    /// Writes `data` at `offset`. With `fua` it is durable when this returns.
+    fn write(&self, offset: u64, data: Bytes, fua: bool) -> LocalBoxFuture<'_, Result<()>>;
+    /// Makes `range` read as zeros, never as old data: by punching or zeroing in the device, else by writing.
+    fn zero(&self, range: ByteRange, flags: ZeroFlags) -> LocalBoxFuture<'_, Result<()>>;
+    /// Makes everything that completed before this call durable.
+    fn flush(&self) -> LocalBoxFuture<'_, Result<()>>;
+    /// What of `range` is allocated; from its start, without gaps, at most [`EXTENTS_MAX`] extents.
+    fn allocation(&self, range: ByteRange) -> LocalBoxFuture<'_, Result<Vec<Extent<Allocation>>>>;
+}
+
+/// The longest list of extents a disk or source returns for one question.
+pub const EXTENTS_MAX: usize = 1024;

@@ -1,0 +1,3 @@
+//! Frontends: how clients reach a clone. They speak their protocol and hand [`request::Request`]s to a volume.
+
+pub mod request;

@@ -1,0 +1,20 @@
+//! hydrant: dm-clone in user space.
+//!
+//! A read-only, possibly remote and slow source appears at once as a fast writable block device, while it is
+//! copied ("hydrated") to a local destination in the background.
+//!
+//! # Layers
+//! A file uses only its own layer and the ones below; `tests/layers.rs` reads the `use` lines and holds it.
+//! * L0, vocabulary: [`units`], [`error`], [`dma_buf`], [`io_frontend::request`].
+//! * L1, pure decisions: no I/O, no async, no clock.
+//! * L2, generic async over the traits [`disk::Disk`], [`source::Source`], [`env::Env`].
+//! * L3, edges: the kernel, sockets, glommio.
+//! * L4, product: the command line, the control interface, the daemon that puts the parts together.
+
+pub mod disk;
+pub mod dma_buf;
+pub mod env;
+pub mod error;
+pub mod io_frontend;
+pub mod source;
+pub mod units;
