@@ -16,5 +16,8 @@ pub mod dma_buf;
 pub mod env;
 pub mod error;
 pub mod io_frontend;
+pub mod local;
+pub mod net;
+pub mod ring;
 pub mod source;
 pub mod units;

@@ -1,0 +1,49 @@
+//! The environment on a glommio executor.
+
+use super::Env;
+use crate::io_frontend::request::LocalBoxFuture;
+use glommio::{Latency, Shares, TaskQueueHandle};
+use std::time::{Duration, Instant};
+
+/// Shares of the background queue, beside the default queue's 1000: when both have work, the background gets a
+/// tenth of the processor; alone, all of it.
+const BACKGROUND_SHARES: usize = 100;
+
+/// Time and tasks of the current glommio executor.
+pub struct GlommioEnv {
+    start: Instant,
+    background: TaskQueueHandle,
+}
+
+impl GlommioEnv {
+    /// Call on the executor that it is to serve.
+    pub fn new() -> Self {
+        let background = glommio::executor().create_task_queue(
+            Shares::Static(BACKGROUND_SHARES),
+            Latency::NotImportant,
+            "background",
+        );
+        Self { start: Instant::now(), background }
+    }
+}
+
+impl Default for GlommioEnv {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Env for GlommioEnv {
+    fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+    fn sleep(&self, duration: Duration) -> LocalBoxFuture<'static, ()> {
+        Box::pin(glommio::timer::sleep(duration))
+    }
+    fn spawn(&self, task: LocalBoxFuture<'static, ()>) {
+        glommio::spawn_local(task).detach();
+    }
+    fn spawn_background(&self, task: LocalBoxFuture<'static, ()>) {
+        glommio::spawn_local_into(task, self.background).expect("the queue lives as long as the executor").detach();
+    }
+}

@@ -1,0 +1,312 @@
+//! Waiting between tasks of one thread: a oneshot, a semaphore, a notification, a queue.
+//!
+//! Independent of the executor (only `std::task`), so that the same code runs on glommio and in simulation.
+//! Nothing here is `Send`: between shards, requests go over channels.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+
+/// One value from one task to another.
+pub mod oneshot {
+    use super::*;
+
+    struct State<T> {
+        value: Option<T>,
+        waker: Option<Waker>,
+        sender_gone: bool,
+    }
+
+    pub struct Sender<T>(Rc<RefCell<State<T>>>);
+    /// Resolves to `None` when the sender was dropped without sending.
+    pub struct Receiver<T>(Rc<RefCell<State<T>>>);
+
+    pub fn channel<T>() -> (Sender<T>, Receiver<T>) {
+        let state = Rc::new(RefCell::new(State { value: None, waker: None, sender_gone: false }));
+        (Sender(state.clone()), Receiver(state))
+    }
+
+    impl<T> Sender<T> {
+        /// Delivers the value; lost when nobody waits any more.
+        pub fn send(self, value: T) {
+            self.0.borrow_mut().value = Some(value);
+        }
+    }
+    impl<T> Drop for Sender<T> {
+        fn drop(&mut self) {
+            let mut state = self.0.borrow_mut();
+            state.sender_gone = true;
+            let waker = state.waker.take();
+            drop(state);
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+        }
+    }
+    impl<T> Future for Receiver<T> {
+        type Output = Option<T>;
+        fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<T>> {
+            let mut state = self.0.borrow_mut();
+            match state.value.take() {
+                Some(value) => Poll::Ready(Some(value)),
+                None if state.sender_gone => Poll::Ready(None),
+                None => {
+                    state.waker = Some(cx.waker().clone());
+                    Poll::Pending
+                }
+            }
+        }
+    }
+}
+
+pub use oneshot::channel as oneshot;
+
+/// Permits, given out in order of asking.
+pub struct Semaphore {
+    total: u64,
+    free: Cell<u64>,
+    waiting: RefCell<VecDeque<(u64, oneshot::Sender<Permit>)>>,
+}
+
+/// Permits taken from a [`Semaphore`]; given back when dropped.
+pub struct Permit {
+    semaphore: Rc<Semaphore>,
+    count: u64,
+}
+
+impl Semaphore {
+    pub fn new(permits: u64) -> Rc<Self> {
+        Rc::new(Self { total: permits, free: Cell::new(permits), waiting: RefCell::default() })
+    }
+
+    /// Waits for `count` permits (at most the total: a larger wish gets all of them, alone).
+    pub async fn acquire(self: &Rc<Self>, count: u64) -> Permit {
+        let count = count.min(self.total);
+        if let Some(permit) = self.try_acquire(count) {
+            return permit;
+        }
+        let (sender, receiver) = oneshot();
+        self.waiting.borrow_mut().push_back((count, sender));
+        receiver.await.expect("the queue of a semaphore is only dropped with it, and self is borrowed")
+    }
+
+    /// The permits, if they are free and nobody waits.
+    pub fn try_acquire(self: &Rc<Self>, count: u64) -> Option<Permit> {
+        let count = count.min(self.total);
+        (self.waiting.borrow().is_empty() && self.free.get() >= count).then(|| self.take(count))
+    }
+
+    pub fn free(&self) -> u64 {
+        self.free.get()
+    }
+
+    fn take(self: &Rc<Self>, count: u64) -> Permit {
+        self.free.set(self.free.get() - count);
+        Permit { semaphore: self.clone(), count }
+    }
+
+    fn give_back(self: &Rc<Self>, count: u64) {
+        self.free.set(self.free.get() + count);
+        loop {
+            let next = {
+                let mut waiting = self.waiting.borrow_mut();
+                match waiting.front() {
+                    Some((count, _)) if *count <= self.free.get() => waiting.pop_front(),
+                    _ => None,
+                }
+            };
+            let Some((count, sender)) = next else { break };
+            // A waiter that is gone drops the permit, which comes back here.
+            sender.send(self.take(count));
+        }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.semaphore.clone().give_back(self.count);
+    }
+}
+
+/// "Something changed": wakes every present waiter; remembered once when there is none.
+#[derive(Default)]
+pub struct Notify {
+    pending: Cell<bool>,
+    waiting: RefCell<Vec<Waker>>,
+    epoch: Cell<u64>,
+}
+
+impl Notify {
+    pub fn notify(&self) {
+        self.epoch.set(self.epoch.get() + 1);
+        let waiting = std::mem::take(&mut *self.waiting.borrow_mut());
+        self.pending.set(waiting.is_empty());
+        waiting.into_iter().for_each(Waker::wake);
+    }
+
+    /// Returns at once when a notification is pending.
+    pub async fn notified(&self) {
+        if self.pending.take() {
+            return;
+        }
+        let epoch = self.epoch.get();
+        poll_fn(|cx| {
+            if self.epoch.get() != epoch {
+                return Poll::Ready(());
+            }
+            let mut waiting = self.waiting.borrow_mut();
+            if !waiting.iter().any(|w| w.will_wake(cx.waker())) {
+                waiting.push(cx.waker().clone());
+            }
+            Poll::Pending
+        })
+        .await
+    }
+}
+
+/// A queue with one consumer. Bounded by its users (say by a [`Semaphore`]).
+pub struct Queue<T> {
+    items: RefCell<VecDeque<T>>,
+    waker: RefCell<Option<Waker>>,
+    closed: Cell<bool>,
+}
+
+impl<T> Default for Queue<T> {
+    fn default() -> Self {
+        Self { items: RefCell::default(), waker: RefCell::default(), closed: Cell::new(false) }
+    }
+}
+
+impl<T> Queue<T> {
+    /// Appends; an item pushed after `close` is dropped.
+    pub fn push(&self, item: T) {
+        if !self.closed.get() {
+            self.items.borrow_mut().push_back(item);
+            self.wake();
+        }
+    }
+    /// The next item; `None` when the queue is closed and empty.
+    pub async fn pop(&self) -> Option<T> {
+        poll_fn(|cx| match self.items.borrow_mut().pop_front() {
+            Some(item) => Poll::Ready(Some(item)),
+            None if self.closed.get() => Poll::Ready(None),
+            None => {
+                *self.waker.borrow_mut() = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        })
+        .await
+    }
+    pub fn try_pop(&self) -> Option<T> {
+        self.items.borrow_mut().pop_front()
+    }
+    pub fn close(&self) {
+        self.closed.set(true);
+        self.wake();
+    }
+    pub fn len(&self) -> usize {
+        self.items.borrow().len()
+    }
+    pub fn is_empty(&self) -> bool {
+        self.items.borrow().is_empty()
+    }
+    fn wake(&self) {
+        let waker = self.waker.borrow_mut().take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+/// Drives all futures to their end and returns their results in order. For a handful of them: every wake polls
+/// all that are unfinished.
+pub async fn join_all<'a, T: 'a>(futures: Vec<Pin<Box<dyn Future<Output = T> + 'a>>>) -> Vec<T> {
+    let mut slots: Vec<(Option<_>, Option<T>)> = futures.into_iter().map(|f| (Some(f), None)).collect();
+    poll_fn(move |cx| {
+        let mut pending = false;
+        for (future, result) in &mut slots {
+            if let Some(running) = future {
+                match running.as_mut().poll(cx) {
+                    Poll::Ready(value) => {
+                        *result = Some(value);
+                        *future = None;
+                    }
+                    Poll::Pending => pending = true,
+                }
+            }
+        }
+        match pending {
+            true => Poll::Pending,
+            false => Poll::Ready(slots.iter_mut().filter_map(|(_, result)| result.take()).collect()),
+        }
+    })
+    .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_lite::future::{block_on, poll_once, zip};
+
+    #[test]
+    fn oneshot_delivers_or_tells_that_it_will_not() {
+        block_on(async {
+            let (tx, rx) = oneshot();
+            tx.send(5);
+            assert_eq!(rx.await, Some(5));
+            let (tx, rx) = oneshot::<u8>();
+            drop(tx);
+            assert_eq!(rx.await, None);
+        });
+    }
+
+    #[test]
+    fn semaphore_is_fair_and_survives_cancelled_waiters() {
+        block_on(async {
+            let semaphore = Semaphore::new(4);
+            let all = semaphore.acquire(100).await;
+            let mut large = Box::pin(semaphore.acquire(3));
+            let mut gone = Box::pin(semaphore.acquire(1));
+            let mut small = Box::pin(semaphore.acquire(1));
+            assert!(poll_once(&mut large).await.is_none());
+            assert!(poll_once(&mut gone).await.is_none());
+            assert!(poll_once(&mut small).await.is_none());
+            drop(gone);
+            drop(all);
+            let (large, small) = zip(large, small).await;
+            assert_eq!(semaphore.free(), 0);
+            assert!(semaphore.try_acquire(1).is_none());
+            drop((large, small));
+            assert_eq!(semaphore.free(), 4);
+        });
+    }
+
+    #[test]
+    fn notify_is_remembered_once() {
+        block_on(async {
+            let notify = Notify::default();
+            notify.notify();
+            notify.notify();
+            notify.notified().await;
+            let mut again = Box::pin(notify.notified());
+            assert!(poll_once(&mut again).await.is_none());
+            notify.notify();
+            assert!(poll_once(&mut again).await.is_some());
+        });
+    }
+
+    #[test]
+    fn queue_ends_after_close() {
+        block_on(async {
+            let queue = Queue::default();
+            queue.push(1);
+            queue.close();
+            queue.push(2);
+            assert_eq!(queue.pop().await, Some(1));
+            assert_eq!(queue.pop().await, None);
+        });
+    }
+}
