@@ -16,5 +16,6 @@ pub mod dma_buf;
 pub mod env;
 pub mod error;
 pub mod io_frontend;
+pub mod meta;
 pub mod source;
 pub mod units;
