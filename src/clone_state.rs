@@ -52,13 +52,16 @@ struct Events {
     kept: VecDeque<Event>,
 }
 
+/// A setting that the clone is to find by itself.
+pub const AUTOMATIC: u64 = u64::MAX;
+
 /// The settings of hydration, as the user gave them.
 #[derive(Clone, Copy, Debug)]
 pub struct HydrationKnobs {
     pub enabled: bool,
-    /// Regions being copied at a time, all shards together; 0: automatic.
+    /// Regions being copied at a time, all shards together; 0 stops hydration (as in dm-clone), or [`AUTOMATIC`].
     pub threshold: u64,
-    /// Adjacent regions copied as one; 0: automatic.
+    /// Adjacent regions copied as one; 0 means 1 (as in dm-clone), or [`AUTOMATIC`].
     pub batch_size: u64,
 }
 
@@ -163,7 +166,9 @@ impl CloneState {
     }
     /// Counts `regions` as being copied, unless that would exceed `threshold`.
     pub fn try_add_hydrating(&self, regions: u64, threshold: u64) -> bool {
-        self.hydrating.fetch_update(AcqRel, Acquire, |now| (now + regions <= threshold).then_some(now + regions)).is_ok()
+        self.hydrating
+            .fetch_update(AcqRel, Acquire, |now| (now + regions <= threshold).then_some(now + regions))
+            .is_ok()
     }
 
     pub fn knobs(&self) -> HydrationKnobs {

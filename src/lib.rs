@@ -11,6 +11,8 @@
 //! * L3, edges: the kernel, sockets, glommio.
 //! * L4, product: the command line, the control interface, the daemon that puts the parts together.
 
+pub mod clone_state;
+pub mod coordinator;
 pub mod disk;
 pub mod dma_buf;
 pub mod env;
@@ -18,6 +20,8 @@ pub mod error;
 pub mod hydration_sched;
 pub mod io_frontend;
 pub mod local;
+pub mod log_limit;
+pub mod meta;
 pub mod net;
 pub mod ring;
 pub mod shard;

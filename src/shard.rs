@@ -10,6 +10,7 @@ pub mod hydrator;
 pub mod inflight;
 pub mod locks;
 pub mod plan;
+pub mod pool;
 pub mod slice;
 
 use crate::coordinator::Coordinator;
@@ -30,24 +31,48 @@ pub const COORDINATOR: ShardIndex = ShardIndex(0);
 #[derive(Debug)]
 pub enum ShardRequest {
     /// A client's request, inside one zone of the receiver. Not Flush.
-    Io { clone: CloneId, request: Request },
+    Io {
+        clone: CloneId,
+        request: Request,
+    },
     /// To the coordinator: make everything acknowledged so far durable.
-    Commit { clone: CloneId },
+    Commit {
+        clone: CloneId,
+    },
     /// From the coordinator: hand over the bits whose data writes have completed.
-    Snapshot { clone: CloneId },
+    Snapshot {
+        clone: CloneId,
+    },
     /// From the coordinator: the snapshot of these zones is durable.
-    Committed { clone: CloneId, zones: Vec<ZoneIndex> },
+    Committed {
+        clone: CloneId,
+        zones: Vec<ZoneIndex>,
+    },
     /// From the coordinator: everything is hydrated and durable; let go of the map and the source.
-    Release { clone: CloneId },
+    Release {
+        clone: CloneId,
+    },
     /// Settings changed, or the source came back: look again.
-    Wake { clone: CloneId },
+    Wake {
+        clone: CloneId,
+    },
     /// To the shard that has the source's only connection.
-    SourceRead { clone: CloneId, range: ByteRange },
-    SourceAllocation { clone: CloneId, range: ByteRange },
+    SourceRead {
+        clone: CloneId,
+        range: ByteRange,
+    },
+    SourceAllocation {
+        clone: CloneId,
+        range: ByteRange,
+    },
     /// What this shard has done so far.
-    Stats { clone: CloneId },
+    Stats {
+        clone: CloneId,
+    },
     /// Stop hydrating and wait until nothing is in flight.
-    Drain { clone: CloneId },
+    Drain {
+        clone: CloneId,
+    },
 }
 
 /// The answers.
