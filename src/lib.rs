@@ -11,9 +11,11 @@
 //! * L3, edges: the kernel, sockets, glommio.
 //! * L4, product: the command line, the control interface, the daemon that puts the parts together.
 
+pub mod devices;
 pub mod disk;
 pub mod dma_buf;
 pub mod env;
+pub mod environment;
 pub mod error;
 pub mod io_frontend;
 pub mod source;
