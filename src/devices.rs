@@ -31,6 +31,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 pub use content::contents;
+#[cfg(test)]
+use distinct::check_distinct_in;
 pub use distinct::{Place, check_distinct};
 pub use open::{create, open_source, open_target, set_size};
 

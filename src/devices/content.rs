@@ -195,3 +195,50 @@ fn read(device: &Device, offset: u64, len: u64) -> Result<crate::dma_buf::DmaBuf
     buffer.narrow((offset - from) as usize, len as usize);
     Ok(buffer)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_of_much_and_of_little() {
+        assert_eq!(samples(&[]), []);
+        assert_eq!(samples(&[(0, WHOLE_MAX / 2), (WHOLE_MAX, WHOLE_MAX * 3 / 2)]).len(), 2);
+        let tib = 1u64 << 40;
+        for extents in [
+            vec![(0, WHOLE_MAX + 1)],
+            vec![(0, 8 * tib)],
+            vec![(0, 512), (tib, 2 * tib), (3 * tib, 3 * tib + 512)],
+            (0..1000).map(|i| (i << 30, (i << 30) + (1 << 20))).collect(),
+        ] {
+            let found = samples(&extents);
+            for (start, end) in &found {
+                assert!(start < end);
+                assert!(extents.iter().any(|(from, to)| from <= start && end <= to), "{start}..{end} is a hole");
+            }
+            let read: u64 = found.iter().map(|(start, end)| end - start).sum();
+            assert_eq!(read, HEAD + TAIL + SAMPLES * SAMPLE);
+            assert_eq!(found[0].0, 0);
+            let last = extents.last().unwrap().1;
+            assert!(found.iter().any(|(_, end)| *end == last));
+            // Nowhere a gap of more than twice the distance of samples.
+            let total: u64 = extents.iter().map(|(start, end)| end - start).sum();
+            let mut sorted: Vec<_> = found;
+            sorted.sort_unstable();
+            for pair in sorted.windows(2) {
+                let gap: u64 = extents.iter().map(|(s, e)| e.min(&pair[1].0).saturating_sub(*s.max(&pair[0].1))).sum();
+                assert!(gap <= 2 * total / SAMPLES, "{pair:?}");
+            }
+        }
+    }
+
+    /// Any bytes at all are looked at without a panic, from none to all that is read.
+    #[test]
+    fn identify_short_heads() {
+        let mut head = vec![0xef; SIGNATURES_END as usize];
+        (head[0x438], head[0x439]) = (0x53, 0xef);
+        for len in (0..2048).chain(SIGNATURES_END as usize - 8..=SIGNATURES_END as usize) {
+            identify(&head[..len], b"hydrantM");
+        }
+    }
+}

@@ -82,7 +82,12 @@ pub fn create(role: Role, path: &Path, size: u64) -> Result<Device> {
     check_file_size(role, path, size)?;
     let mut options = OpenOptions::new();
     let options = options.read(true).write(true).create_new(true).mode(0o600);
-    let file = options.open(path).map_err(|e| Error::from_io(e, context()))?;
+    let file = options.open(path).map_err(|e| match e.kind() {
+        io::ErrorKind::AlreadyExists => {
+            Error::new(ErrorKind::InUse, format!("{}: it exists by now, somebody else made it", context()))
+        }
+        _ => Error::from_io(e, context()),
+    })?;
     let stat = file.metadata().map_err(|e| Error::from_io(e, context()))?;
     let made = (|| {
         lock(role, path, &file, &stat)?;
@@ -165,7 +170,7 @@ fn check_writable_block(role: Role, path: &Path) -> Result<()> {
 
 fn lock(role: Role, path: &Path, file: &File, stat: &Metadata) -> Result<()> {
     let exclusive = role != Role::Source;
-    let tries = if stat.file_type().is_block_device() { BLOCK_LOCK_TRIES_MAX } else { 1 };
+    let tries = if exclusive && stat.file_type().is_block_device() { BLOCK_LOCK_TRIES_MAX } else { 1 };
     let mut locked = false;
     for attempt in 0..tries {
         if attempt > 0 {

@@ -51,7 +51,7 @@ pub(super) struct LoopStatus {
     /// Device and inode of the backing file, as in `st_dev` and `st_ino`.
     pub dev: u64,
     pub ino: u64,
-    /// The block device that is the backing file (as `st_rdev`); for a regular file the same as `dev`.
+    /// The block device that is the backing file (as `st_rdev`); for a regular file 0, or `dev` in older kernels.
     pub rdev: u64,
     /// Where in the backing file the loop device begins, in bytes.
     pub offset: u64,
@@ -62,7 +62,7 @@ pub(super) struct LoopStatus {
 impl LoopStatus {
     /// The file or block device that it shows.
     pub(super) fn backing(&self) -> super::DeviceId {
-        if self.rdev == self.dev {
+        if self.rdev == 0 || self.rdev == self.dev {
             super::DeviceId::File { dev: self.dev, ino: self.ino }
         } else {
             super::DeviceId::block(self.rdev)
