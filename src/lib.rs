@@ -13,9 +13,11 @@
 
 pub mod clone_state;
 pub mod coordinator;
+pub mod devices;
 pub mod disk;
 pub mod dma_buf;
 pub mod env;
+pub mod environment;
 pub mod error;
 pub mod hydration_sched;
 pub mod io_frontend;
