@@ -195,7 +195,8 @@ impl Handshake {
             Ok(ClientOption::ListMetaContext(request)) => self.list_contexts(&request, exports, &mut replies),
             Ok(ClientOption::SetMetaContext(request)) => self.set_contexts(&request, exports, &mut replies),
             Ok(ClientOption::Other(code)) => {
-                replies.push(OptionReply::error(OptionReplyType::ERR_UNSUP, &format!("option {code} is not supported")));
+                replies
+                    .push(OptionReply::error(OptionReplyType::ERR_UNSUP, &format!("option {code} is not supported")));
             }
             // There is no way to refuse this one.
             Err(error) if code == OptionCode::EXPORT_NAME => return Err(error),
