@@ -1,0 +1,5 @@
+//! The NBD frontend.
+//!
+//! * [`proto`]: the wire format, pure; the NBD source uses it too.
+
+pub mod proto;
