@@ -11,6 +11,7 @@
 //! * L3, edges: the kernel, sockets, glommio.
 //! * L4, product: the command line, the control interface, the daemon that puts the parts together.
 
+pub mod commands;
 pub mod disk;
 pub mod dma_buf;
 pub mod env;

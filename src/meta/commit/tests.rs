@@ -27,7 +27,9 @@ fn unreadable() -> CopyFound {
 /// The verdict in one word, with the generation of the superblock that is used.
 fn verdict(a: CopyFound, b: CopyFound) -> String {
     match recover([a, b]) {
-        Recovery::Use(r) => format!("use {}{}", r.superblock.generation, if r.copy_lost { ", copy lost" } else { "" }),
+        Recovery::Use(r) => {
+            format!("use {}{}", r.superblock.generation, if r.copy_lost.is_some() { ", copy lost" } else { "" })
+        }
         Recovery::NeverFormatted => "never formatted".into(),
         Recovery::Damaged(_) => "damaged".into(),
         Recovery::Unsupported(_) => "unsupported".into(),

@@ -1,0 +1,3 @@
+//! The command line's verbs, one file each: thin over the parts that do the work.
+
+pub mod meta;
