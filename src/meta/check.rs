@@ -116,7 +116,7 @@ pub fn check(read_block: &mut ReadBlock<'_>, device_size: u64) -> Result<Report>
             return Ok(report);
         }
         Recovery::NeverFormatted => crate::bail!(ForeignData, "all zero where metadata begin: never formatted"),
-        other => return Err(other.into_result().err().expect("only damage and use are results")),
+        other => return Err(other.into_result().expect_err("what is left is an error")),
     };
     for note in recovered.notes {
         match recovered.copy_lost {
