@@ -144,7 +144,8 @@ pub async fn activate(context: &Rc<ShardContext>, config: &CloneConfig, prepared
         }
     }
     let disk: Rc<dyn Disk> = Rc::new(RingDisk::new(disk_parts(&destination)?));
-    let coordinator = Coordinator::new(state.clone(), store, generation, disk, context.mesh.clone(), context.env.clone());
+    let coordinator =
+        Coordinator::new(state.clone(), store, generation, disk, context.mesh.clone(), context.env.clone());
     context.shard.attach_coordinator(state.id, coordinator.clone());
     context.env.spawn(Box::pin(coordinator.clone().run()));
     if state.is_all_hydrated() && !complete {
