@@ -6,6 +6,8 @@
 //! * buffers are as long as the request; short transfers are completed or reported, never returned;
 //! * a future that is dropped does not cancel the I/O: it may still reach the medium.
 
+pub mod ring;
+
 use crate::dma_buf::DmaBuf;
 use crate::error::Result;
 use crate::io_frontend::request::{Allocation, Extent, LocalBoxFuture};

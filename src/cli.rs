@@ -1,0 +1,273 @@
+//! The command line: what can be said, and what it means. One struct per verb; `commands/` does what they say.
+//!
+//! The help texts are pinned by `tests/golden/help/`. Exit status: 0 done, 1 failed, 2 wrong usage.
+
+use crate::config::{
+    CloneName, NAME_LEN_MAX, NbdListen, OnHydrated, SHARDS_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT,
+    SOURCE_TIMEOUT_SECONDS_MAX,
+};
+use crate::units::RegionSize;
+use clap::builder::NonEmptyStringValueParser;
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+
+const _: () = assert!(NAME_LEN_MAX == 64 && SHARDS_MAX == 256 && SOURCE_TIMEOUT_SECONDS_MAX == 86_400, "in the help");
+
+/// dm-clone in user space: a slow, read-only source becomes a fast, writable disk at once
+#[derive(Parser, Debug)]
+#[command(name = "hydrant", version, max_term_width = 100, disable_help_subcommand = true)]
+#[command(long_about = "\
+dm-clone in user space. A read-only source (a file, a block device, an NBD export; perhaps remote and slow) becomes a \
+writable disk at once. It is served over NBD while hydrant copies (\"hydrates\") it to a local destination in the \
+background. When everything is copied, the destination is a plain copy that needs neither hydrant nor its metadata.")]
+#[command(after_help = "Run 'hydrant demo' to see it work, 'hydrant VERB --help' for examples and every option.")]
+#[command(after_long_help = "\
+Examples:
+  See it work, in a temporary directory:
+      hydrant demo
+  Restore a backup that a server exports over NBD, and use it at once:
+      hydrant clone --name vm1 --source nbd://backup/vm1 --destination /dev/vg/vm1 --metadata vm1.meta
+      hydrant status vm1 --watch
+
+Environment:
+  HYDRANT_LOG      what to log, to standard error: error, warn, info (default of 'clone'), debug, trace, or by module
+                   (hydrant::net=trace)
+  XDG_RUNTIME_DIR  sockets are in its directory 'hydrant'; without it in /run/hydrant
+
+Exit status: 0 done, 1 failed (one line on standard error says why), 2 wrong usage.")]
+pub struct Cli {
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Verb {
+    Clone(CloneArgs),
+    Status(StatusArgs),
+    Message(MessageArgs),
+    Stop(StopArgs),
+}
+
+/// Serve a clone of a source and copy it to a destination, in the foreground
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Serves a clone of a source over NBD, readable and writable at once, and copies the source to the destination in the \
+background. Runs in the foreground until SIGTERM or SIGINT: it then drains, commits and exits with status 0 (a second \
+signal exits at once). Started again with the same source, destination and metadata it goes on where it stopped.
+
+Sizes are numbers of bytes, or take KiB, MiB, GiB or TiB: 65536 and 64KiB are the same.")]
+#[command(after_long_help = "\
+Examples:
+  A file to a file:
+      hydrant clone --source old.img --destination new.img --metadata new.meta
+  An NBD export to a logical volume, as exported by 'nbdkit --filter=... file backup.img':
+      hydrant clone --name vm1 --source nbd://backup:10809/ --destination /dev/vg/vm1 --metadata /var/lib/vm1.meta
+  Use it (the export has the clone's name):
+      nbdinfo --map=hydrant:hydrated 'nbd+unix:///vm1?socket=/run/hydrant/vm1.sock'
+      nbd-client -unix /run/hydrant/vm1.sock -N vm1 /dev/nbd0
+  Trim before copying, so that unused space is not copied:
+      hydrant clone --no-hydration ... ; mount, fstrim ; hydrant message vm1 enable_hydration
+  Check everything, change nothing:
+      hydrant clone --dry-run ...")]
+pub struct CloneArgs {
+    /// What to clone: a file, a block device or an NBD URI; never written
+    ///
+    /// NBD URIs are nbd://HOST[:PORT]/EXPORT and nbd+unix:///EXPORT?socket=PATH (port 10809 when none is given). A server
+    /// that goes away is connected to again.
+    #[arg(long, value_name = "SOURCE", value_parser = NonEmptyStringValueParser::new())]
+    pub source: String,
+
+    /// Where the copy goes: a file (created when missing) or a block device
+    ///
+    /// At least as large as the source. One that holds something which the metadata does not know is refused without
+    /// --force. It is locked while in use.
+    #[arg(long, value_name = "PATH")]
+    pub destination: PathBuf,
+
+    /// What is copied already: a file (created when missing) or a block device
+    ///
+    /// Needs 4 KiB per 256 MiB of the source or less, but more with small regions; --dry-run says how much. It is locked
+    /// while in use. No longer needed when all is hydrated.
+    #[arg(long, value_name = "PATH")]
+    pub metadata: PathBuf,
+
+    /// Name of the clone, and of its NBD export
+    ///
+    /// 1 to 64 of A-Z a-z 0-9 . _ - and the first not . or -
+    #[arg(long, value_name = "NAME", default_value_t)]
+    pub name: CloneName,
+
+    /// Unit of the copy: a power of two, 4KiB to 1GiB
+    ///
+    /// A partial write to a region that is not hydrated yet waits for the copy of the region. Fixed once the metadata is
+    /// made.
+    #[arg(long, value_name = "SIZE", default_value_t)]
+    pub region_size: RegionSize,
+
+    /// Start with the background copy switched off
+    ///
+    /// Regions are hydrated by use only, until 'hydrant message NAME enable_hydration'.
+    #[arg(long)]
+    pub no_hydration: bool,
+
+    /// Do not pass discards down to the destination
+    #[arg(long)]
+    pub no_discard_passdown: bool,
+
+    /// The most regions being copied at a time; 0: automatic
+    ///
+    /// From 0 to 4294967295.
+    #[arg(long, value_name = "REGIONS", default_value_t = 0)]
+    pub hydration_threshold: u32,
+
+    /// How many adjacent regions are copied together, at most; 0: automatic
+    ///
+    /// From 0 to 4294967295.
+    #[arg(long, value_name = "REGIONS", default_value_t = 0)]
+    pub hydration_batch_size: u32,
+
+    /// When all is hydrated: go on serving, or exit when the last client is gone
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
+    pub on_hydrated: OnHydrated,
+
+    /// Where NBD clients connect: unix:PATH or tcp:ADDR:PORT [default: a unix socket NAME.sock]
+    ///
+    /// By default the socket NAME.sock in $XDG_RUNTIME_DIR/hydrant or /run/hydrant. Unix sockets are for their owner only
+    /// (mode 0600). With tcp everybody who can reach the port can read and write: there is no authentication.
+    #[arg(long, value_name = "ADDRESS")]
+    pub nbd: Option<NbdListen>,
+
+    /// Path of the control socket [default: NAME.control beside the NBD default]
+    ///
+    /// By default NAME.control in $XDG_RUNTIME_DIR/hydrant or /run/hydrant, where 'hydrant status NAME' looks for it.
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+
+    /// How many threads share the work, 1 to 256 [default: one per CPU it may run on]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=i64::from(SHARDS_MAX)))]
+    pub shards: Option<u16>,
+
+    /// How long reads wait for a source that is gone before they fail
+    ///
+    /// In seconds, 0 to 86400. The background copy waits as long as it takes.
+    #[arg(long, value_name = "SECONDS", default_value_t = SOURCE_TIMEOUT_SECONDS_DEFAULT,
+          value_parser = clap::value_parser!(u32).range(..=i64::from(SOURCE_TIMEOUT_SECONDS_MAX)))]
+    pub source_timeout: u32,
+
+    /// Use a destination that holds something unknown: it is overwritten
+    #[arg(long)]
+    pub force: bool,
+
+    /// Check everything, say what would be done, change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// Show what clones do
+#[derive(Args, Debug)]
+#[command(after_long_help = "\
+Examples:
+  hydrant status                   every clone that runs here
+  hydrant status vm1 --watch       a progress bar, until it is hydrated
+  hydrant status vm1 --json        one JSON object per line and clone, with every number
+  hydrant status vm1 --dm          dm-clone's status line:
+      0 524288 clone 8 8/1024 8 47654/65536 16 0 4 hydration_threshold 16 hydration_batch_size 16 rw")]
+pub struct StatusArgs {
+    /// Which clone [default: all that have a control socket in the runtime directory]
+    pub name: Option<CloneName>,
+
+    /// One JSON object per clone and line
+    #[arg(long, group = "format")]
+    pub json: bool,
+
+    /// dm-clone's status line, as 'dmsetup status' prints it
+    #[arg(long, group = "format")]
+    pub dm: bool,
+
+    /// A progress bar with rate and ETA, until the clone is hydrated
+    ///
+    /// A line per change when standard output is not a terminal. Fails when the daemon ends before.
+    #[arg(long, group = "format")]
+    pub watch: bool,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Change how a running clone hydrates
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Sends one of dm-clone's messages to a running clone and returns when it is in force:
+
+  enable_hydration        switch the background copy on
+  disable_hydration       switch it off; what is in flight is finished
+  hydration_threshold N   the most regions being copied at a time; 0: automatic
+  hydration_batch_size N  how many adjacent regions are copied together, at most; 0: automatic
+
+N is from 0 to 4294967295. Messages last until the daemon ends.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant message vm1 enable_hydration
+  hydrant message vm1 hydration_threshold 64")]
+pub struct MessageArgs {
+    /// Which clone
+    pub name: CloneName,
+
+    /// enable_hydration, disable_hydration, hydration_threshold N or hydration_batch_size N
+    #[arg(required = true, num_args = 1.., value_name = "MESSAGE", allow_negative_numbers = true)]
+    pub message: Vec<String>,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Stop a running clone: it drains, commits and exits
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Stops a running clone: it drains, commits and exits. Returns when the daemon has ended. Started again, the clone goes \
+on where it stopped.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant stop vm1
+  hydrant stop --control /run/vm1.control")]
+pub struct StopArgs {
+    /// Which clone [default: the one that runs]
+    pub name: Option<CloneName>,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// See it work: clone a small disk under load in a temporary directory and check every byte
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Makes a small source in a temporary directory, starts a real 'hydrant clone' on it, reads and writes random places \
+while it hydrates, and checks at the end that every byte of the destination is what the source held or what was \
+written since. Prints throughput and latencies. Needs no root, no network, less than 1 GiB of temporary space and \
+well under a minute; leaves nothing behind. Exit status 1 when a single byte differs.")]
+pub struct DemoArgs {
+    /// Where to make the temporary directory [default: $TMPDIR or /tmp; /var/tmp when that is in memory]
+    #[arg(long, value_name = "PATH")]
+    pub dir: Option<PathBuf>,
+}
+
+/// How to find the daemon.
+#[derive(Args, Debug)]
+pub struct ControlArgs {
+    /// Control socket of the daemon [default: NAME.control in the runtime directory]
+    ///
+    /// The runtime directory is $XDG_RUNTIME_DIR/hydrant, or /run/hydrant.
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

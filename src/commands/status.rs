@@ -1,0 +1,412 @@
+//! `hydrant status`: what running clones tell about themselves, for people and for programs.
+
+use super::{client_of, output_error};
+use crate::bail;
+use crate::cli::StatusArgs;
+use crate::control::api::{HydrationState, MetadataMode, Status};
+use crate::control::client::{self, Client};
+use crate::error::{Error, ErrorKind, Result};
+use crate::human::{count, duration, percent, rate, size};
+use crate::runtime_dir::RuntimeDir;
+use crate::units::ByteSize;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::fmt::Write as _;
+use std::io::{IsTerminal, Write, stdout};
+use std::thread::sleep;
+use std::time::Duration;
+
+/// Between two looks of `--watch`: at a terminal, and else.
+const WATCH_PAUSE_TERMINAL: Duration = Duration::from_millis(200);
+const WATCH_PAUSE_PLAIN: Duration = Duration::from_secs(1);
+
+pub fn run(args: &StatusArgs, out: &mut dyn Write) -> Result<()> {
+    let found = find(args)?;
+    if args.watch {
+        let [(client, status)] = found.as_slice() else {
+            let names: Vec<_> = found.iter().map(|(_, status)| status.name.as_str()).collect();
+            bail!(Usage, "--watch follows one clone: say which one of {}", names.join(", "));
+        };
+        return watch(client, &status.name, out);
+    }
+    for (index, (_, status)) in found.iter().enumerate() {
+        let text = if args.json {
+            serde_json::to_string(status)
+                .map_err(|error| Error::new(ErrorKind::InvalidRequest, format!("status as JSON: {error}")))?
+        } else if args.dm && found.len() > 1 {
+            format!("{}: {}", status.name, status.dm_line())
+        } else if args.dm {
+            status.dm_line()
+        } else {
+            let gap = if index > 0 { "\n" } else { "" };
+            format!("{gap}{}", text_of(status).trim_end())
+        };
+        writeln!(out, "{text}").map_err(output_error)?;
+    }
+    Ok(())
+}
+
+/// The clones that are meant, at least one, each with its daemon.
+fn find(args: &StatusArgs) -> Result<Vec<(Client, Status)>> {
+    let all_of = |client: Client| -> Result<Vec<_>> {
+        Ok(client.status_of_all()?.into_iter().map(|status| (client.clone(), status)).collect())
+    };
+    match (&args.name, &args.control.control) {
+        (Some(name), _) => {
+            let client = client_of(name, &args.control);
+            let status = client.status(name)?;
+            Ok(vec![(client, status)])
+        }
+        (None, Some(path)) => {
+            let found = all_of(Client::new(path))?;
+            if found.is_empty() {
+                bail!(NotFound, "the daemon at {} has no clone", path.display());
+            }
+            Ok(found)
+        }
+        (None, None) => {
+            let dir = RuntimeDir::of_user();
+            let mut found = Vec::new();
+            for (name, path) in dir.clones()? {
+                match all_of(Client::new(path)) {
+                    Ok(clones) => found.extend(clones),
+                    Err(error) => log::warn!("{name}: {error}"),
+                }
+            }
+            if found.is_empty() {
+                bail!(NotFound, "no daemon is listening in {}; give NAME or --control", dir.path().display());
+            }
+            Ok(found)
+        }
+    }
+}
+
+/// For people.
+fn text_of(status: &Status) -> String {
+    let mut text = String::new();
+    // Writing to a string can't fail.
+    let _ = write_text(&mut text, status);
+    text
+}
+
+fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
+    let (hydration, io) = (&status.hydration, &status.io);
+    writeln!(
+        text,
+        "{}: {}, {} regions of {}",
+        status.name,
+        ByteSize(status.size),
+        count(status.nr_regions),
+        ByteSize(status.region_size)
+    )?;
+    let mut line = |label: &str, value: String| writeln!(text, "  {label:<12} {value}");
+    line("hydration", progress_words(status))?;
+    if hydration.failed_regions > 0 {
+        line("", format!("{} regions could not be copied; they are tried again", count(hydration.failed_regions)))?;
+    }
+    line(
+        "limits",
+        format!(
+            "threshold {}, batch size {}",
+            setting(hydration.threshold, hydration.threshold_effective),
+            setting(hydration.batch_size, hydration.batch_size_effective)
+        ),
+    )?;
+    let features: Vec<_> = status.features.words().collect();
+    if !features.is_empty() {
+        line("features", features.join(", "))?;
+    }
+    line("source", source_words(status))?;
+    line("destination", status.destination.clone())?;
+    let mode = match status.metadata.mode {
+        MetadataMode::ReadWrite => "rw",
+        MetadataMode::ReadOnly => "ro: a commit failed, nothing that needs new metadata is accepted",
+        MetadataMode::Fail => "Fail: no I/O is safe",
+    };
+    line(
+        "metadata",
+        format!(
+            "{}, {mode}; {} of {} blocks, generation {}",
+            status.metadata.path, status.metadata.used_blocks, status.metadata.total_blocks, status.metadata.generation
+        ),
+    )?;
+    line("nbd", format!("{}; {}", nbd_words(status), plural(status.nbd.connections.into(), "client")))?;
+    line(
+        "I/O",
+        format!(
+            "{} ({}), {} ({}), {}",
+            plural(io.reads, "read"),
+            size(io.read_bytes),
+            plural(io.writes, "write"),
+            size(io.write_bytes),
+            plural(io.flushes, "flush")
+        ),
+    )?;
+    line(
+        "",
+        format!(
+            "{} ({}), {} write zeroes ({}), {}",
+            plural(io.trims, "trim"),
+            size(io.trim_bytes),
+            count(io.write_zeroes),
+            size(io.write_zeroes_bytes),
+            plural(io.errors, "error")
+        ),
+    )?;
+    line("copied", format!("{} of {} read from the source", size(io.hydrated_bytes), size(io.source_read_bytes)))?;
+    if let Some(event) = &status.last_event {
+        line("events", format!("{}, the last: {event}", count(status.event_nr)))?;
+    }
+    line(
+        "daemon",
+        format!(
+            "pid {}, version {}, {}, up {}",
+            status.pid,
+            status.version,
+            plural(status.shards.into(), "shard"),
+            duration(status.uptime_seconds)
+        ),
+    )
+}
+
+/// `running, 45.1% (118489 of 262144 regions, 16 in flight), 210 MiB/s, 41s left`.
+fn progress_words(status: &Status) -> String {
+    let mut words = format!("{}, {}", status.hydration.state, percent(status.hydrated_fraction()));
+    let (hydrated, all) = (count(status.hydrated_regions), count(status.nr_regions));
+    let _ = match status.hydrating_regions {
+        0 => write!(words, " ({hydrated} of {all} regions)"),
+        flying => write!(words, " ({hydrated} of {all} regions, {} in flight)", count(flying)),
+    };
+    let pace = pace_words(status);
+    if !pace.is_empty() {
+        let _ = write!(words, ", {pace}");
+    }
+    words
+}
+
+/// Rate and time left, as far as they mean something.
+fn pace_words(status: &Status) -> String {
+    if status.is_complete() {
+        return String::new();
+    }
+    let mut words = Vec::new();
+    if status.hydration.bytes_per_second > 0 {
+        words.push(rate(status.hydration.bytes_per_second as f64));
+    }
+    if let Some(seconds) = status.hydration.eta_seconds {
+        words.push(format!("{} left", duration(seconds)));
+    }
+    words.join(", ")
+}
+
+fn setting(set: u32, effective: u32) -> String {
+    match set {
+        0 => format!("automatic (now {})", count(effective.into())),
+        set => count(set.into()),
+    }
+}
+
+fn source_words(status: &Status) -> String {
+    let source = &status.source;
+    match source.losses {
+        0 => format!("{}, {}", source.spec, source.state),
+        losses => {
+            format!("{}, {}; lost {}, back {}", source.spec, source.state, times(losses), times(source.reconnects))
+        }
+    }
+}
+
+/// Where to connect, as an NBD URI where that needs no quoting.
+fn nbd_words(status: &Status) -> String {
+    let nbd = &status.nbd;
+    let plain = |path: &str| path.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-".contains(&b));
+    match nbd.address.split_once(':') {
+        Some(("unix", path)) if plain(path) => format!("nbd+unix:///{}?socket={path}", nbd.export),
+        Some(("tcp", address)) => format!("nbd://{address}/{}", nbd.export),
+        _ => format!("{}, export {}", nbd.address, nbd.export),
+    }
+}
+
+fn plural(number: u64, thing: &str) -> String {
+    match number {
+        1 => format!("1 {thing}"),
+        _ if thing.ends_with("sh") => format!("{} {thing}es", count(number)),
+        _ => format!("{} {thing}s", count(number)),
+    }
+}
+
+fn times(number: u64) -> String {
+    plural(number, "time")
+}
+
+/// Follows one clone until it is hydrated.
+fn watch(client: &Client, name: &str, out: &mut dyn Write) -> Result<()> {
+    let name =
+        name.parse().map_err(|error: String| Error::new(ErrorKind::Protocol, format!("clone '{name}': {error}")))?;
+    let terminal = stdout().is_terminal();
+    let bar = terminal.then(progress_bar);
+    let mut last_line = String::new();
+    let mut last_fraction = 0.0;
+    let result = loop {
+        let status = match client.status(&name) {
+            Ok(status) => status,
+            Err(error) if client::is_gone(client, &error) => {
+                let at = percent(last_fraction);
+                break Err(Error::new(
+                    ErrorKind::NotFound,
+                    format!("clone '{name}': the daemon ended; {at} was hydrated"),
+                ));
+            }
+            Err(error) => break Err(error),
+        };
+        last_fraction = status.hydrated_fraction();
+        match &bar {
+            Some(bar) => show_on(bar, &status),
+            None => {
+                let line = format!("{}: {}", status.name, progress_words(&status));
+                if line != last_line {
+                    writeln!(out, "{line}").and_then(|()| out.flush()).map_err(output_error)?;
+                }
+                last_line = line;
+            }
+        }
+        match status.metadata.mode {
+            _ if status.is_complete() => break Ok(()),
+            MetadataMode::ReadWrite => {}
+            MetadataMode::ReadOnly => {
+                break Err(Error::new(
+                    ErrorKind::ReadOnly,
+                    format!("clone '{name}' is read-only (ro): it can't hydrate"),
+                ));
+            }
+            MetadataMode::Fail => {
+                break Err(Error::new(ErrorKind::Failed, format!("clone '{name}' has failed (Fail)")));
+            }
+        }
+        sleep(if terminal { WATCH_PAUSE_TERMINAL } else { WATCH_PAUSE_PLAIN });
+    };
+    if let Some(bar) = bar {
+        bar.abandon();
+    }
+    result
+}
+
+/// A bar for the regions of a clone.
+pub fn progress_bar() -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stdout());
+    let template = "{prefix:.bold} [{bar:32.green}] {msg}";
+    bar.set_style(ProgressStyle::with_template(template).expect("a constant template").progress_chars("=> "));
+    bar
+}
+
+/// Brings the bar up to date.
+pub fn show_on(bar: &ProgressBar, status: &Status) {
+    bar.set_prefix(status.name.clone());
+    bar.set_length(status.nr_regions.max(1));
+    bar.set_position(status.hydrated_regions);
+    let mut message = percent(status.hydrated_fraction());
+    if status.hydration.state != HydrationState::Running {
+        let _ = write!(message, " {}", status.hydration.state);
+    }
+    let pace = pace_words(status);
+    if !pace.is_empty() {
+        let _ = write!(message, " {pace}");
+    }
+    bar.set_message(message);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::api::*;
+
+    fn sample() -> Status {
+        Status {
+            name: "vm1".into(),
+            size: 16 << 30,
+            region_size: 64 << 10,
+            nr_regions: 262144,
+            hydrated_regions: 118489,
+            hydrating_regions: 16,
+            hydration: HydrationStatus {
+                enabled: true,
+                threshold: 0,
+                batch_size: 32,
+                threshold_effective: 256,
+                batch_size_effective: 32,
+                state: HydrationState::Running,
+                failed_regions: 3,
+                bytes_per_second: 220 << 20,
+                eta_seconds: Some(41),
+            },
+            features: Features { no_hydration: false, no_discard_passdown: true },
+            metadata: MetadataStatus {
+                path: "/var/lib/vm1.meta".into(),
+                mode: MetadataMode::ReadWrite,
+                block_size: 4096,
+                used_blocks: 10,
+                total_blocks: 16,
+                generation: 17,
+            },
+            event_nr: 2,
+            last_event: Some("source lost".into()),
+            source: SourceStatus {
+                spec: "nbd://backup/vm1".into(),
+                state: SourceState::Connected,
+                losses: 1,
+                reconnects: 1,
+            },
+            destination: "/dev/vg/vm1".into(),
+            nbd: NbdStatus { address: "unix:/run/hydrant/vm1.sock".into(), export: "vm1".into(), connections: 2 },
+            io: IoCounters {
+                reads: 1234,
+                writes: 56,
+                flushes: 7,
+                trims: 1,
+                read_bytes: 5 << 20,
+                write_bytes: 3 << 19,
+                trim_bytes: 1 << 30,
+                hydrated_bytes: 7 << 30,
+                source_read_bytes: 8 << 30,
+                ..Default::default()
+            },
+            shards: 2,
+            uptime_seconds: 3723,
+            version: "0.1.0".into(),
+            pid: 4711,
+        }
+    }
+
+    #[test]
+    fn text_for_people() {
+        let expected = "\
+vm1: 16GiB, 262144 regions of 64KiB
+  hydration    running, 45.1% (118489 of 262144 regions, 16 in flight), 220 MiB/s, 41s left
+               3 regions could not be copied; they are tried again
+  limits       threshold automatic (now 256), batch size 32
+  features     no_discard_passdown
+  source       nbd://backup/vm1, connected; lost 1 time, back 1 time
+  destination  /dev/vg/vm1
+  metadata     /var/lib/vm1.meta, rw; 10 of 16 blocks, generation 17
+  nbd          nbd+unix:///vm1?socket=/run/hydrant/vm1.sock; 2 clients
+  I/O          1234 reads (5.0 MiB), 56 writes (1.5 MiB), 7 flushes
+               1 trim (1.0 GiB), 0 write zeroes (0 B), 0 errors
+  copied       7.0 GiB of 8.0 GiB read from the source
+  events       2, the last: source lost
+  daemon       pid 4711, version 0.1.0, 2 shards, up 1h 2m
+";
+        assert_eq!(text_of(&sample()), expected);
+    }
+
+    #[test]
+    fn complete_clones_have_no_pace() {
+        let mut status = sample();
+        status.hydrated_regions = status.nr_regions;
+        status.hydrating_regions = 0;
+        status.hydration.state = HydrationState::Complete;
+        assert_eq!(progress_words(&status), "complete, 100% (262144 of 262144 regions)");
+        status.nbd.address = "tcp:[::1]:10809".into();
+        assert_eq!(nbd_words(&status), "nbd://[::1]:10809/vm1");
+        status.nbd.address = "unix:/tmp/a b".into();
+        assert_eq!(nbd_words(&status), "unix:/tmp/a b, export vm1");
+    }
+}

@@ -1,0 +1,99 @@
+//! `hydrant stop`: asks a daemon to drain, commit and exit, and waits until it has.
+
+use super::client_of;
+use crate::bail;
+use crate::cli::StopArgs;
+use crate::control::client::Client;
+use crate::error::Result;
+use crate::runtime_dir::RuntimeDir;
+use std::fs;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+/// How long to wait for the end of the daemon. It may have to wait for a lost source, and to flush a slow disk.
+const END_TIME_MAX: Duration = Duration::from_secs(600);
+const POLL: Duration = Duration::from_millis(20);
+
+/// Returns when the daemon has ended.
+pub fn run(args: &StopArgs) -> Result<()> {
+    let client = match (&args.name, &args.control.control) {
+        (Some(name), _) => client_of(name, &args.control),
+        (None, Some(path)) => Client::new(path),
+        (None, None) => only_one()?,
+    };
+    let statuses = match &args.name {
+        Some(name) => vec![client.status(name)?],
+        None => client.status_of_all()?,
+    };
+    let daemon = statuses.first().map(|status| Process::new(status.pid));
+    client.stop()?;
+    let deadline = Instant::now() + END_TIME_MAX;
+    while daemon.as_ref().is_some_and(Process::runs) {
+        if Instant::now() > deadline {
+            let seconds = END_TIME_MAX.as_secs();
+            bail!(Limit, "the daemon at {} is still draining after {seconds} s", client.path().display());
+        }
+        sleep(POLL);
+    }
+    Ok(())
+}
+
+/// The one daemon that runs here.
+fn only_one() -> Result<Client> {
+    let dir = RuntimeDir::of_user();
+    let mut running = dir.clones()?;
+    running.retain(|(_, path)| Client::new(path).status_of_all().is_ok());
+    match running.as_slice() {
+        [(_, path)] => Ok(Client::new(path)),
+        [] => bail!(NotFound, "no daemon is listening in {}; give NAME or --control", dir.path().display()),
+        several => {
+            let names: Vec<_> = several.iter().map(|(name, _)| name.as_str()).collect();
+            bail!(Usage, "several clones run ({}): say which one to stop", names.join(", "))
+        }
+    }
+}
+
+/// A process, recognised again by its start time: its number may be given to another one.
+struct Process {
+    pid: u32,
+    start: Option<String>,
+}
+
+impl Process {
+    fn new(pid: u32) -> Self {
+        Self { pid, start: start_time(pid) }
+    }
+    fn runs(&self) -> bool {
+        self.start.is_some() && start_time(self.pid) == self.start
+    }
+}
+
+/// When a process was started, by proc(5): field 22 of its `stat`; `None` when it does not run (any more), or only
+/// waits for its parent as a zombie.
+fn start_time(pid: u32) -> Option<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is the name in parentheses, with any characters in it; the third is the state.
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    let state = fields.next()?;
+    (!matches!(state, "Z" | "X")).then(|| fields.nth(18).map(String::from))?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn knows_when_a_process_ends() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let process = Process::new(child.id());
+        assert!(process.runs());
+        child.kill().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while process.runs() {
+            assert!(Instant::now() < deadline, "a zombie counts as ended");
+        }
+        child.wait().unwrap();
+        assert!(!process.runs());
+        assert!(!Process { pid: std::process::id(), start: Some("1".into()) }.runs(), "another process");
+    }
+}

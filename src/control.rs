@@ -1,0 +1,37 @@
+//! The control interface: what a running daemon tells about its clones, and how they are steered.
+//!
+//! HTTP/1.1 with JSON over a unix socket that only its owner may open (mode 0600). [`api`] is what is said (types, pure),
+//! [`server`] answers on the daemon's executor, [`client`] asks, blocking, from the command line; [`http_io`] is
+//! what lets `hyper` run on both.
+//!
+//! | request | answer |
+//! |---|---|
+//! | `GET /v1/status` | `{"clones": [Status, ...]}` |
+//! | `GET /v1/clones/NAME/status` | [`api::Status`] |
+//! | `POST /v1/clones/NAME/message` with `{"message": "hydration_threshold 16"}` | `{}` |
+//! | `POST /v1/stop` | `{}`; the daemon then drains, commits and exits |
+//!
+//! An error is `{"error": {"kind": "not_found", "message": "..."}}` with the fitting HTTP status; kinds are those of
+//! [`crate::error::ErrorKind::name`].
+
+pub mod api;
+pub mod client;
+pub mod http_io;
+pub mod server;
+#[cfg(test)]
+mod tests;
+
+use crate::error::Result;
+use crate::io_frontend::request::LocalBoxFuture;
+use api::{Message, Status};
+
+/// What the server steers: the daemon, on the executor that serves the control socket.
+pub trait Controlled {
+    /// The status of the clone `name`, or of all clones, by name. `NotFound` when there is no such clone.
+    fn status(&self, name: Option<&str>) -> Result<Vec<Status>>;
+    /// Carries a message out on every shard; returns when it is in force. It runs to its end even when the client
+    /// that sent it is gone.
+    fn message(&self, name: &str, message: &Message) -> LocalBoxFuture<'static, Result<()>>;
+    /// Asks the daemon to drain, commit and exit; returns at once. Asking again changes nothing.
+    fn stop(&self) -> Result<()>;
+}

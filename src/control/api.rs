@@ -1,0 +1,508 @@
+//! What the control interface says: the status of a clone, and the messages it takes. Pure: no I/O, no clock.
+//!
+//! The JSON names are stable: fields are added, never renamed or given another meaning. A reader ignores what it
+//! does not know and takes the default for what is missing, so that the command line and the daemon may be of
+//! different versions. Sizes are in bytes, unless a name says otherwise.
+
+use crate::bail;
+use crate::error::{Error, Result};
+use crate::units::SECTOR_SIZE;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+/// Path prefix of this version of the interface.
+pub const PREFIX: &str = "/v1";
+
+/// Everything about one clone at one moment.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Status {
+    pub name: String,
+    /// Size of the clone, in bytes: that of the source.
+    pub size: u64,
+    /// In bytes.
+    pub region_size: u64,
+    pub nr_regions: u64,
+    /// Regions whose copy is done; they are served from the destination.
+    pub hydrated_regions: u64,
+    /// Regions whose copy is in flight, background and on demand.
+    pub hydrating_regions: u64,
+    pub hydration: HydrationStatus,
+    pub features: Features,
+    pub metadata: MetadataStatus,
+    /// How many events were raised since the daemon started; dm's event number.
+    pub event_nr: u64,
+    /// The last event, in words; null when there was none.
+    pub last_event: Option<String>,
+    pub source: SourceStatus,
+    /// Path of the destination.
+    pub destination: String,
+    pub nbd: NbdStatus,
+    pub io: IoCounters,
+    pub shards: u32,
+    /// Since the daemon started.
+    pub uptime_seconds: u64,
+    /// Version of the daemon.
+    pub version: String,
+    /// Process id of the daemon.
+    pub pid: u32,
+}
+
+/// The background copy.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct HydrationStatus {
+    /// False after `disable_hydration` and with `--no-hydration`.
+    pub enabled: bool,
+    /// The most regions in flight, as it was set; 0 is automatic.
+    pub threshold: u32,
+    /// Regions copied together, as it was set; 0 is automatic.
+    pub batch_size: u32,
+    /// What is in force now: the set number, or what the automatic has found.
+    pub threshold_effective: u32,
+    pub batch_size_effective: u32,
+    pub state: HydrationState,
+    /// Regions that could not be copied and wait for another attempt.
+    pub failed_regions: u64,
+    /// Bytes hydrated per second, lately.
+    pub bytes_per_second: u64,
+    /// Until complete at that rate; null when unknown (paused, no rate yet).
+    pub eta_seconds: Option<u64>,
+}
+
+/// What the hydration is doing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HydrationState {
+    /// Copying.
+    Running,
+    /// Switched off.
+    Paused,
+    /// Enabled, with nothing to do at the moment: waiting for foreground I/O or for its next turn.
+    #[default]
+    Idle,
+    /// Every region is hydrated, and committed.
+    Complete,
+    /// Waiting for the source to come back.
+    SourceLost,
+    /// Copies fail (a bad sector, a failing destination): backing off between attempts.
+    Failing,
+}
+
+impl fmt::Display for HydrationState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Idle => "idle",
+            Self::Complete => "complete",
+            Self::SourceLost => "source lost",
+            Self::Failing => "failing",
+        })
+    }
+}
+
+/// dm-clone's feature arguments.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Features {
+    /// Hydration is off at the moment.
+    pub no_hydration: bool,
+    /// Discards are not passed down to the destination.
+    pub no_discard_passdown: bool,
+}
+
+impl Features {
+    /// The words of those that are set, in dm-clone's order.
+    pub fn words(&self) -> impl Iterator<Item = &'static str> {
+        [(self.no_hydration, "no_hydration"), (self.no_discard_passdown, "no_discard_passdown")]
+            .into_iter()
+            .filter_map(|(set, word)| set.then_some(word))
+    }
+}
+
+/// The metadata device.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MetadataStatus {
+    /// Path of the metadata.
+    pub path: String,
+    pub mode: MetadataMode,
+    /// Size of a metadata block, in bytes.
+    pub block_size: u32,
+    pub used_blocks: u64,
+    pub total_blocks: u64,
+    /// Counts commits.
+    pub generation: u64,
+}
+
+/// dm-clone's metadata mode.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum MetadataMode {
+    #[default]
+    #[serde(rename = "rw")]
+    ReadWrite,
+    /// A commit failed: nothing that would need new metadata is accepted.
+    #[serde(rename = "ro")]
+    ReadOnly,
+    /// No I/O is safe.
+    Fail,
+}
+
+impl fmt::Display for MetadataMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ReadWrite => "rw",
+            Self::ReadOnly => "ro",
+            Self::Fail => "Fail",
+        })
+    }
+}
+
+/// Where the data comes from.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SourceStatus {
+    /// The source as it was given: a path or an NBD URI.
+    pub spec: String,
+    pub state: SourceState,
+    /// How often the connection was lost.
+    pub losses: u64,
+    /// How often it came back.
+    pub reconnects: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SourceState {
+    #[default]
+    Connected,
+    /// Trying to reach it again.
+    Lost,
+    /// Let go: the hydration is complete and the source is not needed any more.
+    Released,
+}
+
+impl fmt::Display for SourceState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Connected => "connected",
+            Self::Lost => "lost",
+            Self::Released => "released",
+        })
+    }
+}
+
+/// The NBD frontend.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NbdStatus {
+    /// Where it listens: `unix:PATH` or `tcp:ADDR:PORT`.
+    pub address: String,
+    /// Name of the export; the empty name means it too.
+    pub export: String,
+    /// Clients connected now.
+    pub connections: u32,
+}
+
+/// Counts since the daemon started. `*_bytes` are bytes, the others requests.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct IoCounters {
+    pub reads: u64,
+    pub writes: u64,
+    pub trims: u64,
+    pub write_zeroes: u64,
+    pub flushes: u64,
+    pub read_bytes: u64,
+    pub write_bytes: u64,
+    pub trim_bytes: u64,
+    pub write_zeroes_bytes: u64,
+    /// Requests that were answered with an error.
+    pub errors: u64,
+    /// Read from the source, for clients and for the hydration.
+    pub source_read_bytes: u64,
+    /// Copied from the source to the destination.
+    pub hydrated_bytes: u64,
+    /// Metadata commits.
+    pub commits: u64,
+}
+
+/// The answer to `GET /v1/status`.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct StatusList {
+    pub clones: Vec<Status>,
+}
+
+/// The body of `POST /v1/clones/NAME/message`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MessageBody {
+    pub message: String,
+}
+
+/// The body of an answer that is an error.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ErrorBody {
+    pub error: ErrorText,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ErrorText {
+    /// [`crate::error::ErrorKind::name`].
+    pub kind: String,
+    pub message: String,
+}
+
+impl Status {
+    /// dm-clone's status line (the kernel's Documentation/admin-guide/device-mapper/dm-clone.rst, "Status"), with
+    /// the `START LENGTH TARGET` that `dmsetup status` puts before it. A clone whose size is not a multiple of a
+    /// sector counts its last, partial sector.
+    pub fn dm_line(&self) -> String {
+        let sectors = self.size.div_ceil(SECTOR_SIZE);
+        if self.metadata.mode == MetadataMode::Fail {
+            return format!("0 {sectors} clone Fail");
+        }
+        let features: Vec<_> = self.features.words().collect();
+        let mut features_text = features.len().to_string();
+        for word in features {
+            features_text.push(' ');
+            features_text.push_str(word);
+        }
+        format!(
+            "0 {sectors} clone {} {}/{} {} {}/{} {} {features_text} 4 hydration_threshold {} hydration_batch_size {} {}",
+            u64::from(self.metadata.block_size) / SECTOR_SIZE,
+            self.metadata.used_blocks,
+            self.metadata.total_blocks,
+            self.region_size / SECTOR_SIZE,
+            self.hydrated_regions,
+            self.nr_regions,
+            self.hydrating_regions,
+            self.hydration.threshold_effective,
+            self.hydration.batch_size_effective,
+            self.metadata.mode,
+        )
+    }
+
+    pub fn is_complete(&self) -> bool {
+        self.hydration.state == HydrationState::Complete
+    }
+
+    /// How much is hydrated, from 0 to 1; rounded down, so that 1 means all.
+    pub fn hydrated_fraction(&self) -> f64 {
+        match self.nr_regions {
+            0 => 0.0,
+            all if self.hydrated_regions >= all => 1.0,
+            all => (self.hydrated_regions as f64 / all as f64).min(0.9999),
+        }
+    }
+}
+
+/// What a clone can be told; dm-clone's messages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Message {
+    EnableHydration,
+    DisableHydration,
+    /// The most regions in flight; 0 is automatic.
+    HydrationThreshold(u32),
+    /// Regions copied together; 0 is automatic.
+    HydrationBatchSize(u32),
+}
+
+const MESSAGES: &str = "enable_hydration, disable_hydration, hydration_threshold N or hydration_batch_size N";
+
+impl Message {
+    /// Reads a message by dm-clone's grammar: keywords in any case, and exactly one number for the two that take
+    /// one, written in decimal, from 0 to 2^32-1. `Usage` names the bad word.
+    pub fn from_words<S: AsRef<str>>(words: &[S]) -> Result<Self> {
+        let Some((keyword, values)) = words.split_first() else {
+            bail!(Usage, "empty message: use {MESSAGES}");
+        };
+        let keyword = keyword.as_ref();
+        let one_number = || -> Result<u32> {
+            match values {
+                [] => bail!(Usage, "message {keyword} needs a number, from 0 to {}", u32::MAX),
+                [value] => parse_number(value.as_ref()).ok_or_else(|| {
+                    Error::new(
+                        crate::error::ErrorKind::Usage,
+                        format!(
+                            "message {keyword}: '{}' is not a number from 0 to {}",
+                            value.as_ref().escape_debug(),
+                            u32::MAX
+                        ),
+                    )
+                }),
+                [_, extra, ..] => {
+                    bail!(Usage, "message {keyword} takes one number: '{}' is too much", extra.as_ref().escape_debug())
+                }
+            }
+        };
+        let no_value = |message| match values {
+            [] => Ok(message),
+            [extra, ..] => {
+                bail!(Usage, "message {keyword} takes no value: '{}' is too much", extra.as_ref().escape_debug())
+            }
+        };
+        match keyword.to_ascii_lowercase().as_str() {
+            "enable_hydration" => no_value(Self::EnableHydration),
+            "disable_hydration" => no_value(Self::DisableHydration),
+            "hydration_threshold" => one_number().map(Self::HydrationThreshold),
+            "hydration_batch_size" => one_number().map(Self::HydrationBatchSize),
+            _ => bail!(Usage, "unknown message '{}': use {MESSAGES}", keyword.escape_debug()),
+        }
+    }
+}
+
+/// A number as dm-clone takes it: decimal digits only.
+fn parse_number(word: &str) -> Option<u32> {
+    (word.bytes().all(|b| b.is_ascii_digit())).then(|| word.parse().ok()).flatten()
+}
+
+impl FromStr for Message {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Self> {
+        Self::from_words(&text.split_ascii_whitespace().collect::<Vec<_>>())
+    }
+}
+
+impl fmt::Display for Message {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::EnableHydration => f.write_str("enable_hydration"),
+            Self::DisableHydration => f.write_str("disable_hydration"),
+            Self::HydrationThreshold(n) => write!(f, "hydration_threshold {n}"),
+            Self::HydrationBatchSize(n) => write!(f, "hydration_batch_size {n}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    /// A status like the first line of the kernel's documented flow: 256 MiB, regions of 8 sectors.
+    fn fresh() -> Status {
+        Status {
+            size: 256 << 20,
+            region_size: 4096,
+            nr_regions: 65536,
+            hydration: HydrationStatus { threshold_effective: 1, batch_size_effective: 1, ..Default::default() },
+            features: Features { no_hydration: true, ..Default::default() },
+            metadata: MetadataStatus { block_size: 4096, used_blocks: 8, total_blocks: 1024, ..Default::default() },
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn dm_line_is_the_kernels() {
+        let mut status = fresh();
+        // As printed by Linux 6.18 for this device.
+        let kernel =
+            "0 524288 clone 8 8/1024 8 0/65536 0 1 no_hydration 4 hydration_threshold 1 hydration_batch_size 1 rw";
+        assert_eq!(status.dm_line(), kernel);
+
+        status.features = Features { no_hydration: false, no_discard_passdown: true };
+        (status.hydrated_regions, status.hydrating_regions) = (47654, 16);
+        status.hydration.threshold_effective = 16;
+        status.hydration.batch_size_effective = 4;
+        status.metadata.mode = MetadataMode::ReadOnly;
+        let line = "0 524288 clone 8 8/1024 8 47654/65536 16 1 no_discard_passdown 4 hydration_threshold 16 \
+                    hydration_batch_size 4 ro";
+        assert_eq!(status.dm_line(), line);
+
+        status.features = Features { no_hydration: true, no_discard_passdown: true };
+        assert!(status.dm_line().contains(" 2 no_hydration no_discard_passdown 4 "));
+        status.features = Features::default();
+        assert!(status.dm_line().contains("/65536 16 0 4 hydration_threshold"));
+
+        status.metadata.mode = MetadataMode::Fail;
+        assert_eq!(status.dm_line(), "0 524288 clone Fail");
+        status.size = 513;
+        assert_eq!(status.dm_line(), "0 2 clone Fail");
+    }
+
+    #[test]
+    fn json_names_are_pinned() {
+        let json = serde_json::to_value(Status { last_event: Some("x".into()), ..fresh() }).unwrap();
+        let mut names = Vec::new();
+        collect_names("", &json, &mut names);
+        let pinned = "name size region_size nr_regions hydrated_regions hydrating_regions hydration.enabled \
+             hydration.threshold hydration.batch_size hydration.threshold_effective hydration.batch_size_effective \
+             hydration.state hydration.failed_regions hydration.bytes_per_second hydration.eta_seconds \
+             features.no_hydration features.no_discard_passdown metadata.path metadata.mode metadata.block_size \
+             metadata.used_blocks metadata.total_blocks metadata.generation event_nr last_event source.spec \
+             source.state source.losses source.reconnects destination nbd.address nbd.export nbd.connections io.reads \
+             io.writes io.trims io.write_zeroes io.flushes io.read_bytes io.write_bytes io.trim_bytes \
+             io.write_zeroes_bytes io.errors io.source_read_bytes io.hydrated_bytes io.commits shards uptime_seconds \
+             version pid";
+        let mut pinned: Vec<_> = pinned.split_ascii_whitespace().collect();
+        names.sort();
+        pinned.sort();
+        assert_eq!(names, pinned);
+        assert_eq!(json["metadata"]["mode"], "rw");
+        assert_eq!(json["hydration"]["state"], "idle");
+        assert_eq!(json["source"]["state"], "connected");
+        assert_eq!(serde_json::to_value(MetadataMode::Fail).unwrap(), "Fail");
+        assert_eq!(serde_json::to_value(MetadataMode::ReadOnly).unwrap(), "ro");
+        assert_eq!(serde_json::to_value(HydrationState::SourceLost).unwrap(), "source_lost");
+    }
+
+    fn collect_names(prefix: &str, value: &serde_json::Value, names: &mut Vec<String>) {
+        for (name, value) in value.as_object().unwrap() {
+            match value {
+                serde_json::Value::Object(_) => collect_names(&format!("{prefix}{name}."), value, names),
+                _ => names.push(format!("{prefix}{name}")),
+            }
+        }
+    }
+
+    #[test]
+    fn status_of_another_version_is_read() {
+        let status: Status = serde_json::from_str(r#"{"name": "vm", "size": 7, "new_field": {"x": 1}}"#).unwrap();
+        assert_eq!((status.name.as_str(), status.size, status.shards), ("vm", 7, 0));
+        let whole = Status { event_nr: 3, last_event: Some("done".into()), ..fresh() };
+        assert_eq!(serde_json::from_str::<Status>(&serde_json::to_string(&whole).unwrap()).unwrap(), whole);
+    }
+
+    #[test]
+    fn messages() {
+        let good = [
+            ("enable_hydration", Message::EnableHydration),
+            (" DISABLE_hydration\n", Message::DisableHydration),
+            ("Hydration_Threshold 0", Message::HydrationThreshold(0)),
+            ("hydration_batch_size  4294967295", Message::HydrationBatchSize(u32::MAX)),
+        ];
+        for (text, message) in good {
+            assert_eq!(text.parse::<Message>().unwrap(), message, "{text}");
+            assert_eq!(message.to_string().parse::<Message>().unwrap(), message);
+        }
+        let bad = [
+            ("", "empty message"),
+            ("start", "'start'"),
+            ("enable_hydration now", "'now'"),
+            ("hydration_threshold", "needs a number"),
+            ("hydration_threshold 4294967296", "'4294967296'"),
+            ("hydration_threshold -1", "'-1'"),
+            ("hydration_threshold +1", "'+1'"),
+            ("hydration_threshold 0x10", "'0x10'"),
+            ("hydration_threshold 1 2", "'2'"),
+            ("hydration_batch_size x\u{7}", r"'x\u{7}'"),
+        ];
+        for (text, part) in bad {
+            let error = text.parse::<Message>().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Usage);
+            assert!(error.to_string().contains(part), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn fraction_is_one_only_when_all_is_hydrated() {
+        let mut status = Status { nr_regions: 1 << 40, hydrated_regions: (1 << 40) - 1, ..Default::default() };
+        assert!(status.hydrated_fraction() < 1.0);
+        status.hydrated_regions += 1;
+        assert_eq!(status.hydrated_fraction(), 1.0);
+        assert_eq!(Status::default().hydrated_fraction(), 0.0);
+    }
+}

@@ -1,0 +1,250 @@
+//! Server and client against each other over a real socket, and the server against broken peers.
+
+use super::Controlled;
+use super::api::{Message, Status};
+use super::client::Client;
+use super::server::Server;
+use crate::bail;
+use crate::env::Env;
+use crate::env::glommio::GlommioEnv;
+use crate::error::{ErrorKind, Result};
+use crate::io_frontend::request::LocalBoxFuture;
+use crate::local::Notify;
+use crate::ring::Ring;
+use crate::unix_socket::BoundSocket;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// What the messages were, seen from outside the executor.
+type Seen = Arc<Mutex<Vec<String>>>;
+
+/// Two clones, `a` and `b`. A message to `b` takes 300 ms; `a` refuses `disable_hydration`.
+struct Clones {
+    env: Rc<dyn Env>,
+    seen: Seen,
+    stopped: Rc<Notify>,
+}
+
+impl Controlled for Clones {
+    fn status(&self, name: Option<&str>) -> Result<Vec<Status>> {
+        let status = |name: &str| Status { name: name.into(), size: 1 << 40, pid: 7, ..Default::default() };
+        match name {
+            None => Ok(vec![status("a"), status("b")]),
+            Some("a") => Ok(vec![status("a")]),
+            Some("b") => Ok(vec![status("b")]),
+            Some(name) => bail!(NotFound, "no clone '{name}'"),
+        }
+    }
+    fn message(&self, name: &str, message: &Message) -> LocalBoxFuture<'static, Result<()>> {
+        let (env, seen, name, message) = (self.env.clone(), self.seen.clone(), name.to_owned(), *message);
+        Box::pin(async move {
+            match (name.as_str(), message) {
+                ("a", Message::DisableHydration) => bail!(ReadOnly, "clone 'a' is read-only"),
+                ("a", _) => {}
+                ("b", _) => env.sleep(Duration::from_millis(300)).await,
+                _ => bail!(NotFound, "no clone '{name}'"),
+            }
+            seen.lock().unwrap().push(format!("{name} {message}"));
+            Ok(())
+        })
+    }
+    fn stop(&self) -> Result<()> {
+        self.stopped.notify();
+        Ok(())
+    }
+}
+
+struct Running {
+    executor: JoinHandle<()>,
+    path: PathBuf,
+    seen: Seen,
+    _dir: tempfile::TempDir,
+}
+
+impl Running {
+    fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.control");
+        let socket = BoundSocket::bind(&path).unwrap();
+        let seen = Seen::default();
+        let seen_inside = seen.clone();
+        let executor = std::thread::spawn(move || {
+            glommio::LocalExecutorBuilder::default().io_memory(1 << 20).make().unwrap().run(async move {
+                let ring = Ring::start().unwrap();
+                let env: Rc<dyn Env> = Rc::new(GlommioEnv::new());
+                let stopped = Rc::new(Notify::default());
+                let clones = Rc::new(Clones { env: env.clone(), seen: seen_inside, stopped: stopped.clone() });
+                let server = Server::start(socket, clones, env);
+                stopped.notified().await;
+                server.close().await;
+                ring.shutdown().await;
+            });
+        });
+        Self { executor, path, seen, _dir: dir }
+    }
+
+    fn client(&self) -> Client {
+        Client::new(&self.path)
+    }
+
+    fn stop(self) {
+        self.client().stop().unwrap();
+        self.executor.join().unwrap();
+        let error = Client::new(&self.path).status_of_all().unwrap_err();
+        assert!(error.to_string().contains("is it running?"), "{error}");
+    }
+
+    /// The whole answer to `request`, as text.
+    fn raw(&self, request: &[u8]) -> String {
+        let mut socket = UnixStream::connect(&self.path).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        // The server may answer and close before it has read all.
+        let _ = socket.write_all(request);
+        let mut answer = Vec::new();
+        let _ = socket.read_to_end(&mut answer);
+        String::from_utf8(answer).unwrap()
+    }
+
+    fn post(&self, path: &str, body: &str) -> String {
+        self.raw(format!("POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}", body.len()).as_bytes())
+    }
+}
+
+#[test]
+fn status_message_and_stop() {
+    let running = Running::start();
+    let client = running.client();
+    let name = |name: &str| name.parse().unwrap();
+    let names: Vec<_> = client.status_of_all().unwrap().into_iter().map(|status| status.name).collect();
+    assert_eq!(names, ["a", "b"]);
+    assert_eq!(client.status(&name("b")).unwrap().size, 1 << 40);
+    let error = client.status(&name("c")).unwrap_err();
+    assert_eq!((error.kind(), error.to_string().as_str()), (ErrorKind::NotFound, "no clone 'c'"));
+
+    client.message(&name("a"), &Message::EnableHydration).unwrap();
+    client.message(&name("b"), &Message::HydrationThreshold(16)).unwrap();
+    assert_eq!(*running.seen.lock().unwrap(), ["a enable_hydration", "b hydration_threshold 16"], "in force on return");
+    let error = client.message(&name("a"), &Message::DisableHydration).unwrap_err();
+    assert_eq!(error.to_string(), "clone 'a' is read-only");
+    assert_eq!(client.message(&name("c"), &Message::EnableHydration).unwrap_err().kind(), ErrorKind::NotFound);
+    running.stop();
+}
+
+#[test]
+fn http_status_of_what_is_wrong() {
+    let running = Running::start();
+    let answer = running.raw(b"GET /v1/clones/a/status HTTP/1.1\r\nHost: x\r\n\r\n");
+    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.contains("application/json"), "{answer}");
+    assert!(answer.contains("connection: close"), "{answer}");
+
+    let message = "/v1/clones/a/message";
+    let large = format!(r#"{{"message": "{}"}}"#, "x".repeat(64 << 10));
+    let many_headers = format!("GET /v1/status HTTP/1.1\r\nHost: x\r\n{}\r\n", "A: b\r\n".repeat(100));
+    let long_header = format!("GET /v1/status HTTP/1.1\r\nHost: x\r\nA: {}\r\n\r\n", "b".repeat(1 << 20));
+    let cases = [
+        (running.raw(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"), "404", "not_found"),
+        (running.raw(b"GET /v2/status HTTP/1.1\r\nHost: x\r\n\r\n"), "404", "not_found"),
+        (running.raw(b"GET /v1/clones//status HTTP/1.1\r\nHost: x\r\n\r\n"), "404", "not_found"),
+        (running.raw(b"GET /v1/clones/a/b/status HTTP/1.1\r\nHost: x\r\n\r\n"), "404", "not_found"),
+        (running.raw(b"GET /v1/clones/c/status HTTP/1.1\r\nHost: x\r\n\r\n"), "404", "no clone 'c'"),
+        (running.raw(b"GET /v1/stop HTTP/1.1\r\nHost: x\r\n\r\n"), "405", "use POST here"),
+        (running.post("/v1/status", ""), "405", "use GET here"),
+        (running.post(message, ""), "400", "the body is not"),
+        (running.post(message, "[]"), "400", "the body is not"),
+        (running.post(message, r#"{"message": 7}"#), "400", "the body is not"),
+        (running.post(message, r#"{"message": "stop", "x": 1}"#), "400", "unknown field"),
+        (running.post(message, r#"{"message": "bogus"}"#), "400", "unknown message 'bogus'"),
+        (running.post(message, r#"{"message": "disable_hydration"}"#), "409", "read_only"),
+        (running.post(message, &large), "413", "larger than 65536 bytes"),
+        (running.raw(many_headers.as_bytes()), "431", ""),
+        (running.raw(long_header.as_bytes()), "431", ""),
+        (running.raw(b"\x00\x01\x02 nonsense\r\n\r\n"), "400", ""),
+    ];
+    for (answer, status, text) in cases {
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status} ")) && answer.contains(text),
+            "{status} {text}: {answer}"
+        );
+    }
+    assert!(running.seen.lock().unwrap().is_empty());
+    running.stop();
+}
+
+#[test]
+fn broken_and_idle_clients_hold_up_nobody() {
+    let running = Running::start();
+    // More than the server serves at a time; they say nothing, or half of something.
+    let mut idle: Vec<_> = (0..80).map(|_| UnixStream::connect(&running.path).unwrap()).collect();
+    for (index, socket) in idle.iter_mut().enumerate() {
+        let _ = socket.write_all(&b"POST /v1/clones/a/message HTTP/1.1\r\nContent-Length: 99\r\n\r\n{"[..index % 60]);
+    }
+    let deadline = Instant::now() + Duration::from_secs(10);
+    idle.truncate(10);
+    while let Err(error) = running.client().status_of_all() {
+        assert!(Instant::now() < deadline, "{error}");
+    }
+    running.stop();
+}
+
+#[test]
+fn a_message_runs_to_its_end_without_its_client() {
+    let running = Running::start();
+    let body = r#"{"message": "enable_hydration"}"#;
+    let head = format!("POST /v1/clones/b/message HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", body.len());
+    let mut socket = UnixStream::connect(&running.path).unwrap();
+    socket.write_all(format!("{head}{body}").as_bytes()).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(running.seen.lock().unwrap().is_empty(), "it takes longer");
+    drop(socket);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while *running.seen.lock().unwrap() != ["b enable_hydration"] {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    running.stop();
+}
+
+#[test]
+fn the_client_says_what_is_at_the_other_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.control");
+    let error_of = |client: &Client| client.status_of_all().unwrap_err();
+    let client = Client::new(&path);
+
+    let error = error_of(&client);
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert_eq!(error.to_string(), format!("no daemon is listening at {}; is it running?", path.display()));
+
+    drop(UnixListener::bind(&path).unwrap());
+    assert!(error_of(&client).to_string().contains("ended without removing its socket"));
+
+    for (answer, part) in [
+        ("", "broke the connection"),
+        ("SSH-2.0-OpenSSH\r\n", "broke the connection"),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", "is not a hydrant daemon"),
+        ("HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n", "is not a hydrant daemon: 500"),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\nhello", "can't read the answer"),
+    ] {
+        let server = impostor(&path, answer);
+        let error = error_of(&client);
+        assert_eq!(error.kind(), ErrorKind::Protocol);
+        assert!(error.to_string().contains(part), "{answer:?}: {error}");
+        server.join().unwrap();
+    }
+}
+
+/// Answers one connection with `answer`, whatever it asks.
+fn impostor(path: &Path, answer: &'static str) -> JoinHandle<()> {
+    let _ = std::fs::remove_file(path);
+    let listener = UnixListener::bind(path).unwrap();
+    std::thread::spawn(move || {
+        let (mut socket, _) = listener.accept().unwrap();
+        let _ = socket.read(&mut [0; 4096]);
+        socket.write_all(answer.as_bytes()).unwrap();
+    })
+}

@@ -1,0 +1,91 @@
+//! Numbers for people. Pure.
+
+/// `5.0 MiB`; with three digits before the point there are none after it.
+pub fn size(bytes: u64) -> String {
+    scaled(bytes as f64)
+}
+
+/// `220 MiB/s`.
+pub fn rate(bytes_per_second: f64) -> String {
+    format!("{}/s", scaled(bytes_per_second))
+}
+
+fn scaled(bytes: f64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    if bytes < 1024.0 {
+        return format!("{bytes:.0} B");
+    }
+    let mut value = bytes / 1024.0;
+    let mut unit = 0;
+    while value >= 1023.95 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let digits = if value < 99.95 { 1 } else { 0 };
+    format!("{value:.digits$} {}", UNITS[unit])
+}
+
+/// A plain number; here so that all numbers go one way.
+pub fn count(number: u64) -> String {
+    number.to_string()
+}
+
+/// `45.2%`, rounded down, so that `100%` means all.
+pub fn percent(fraction: f64) -> String {
+    match fraction {
+        all if all >= 1.0 => "100%".into(),
+        part => format!("{:.1}%", (part.max(0.0) * 1000.0).floor() / 10.0),
+    }
+}
+
+/// The two largest units: `41s`, `1h 2m`, `3d 0h`.
+pub fn duration(seconds: u64) -> String {
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{minutes}m {}s", seconds % 60),
+        3600..86400 => format!("{hours}h {}m", minutes % 60),
+        _ => format!("{days}d {}h", hours % 24),
+    }
+}
+
+/// A latency: `870 us`, `12.3 ms`, `1.25 s`.
+pub fn latency(us: u64) -> String {
+    match us {
+        0..1000 => format!("{us} us"),
+        1000..1_000_000 => format!("{:.1} ms", us as f64 / 1e3),
+        _ => format!("{:.2} s", us as f64 / 1e6),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        let cases = [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (1536, "1.5 KiB"),
+            (100 << 10, "100 KiB"),
+            ((1 << 20) - 1, "1.0 MiB"),
+            (1 << 20, "1.0 MiB"),
+            (220 << 20, "220 MiB"),
+            (u64::MAX, "16384 PiB"),
+        ];
+        for (bytes, text) in cases {
+            assert_eq!(size(bytes), text);
+        }
+    }
+
+    #[test]
+    fn the_rest() {
+        assert_eq!(percent(0.99999), "99.9%");
+        assert_eq!(percent(1.0), "100%");
+        assert_eq!(percent(0.4526), "45.2%");
+        assert_eq!([0, 59, 60, 3723, 90000].map(duration), ["0s", "59s", "1m 0s", "1h 2m", "1d 1h"]);
+        assert_eq!([870, 12_345, 1_250_000].map(latency), ["870 us", "12.3 ms", "1.25 s"]);
+    }
+}

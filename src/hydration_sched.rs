@@ -1,0 +1,325 @@
+//! The hydration scheduler: which regions to copy next on one shard, and when not to.
+//!
+//! Pure: the map, the time and what is busy are arguments. A cursor walks the shard's unhydrated regions and hands
+//! out batches of adjacent ones; regions that a client waits for go first. A batch that fails is split into single
+//! regions, so that one bad sector keeps only its own region back; each of those is tried again after a delay that
+//! doubles. When many batches fail in a row, or the destination is full or the source is gone, everything pauses,
+//! again with a doubling delay.
+
+use crate::units::{RegionIndex, RegionRange};
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+/// First delay after a failure; doubles up to [`BACKOFF_MAX`].
+pub const BACKOFF_MIN: Duration = Duration::from_millis(500);
+/// Longest delay between two tries.
+pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
+/// So many failed batches in a row pause hydration as a whole.
+pub const FAILURES_IN_A_ROW_MAX: u32 = 16;
+/// Regions that clients asked for ahead of the background; more are left to the cursor.
+pub const URGENT_MAX: usize = 1024;
+
+/// What the scheduler needs to know of a region map.
+pub trait Unhydrated {
+    /// The first unhydrated region at or after `from` that this shard owns, with those adjacent to it, at most `max`.
+    fn next_unhydrated(&self, from: RegionIndex, max: u64) -> Option<RegionRange>;
+    fn is_hydrated(&self, region: RegionIndex) -> bool;
+}
+
+/// What to do next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Next {
+    /// Copy these. Report the end with [`HydrationSched::succeeded`] or [`HydrationSched::failed`].
+    Batch(RegionRange),
+    /// Nothing before this time (or before a batch in flight ends).
+    WaitUntil(Duration),
+    /// Nothing until a batch in flight ends.
+    WaitForBatch,
+    /// Every region of this shard is hydrated.
+    Done,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Failure {
+    attempts: u32,
+    not_before: Duration,
+}
+
+/// The scheduler of one shard's part of one clone.
+#[derive(Debug, Default)]
+pub struct HydrationSched {
+    cursor: RegionIndex,
+    urgent: VecDeque<RegionIndex>,
+    failures: BTreeMap<RegionIndex, Failure>,
+    batches_in_flight: u64,
+    failures_in_a_row: u32,
+    pauses_in_a_row: u32,
+    paused_until: Option<Duration>,
+}
+
+fn backoff(attempts: u32) -> Duration {
+    BACKOFF_MIN.saturating_mul(1 << attempts.min(16)).min(BACKOFF_MAX)
+}
+
+impl HydrationSched {
+    /// Decides. `batch_max` is in regions (at least 1); `busy` tells whether some operation holds the region.
+    pub fn next(
+        &mut self,
+        map: &impl Unhydrated,
+        now: Duration,
+        batch_max: u64,
+        busy: &dyn Fn(RegionIndex) -> bool,
+    ) -> Next {
+        if let Some(until) = self.paused_until {
+            if now < until {
+                return Next::WaitUntil(until);
+            }
+            self.paused_until = None;
+        }
+        while let Some(region) = self.urgent.pop_front() {
+            if !map.is_hydrated(region) && !busy(region) {
+                return self.start(RegionRange::single(region));
+            }
+        }
+        let due = self.failures.iter().find(|(_, failure)| failure.not_before <= now).map(|(region, _)| *region);
+        if let Some(region) = due {
+            if map.is_hydrated(region) {
+                self.failures.remove(&region);
+                return self.next(map, now, batch_max, busy);
+            }
+            if !busy(region) {
+                // Not due again while this try runs.
+                self.failures.get_mut(&region).expect("just found").not_before = Duration::MAX;
+                return self.start(RegionRange::single(region));
+            }
+        }
+        while let Some(run) = map.next_unhydrated(self.cursor, batch_max.max(1)) {
+            let held_back = |region: &RegionIndex| self.failures.contains_key(region) || busy(*region);
+            let Some(first) = run.iter().find(|r| !held_back(r)) else {
+                self.cursor = run.end();
+                continue;
+            };
+            let end = run.iter().skip_while(|r| *r <= first).find(held_back).unwrap_or(run.end());
+            self.cursor = end;
+            return self.start(RegionRange::between(first, end).expect("first is before end"));
+        }
+        // The end of a pass. What is left is in flight, held by clients, or failing.
+        self.cursor = RegionIndex(0);
+        if map.next_unhydrated(RegionIndex(0), 1).is_none() {
+            return Next::Done;
+        }
+        if self.batches_in_flight > 0 {
+            return Next::WaitForBatch;
+        }
+        let earliest = self.failures.values().map(|f| f.not_before).min();
+        let soon = now + BACKOFF_MIN / 10;
+        Next::WaitUntil(earliest.filter(|t| *t != Duration::MAX).map_or(soon, |t| t.max(soon)))
+    }
+
+    fn start(&mut self, batch: RegionRange) -> Next {
+        self.batches_in_flight += 1;
+        Next::Batch(batch)
+    }
+
+    /// A batch that was handed out covers more or fewer regions now: the cursor goes on behind it.
+    pub fn resized(&mut self, batch: RegionRange) {
+        self.cursor = batch.end();
+    }
+
+    /// A batch was handed out too early: it is the cursor's next one again.
+    pub fn back_to(&mut self, region: RegionIndex) {
+        self.cursor = self.cursor.min(region);
+    }
+
+    /// A client wants this region soon.
+    pub fn prioritise(&mut self, region: RegionIndex) {
+        if self.urgent.len() < URGENT_MAX && !self.urgent.contains(&region) {
+            self.urgent.push_back(region);
+        }
+    }
+
+    /// A batch has ended without being tried (its regions turned out to be hydrated or held).
+    pub fn skipped(&mut self, batch: RegionRange) {
+        self.batches_in_flight -= 1;
+        for (_, failure) in self.failures.range_mut(batch.first()..batch.end()) {
+            failure.not_before = Duration::ZERO;
+        }
+    }
+
+    /// A batch is hydrated.
+    pub fn succeeded(&mut self, batch: RegionRange) {
+        self.batches_in_flight -= 1;
+        self.failures_in_a_row = 0;
+        self.pauses_in_a_row = 0;
+        if !self.failures.is_empty() {
+            let healed: Vec<_> = self.failures.range(batch.first()..batch.end()).map(|(r, _)| *r).collect();
+            for region in healed {
+                self.failures.remove(&region);
+            }
+        }
+    }
+
+    /// A batch could not be copied because of some of its data. Returns whether this paused hydration.
+    pub fn failed(&mut self, batch: RegionRange, now: Duration) -> bool {
+        self.batches_in_flight -= 1;
+        let single = batch.count() == 1;
+        for region in batch.iter() {
+            let failure = self.failures.entry(region).or_insert(Failure { attempts: 0, not_before: now });
+            failure.not_before = if single { now + backoff(failure.attempts) } else { now };
+            failure.attempts += u32::from(single);
+        }
+        self.failures_in_a_row += 1;
+        if self.failures_in_a_row < FAILURES_IN_A_ROW_MAX {
+            return false;
+        }
+        self.pause(now);
+        true
+    }
+
+    /// A batch could not be copied for a reason that holds for all (no space, the source is gone).
+    pub fn failed_for_all(&mut self, batch: RegionRange, now: Duration) {
+        self.skipped(batch);
+        if self.paused_until.is_none() {
+            self.pause(now);
+        }
+    }
+
+    fn pause(&mut self, now: Duration) {
+        self.failures_in_a_row = 0;
+        self.paused_until = Some(now + backoff(self.pauses_in_a_row));
+        self.pauses_in_a_row += 1;
+    }
+
+    /// Tries at once what is held back (after the user said so, or the source came back).
+    pub fn retry_now(&mut self) {
+        self.paused_until = None;
+        self.pauses_in_a_row = 0;
+        for failure in self.failures.values_mut().filter(|f| f.not_before != Duration::MAX) {
+            failure.not_before = Duration::ZERO;
+        }
+    }
+
+    /// Regions whose copy has failed alone at least once and that are not hydrated yet.
+    pub fn failed_regions(&self) -> u64 {
+        self.failures.values().filter(|f| f.attempts > 0).count() as u64
+    }
+
+    pub fn is_paused(&self) -> bool {
+        self.paused_until.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    struct Bits(Vec<bool>);
+    impl Unhydrated for Bits {
+        fn next_unhydrated(&self, from: RegionIndex, max: u64) -> Option<RegionRange> {
+            let first = (from.0 as usize..self.0.len()).find(|i| !self.0[*i])?;
+            let count = self.0[first..].iter().take(max as usize).take_while(|b| !**b).count();
+            RegionRange::between(RegionIndex(first as u64), RegionIndex((first + count) as u64))
+        }
+        fn is_hydrated(&self, region: RegionIndex) -> bool {
+            self.0[region.0 as usize]
+        }
+    }
+
+    #[test]
+    fn one_bad_region_keeps_only_itself_back_and_heals() {
+        let mut map = Bits(vec![false; 64]);
+        let (mut sched, mut now, bad) = (HydrationSched::default(), Duration::ZERO, RegionIndex(21));
+        let mut tries_of_bad = 0;
+        while now < Duration::from_secs(200) {
+            match sched.next(&map, now, 16, &|_| false) {
+                Next::Batch(batch) if batch.contains(bad) && now < Duration::from_secs(100) => {
+                    tries_of_bad += u32::from(batch.count() == 1);
+                    sched.failed(batch, now);
+                }
+                Next::Batch(batch) => {
+                    batch.iter().for_each(|r| map.0[r.0 as usize] = true);
+                    sched.succeeded(batch);
+                }
+                Next::WaitUntil(until) => {
+                    assert!(until > now);
+                    assert_eq!(map.0.iter().filter(|b| !**b).count(), 1, "all others are hydrated before waiting");
+                    assert_eq!(sched.failed_regions(), 1);
+                    now = until;
+                }
+                Next::Done => break,
+                Next::WaitForBatch => unreachable!("no batch is left in flight"),
+            }
+        }
+        assert!(map.0.iter().all(|b| *b));
+        assert_eq!(sched.failed_regions(), 0);
+        assert!((5..=12).contains(&tries_of_bad), "{tries_of_bad} tries in 100 s: the delay doubles");
+    }
+
+    #[test]
+    fn a_clients_region_goes_first_and_many_failures_pause() {
+        let map = Bits(vec![false; 1000]);
+        let mut sched = HydrationSched::default();
+        sched.prioritise(RegionIndex(500));
+        let first = sched.next(&map, Duration::ZERO, 4, &|_| false);
+        assert_eq!(first, Next::Batch(RegionRange::single(RegionIndex(500))));
+        for i in 1..=FAILURES_IN_A_ROW_MAX {
+            let Next::Batch(batch) = sched.next(&map, Duration::ZERO, 4, &|_| false) else { panic!("a batch") };
+            assert_eq!(sched.failed(batch, Duration::ZERO), i == FAILURES_IN_A_ROW_MAX);
+        }
+        assert_eq!(sched.next(&map, Duration::ZERO, 4, &|_| false), Next::WaitUntil(BACKOFF_MIN));
+        sched.retry_now();
+        assert!(matches!(sched.next(&map, Duration::ZERO, 4, &|_| false), Next::Batch(_)));
+    }
+
+    proptest! {
+        /// Whatever fails, is busy or is hydrated by clients meanwhile: batches hold only unhydrated, free,
+        /// adjacent regions that are not in another batch, and in the end everything is hydrated.
+        #[test]
+        fn hands_out_what_is_left_and_ends(
+            start in prop::collection::vec(any::<bool>(), 1..200),
+            batch_max in 1u64..20,
+            events in prop::collection::vec((0u8..8, any::<prop::sample::Index>()), 0..300),
+        ) {
+            let mut map = Bits(start);
+            let mut sched = HydrationSched::default();
+            let mut now = Duration::ZERO;
+            let mut in_flight: Vec<RegionRange> = Vec::new();
+            let mut events = events.into_iter();
+            for step in 0.. {
+                prop_assert!(step < 20_000, "no progress");
+                let event = events.next();
+                let calm = event.is_none();
+                if let Some((what, pick)) = event {
+                    let region = pick.index(map.0.len());
+                    match what {
+                        0 => map.0[region] = true,
+                        1 => sched.prioritise(RegionIndex(region as u64)),
+                        2 if !in_flight.is_empty() => { let b = in_flight.remove(pick.index(in_flight.len())); sched.failed(b, now); }
+                        3 if !in_flight.is_empty() => { let b = in_flight.remove(pick.index(in_flight.len())); sched.failed_for_all(b, now); }
+                        4 if !in_flight.is_empty() => { let b = in_flight.remove(pick.index(in_flight.len())); sched.skipped(b); }
+                        5 => now += Duration::from_millis(pick.index(3000) as u64),
+                        _ => {}
+                    }
+                }
+                let held = in_flight.clone();
+                match sched.next(&map, now, batch_max, &|r| held.iter().any(|b| b.contains(r))) {
+                    Next::Batch(batch) => {
+                        prop_assert!(batch.count() <= batch_max);
+                        prop_assert!(batch.iter().all(|r| !map.0[r.0 as usize] && !held.iter().any(|b| b.contains(r))));
+                        in_flight.push(batch);
+                    }
+                    Next::WaitUntil(until) if calm && in_flight.is_empty() => { prop_assert!(until > now); now = until; }
+                    Next::WaitUntil(_) => {}
+                    Next::WaitForBatch => prop_assert!(!in_flight.is_empty()),
+                    Next::Done => { prop_assert!(map.0.iter().all(|b| *b)); if calm { break; } }
+                }
+                if calm && !in_flight.is_empty() {
+                    let batch = in_flight.remove(0);
+                    batch.iter().for_each(|r| map.0[r.0 as usize] = true);
+                    sched.succeeded(batch);
+                }
+            }
+        }
+    }
+}

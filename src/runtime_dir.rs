@@ -1,0 +1,163 @@
+//! Where the sockets of a running clone are, unless the user says otherwise.
+//!
+//! The directory is `$XDG_RUNTIME_DIR/hydrant`, or `/run/hydrant` when that variable is not set (the services of the
+//! system). It belongs to one user (mode 0700). A clone `NAME` has `NAME.sock` (NBD) and `NAME.control` there.
+
+use crate::bail;
+use crate::config::CloneName;
+use crate::error::{Error, ErrorKind, Result};
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+/// Where it is without XDG_RUNTIME_DIR.
+const SYSTEM_DIR: &str = "/run/hydrant";
+const NBD_SUFFIX: &str = "sock";
+const CONTROL_SUFFIX: &str = "control";
+/// How many clones `hydrant status` looks at, at most, when it is not told which.
+const LISTED_MAX: usize = 1024;
+
+/// The runtime directory of this process's user. It need not exist.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RuntimeDir(PathBuf);
+
+impl RuntimeDir {
+    /// By the environment.
+    pub fn of_user() -> Self {
+        Self::by_xdg(std::env::var_os("XDG_RUNTIME_DIR"))
+    }
+
+    /// `xdg` is the value of XDG_RUNTIME_DIR; one that is empty or relative counts as not set, as the XDG Base
+    /// Directory Specification wants it.
+    fn by_xdg(xdg: Option<OsString>) -> Self {
+        match xdg.map(PathBuf::from) {
+            Some(dir) if dir.is_absolute() => Self(dir.join("hydrant")),
+            _ => Self(SYSTEM_DIR.into()),
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub fn nbd_socket(&self, name: &CloneName) -> PathBuf {
+        self.0.join(format!("{name}.{NBD_SUFFIX}"))
+    }
+
+    pub fn control_socket(&self, name: &CloneName) -> PathBuf {
+        self.0.join(format!("{name}.{CONTROL_SUFFIX}"))
+    }
+
+    /// Whether `socket` lies directly in the directory, so that [`Self::create`] is needed for it.
+    pub fn holds(&self, socket: &Path) -> bool {
+        socket.parent() == Some(&self.0)
+    }
+
+    /// Creates the directory, when it is not there. One that others may write to is refused: they could put their
+    /// sockets in place of ours.
+    pub fn create(&self) -> Result<()> {
+        let dir = &self.0;
+        match fs::DirBuilder::new().mode(0o700).create(dir) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => {
+                let advice = "set XDG_RUNTIME_DIR, or say where the sockets go with --nbd and --control";
+                return Err(Error::from_io(
+                    error,
+                    format!("can't create the runtime directory {} ({advice})", dir.display()),
+                ));
+            }
+        }
+        let what = |error| Error::from_io(error, format!("runtime directory {}", dir.display()));
+        let meta = fs::symlink_metadata(dir).map_err(what)?;
+        if !meta.is_dir() {
+            bail!(WrongType, "runtime directory {} is not a directory: remove it", dir.display());
+        }
+        if meta.permissions().mode() & 0o022 != 0 {
+            bail!(PermissionDenied, "runtime directory {} is writable by others: chmod 0700 it", dir.display());
+        }
+        let me = fs::metadata("/proc/self").map_err(what)?.uid();
+        if meta.uid() != me && me != 0 {
+            bail!(PermissionDenied, "runtime directory {} belongs to user {}, not to you", dir.display(), meta.uid());
+        }
+        Ok(())
+    }
+
+    /// The clones that have, or had, a control socket here, by name.
+    pub fn clones(&self) -> Result<Vec<(CloneName, PathBuf)>> {
+        let what = |error| Error::from_io(error, format!("runtime directory {}", self.0.display()));
+        let entries = match fs::read_dir(&self.0) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(what(error)),
+        };
+        let mut clones = Vec::new();
+        for entry in entries {
+            let path = entry.map_err(what)?.path();
+            if path.extension().is_none_or(|extension| extension != CONTROL_SUFFIX) {
+                continue;
+            }
+            let Some(name) = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok()) else {
+                continue;
+            };
+            if clones.len() == LISTED_MAX {
+                return Err(Error::new(
+                    ErrorKind::Limit,
+                    format!("more than {LISTED_MAX} clones in {}: say which one", self.0.display()),
+                ));
+            }
+            clones.push((name, path));
+        }
+        clones.sort();
+        Ok(clones)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> CloneName {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn follows_xdg() {
+        let user = RuntimeDir::by_xdg(Some("/run/user/1000".into()));
+        assert_eq!(user.nbd_socket(&name("vm")), Path::new("/run/user/1000/hydrant/vm.sock"));
+        assert_eq!(user.control_socket(&name("a.b")), Path::new("/run/user/1000/hydrant/a.b.control"));
+        assert!(user.holds(Path::new("/run/user/1000/hydrant/vm.sock")));
+        assert!(!user.holds(Path::new("/run/user/1000/vm.sock")));
+        for unset in [None, Some("".into()), Some("relative".into())] {
+            assert_eq!(RuntimeDir::by_xdg(unset).path(), Path::new("/run/hydrant"));
+        }
+    }
+
+    #[test]
+    fn creates_privately_and_lists() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = RuntimeDir::by_xdg(Some(temp.path().into()));
+        assert_eq!(dir.clones().unwrap(), []);
+        dir.create().unwrap();
+        assert_eq!(fs::metadata(dir.path()).unwrap().permissions().mode() & 0o777, 0o700);
+        dir.create().unwrap();
+        for file in ["b.control", "a.x.control", "b.sock", ".control", "-z.control", "control"] {
+            fs::write(dir.path().join(file), "").unwrap();
+        }
+        let names: Vec<_> = dir.clones().unwrap().into_iter().map(|(name, _)| name.to_string()).collect();
+        assert_eq!(names, ["a.x", "b"]);
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(dir.create().unwrap_err().to_string().contains("writable by others"));
+    }
+
+    #[test]
+    fn says_what_to_do_when_it_cannot_be_created() {
+        let dir = RuntimeDir::by_xdg(Some("/nonexistent/run".into()));
+        let error = dir.create().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+        let text = error.to_string();
+        assert!(text.contains("/nonexistent/run/hydrant") && text.contains("--control"), "{text}");
+    }
+}
