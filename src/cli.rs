@@ -46,6 +46,7 @@ pub enum Verb {
     Status(StatusArgs),
     Message(MessageArgs),
     Stop(StopArgs),
+    Demo(DemoArgs),
 }
 
 /// Serve a clone of a source and copy it to a destination, in the foreground

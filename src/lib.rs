@@ -15,6 +15,7 @@ pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod control;
+pub mod demo;
 pub mod disk;
 pub mod dma_buf;
 pub mod env;
