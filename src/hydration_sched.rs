@@ -121,6 +121,16 @@ impl HydrationSched {
         Next::Batch(batch)
     }
 
+    /// A batch that was handed out covers more or fewer regions now: the cursor goes on behind it.
+    pub fn resized(&mut self, batch: RegionRange) {
+        self.cursor = batch.end();
+    }
+
+    /// A batch was handed out too early: it is the cursor's next one again.
+    pub fn back_to(&mut self, region: RegionIndex) {
+        self.cursor = self.cursor.min(region);
+    }
+
     /// A client wants this region soon.
     pub fn prioritise(&mut self, region: RegionIndex) {
         if self.urgent.len() < URGENT_MAX && !self.urgent.contains(&region) {

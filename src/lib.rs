@@ -12,18 +12,24 @@
 //! * L4, product: the command line, the control interface, the daemon that puts the parts together.
 
 pub mod cli;
+pub mod clone_state;
 pub mod commands;
 pub mod config;
 pub mod control;
+pub mod coordinator;
 pub mod demo;
+pub mod devices;
 pub mod disk;
 pub mod dma_buf;
 pub mod env;
+pub mod environment;
 pub mod error;
 pub mod human;
 pub mod hydration_sched;
 pub mod io_frontend;
 pub mod local;
+pub mod log_limit;
+pub mod meta;
 pub mod net;
 pub mod ring;
 pub mod runtime_dir;

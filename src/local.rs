@@ -62,6 +62,7 @@ pub mod oneshot {
     }
 }
 
+pub mod latch;
 pub use oneshot::channel as oneshot;
 
 /// Permits, given out in order of asking.

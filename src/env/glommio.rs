@@ -3,7 +3,11 @@
 use super::Env;
 use crate::io_frontend::request::LocalBoxFuture;
 use glommio::{Latency, Shares, TaskQueueHandle};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+
+/// The moment that [`Env::now`] counts from: one for all executors, so that shards can compare their times.
+static START: OnceLock<Instant> = OnceLock::new();
 
 /// Shares of the background queue, beside the default queue's 1000: when both have work, the background gets a
 /// tenth of the processor; alone, all of it.
@@ -11,7 +15,6 @@ const BACKGROUND_SHARES: usize = 100;
 
 /// Time and tasks of the current glommio executor.
 pub struct GlommioEnv {
-    start: Instant,
     background: TaskQueueHandle,
 }
 
@@ -23,7 +26,8 @@ impl GlommioEnv {
             Latency::NotImportant,
             "background",
         );
-        Self { start: Instant::now(), background }
+        START.get_or_init(Instant::now);
+        Self { background }
     }
 }
 
@@ -35,7 +39,7 @@ impl Default for GlommioEnv {
 
 impl Env for GlommioEnv {
     fn now(&self) -> Duration {
-        self.start.elapsed()
+        START.get_or_init(Instant::now).elapsed()
     }
     fn sleep(&self, duration: Duration) -> LocalBoxFuture<'static, ()> {
         Box::pin(glommio::timer::sleep(duration))

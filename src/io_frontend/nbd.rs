@@ -1,5 +1,23 @@
-//! The NBD frontend.
+//! The NBD frontend: fixed newstyle, structured replies, metadata contexts.
 //!
 //! * [`proto`]: the wire format, pure; the NBD source uses it too.
+//! * [`handshake`]: the server's side of the handshake, a pure machine.
+//! * [`admit`]: what a request asks, checked; pure.
+//! * [`reply`]: from a completion to the bytes that answer it; pure.
+//! * [`server`]: one connection, which puts these together on a socket.
+//! * [`listen`]: addresses and listening sockets.
 
+pub mod admit;
+pub mod handshake;
+mod inbox;
+pub mod limits;
+pub mod listen;
 pub mod proto;
+pub mod reply;
+pub mod server;
+pub mod stats;
+
+pub use handshake::{CONTEXT_HYDRATED, Exports};
+pub use limits::Limits;
+pub use server::serve;
+pub use stats::ConnectionStats;

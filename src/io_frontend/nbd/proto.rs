@@ -29,7 +29,7 @@ pub const INIT_PASSWD: u64 = 0x4e42_444d_4147_4943;
 /// `IHAVEOPT`: a newstyle server, and every option of a client.
 pub const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 /// What an oldstyle server sends in the place of [`OPTION_MAGIC`].
-pub const OLDSTYLE_MAGIC: u64 = 0x0042_0281_8612_53;
+pub const OLDSTYLE_MAGIC: u64 = 0x0000_4202_8186_1253;
 /// Begins a reply to an option.
 pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 /// Begins a request.

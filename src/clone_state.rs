@@ -1,0 +1,251 @@
+//! What all shards of a clone share: its identity, its knobs, its mode and its totals.
+//!
+//! Only small atomics and an event log: data and bits belong to the shards. Nothing here is on the path of a
+//! hydrated read or write but one load of the mode.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::{CloneId, Geometry, ShardIndex};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::*};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+/// Events kept for `status` and the log; older ones are only counted.
+const EVENTS_KEPT: usize = 256;
+
+/// dm-clone's metadata mode.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Mode {
+    /// `rw`.
+    ReadWrite = 0,
+    /// `ro`: a commit has failed. Hydrated regions can still be read and written; what would need new metadata,
+    /// and every flush, fails.
+    ReadOnly = 1,
+    /// `Fail`: no I/O is permitted.
+    Failed = 2,
+}
+
+impl Mode {
+    /// The word of dm-clone's status line.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Mode::ReadWrite => "rw",
+            Mode::ReadOnly => "ro",
+            Mode::Failed => "Fail",
+        }
+    }
+}
+
+/// Something that happened to a clone.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// Counts from 1.
+    pub nr: u64,
+    pub at: SystemTime,
+    pub text: String,
+}
+
+#[derive(Default)]
+struct Events {
+    count: u64,
+    kept: VecDeque<Event>,
+}
+
+/// A setting that the clone is to find by itself.
+pub const AUTOMATIC: u64 = u64::MAX;
+
+/// The settings of hydration, as the user gave them.
+#[derive(Clone, Copy, Debug)]
+pub struct HydrationKnobs {
+    pub enabled: bool,
+    /// Regions being copied at a time, all shards together; 0 stops hydration (as in dm-clone), or [`AUTOMATIC`].
+    pub threshold: u64,
+    /// Adjacent regions copied as one; 0 means 1 (as in dm-clone), or [`AUTOMATIC`].
+    pub batch_size: u64,
+}
+
+/// The state that the shards of one clone share.
+pub struct CloneState {
+    pub id: CloneId,
+    pub name: String,
+    pub geometry: Geometry,
+    pub discard_passdown: bool,
+    mode: AtomicU8,
+    hydrated: AtomicU64,
+    hydrating: AtomicU64,
+    enabled: AtomicBool,
+    threshold: AtomicU64,
+    batch_size: AtomicU64,
+    complete: AtomicBool,
+    stopping: AtomicBool,
+    /// Per shard: bits were set since its last snapshot.
+    dirty: Box<[AtomicBool]>,
+    foreground_in_flight: AtomicU64,
+    /// Environment time of the last client request's end, in microseconds.
+    foreground_last_us: AtomicU64,
+    events: Mutex<Events>,
+}
+
+impl CloneState {
+    pub fn new(
+        id: CloneId,
+        name: String,
+        geometry: Geometry,
+        shards: u16,
+        discard_passdown: bool,
+        knobs: HydrationKnobs,
+    ) -> Self {
+        Self {
+            id,
+            name,
+            geometry,
+            discard_passdown,
+            mode: AtomicU8::new(Mode::ReadWrite as u8),
+            hydrated: AtomicU64::new(0),
+            hydrating: AtomicU64::new(0),
+            enabled: AtomicBool::new(knobs.enabled),
+            threshold: AtomicU64::new(knobs.threshold),
+            batch_size: AtomicU64::new(knobs.batch_size),
+            complete: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+            dirty: (0..shards).map(|_| AtomicBool::new(false)).collect(),
+            foreground_in_flight: AtomicU64::new(0),
+            foreground_last_us: AtomicU64::new(0),
+            events: Mutex::default(),
+        }
+    }
+
+    pub fn mode(&self) -> Mode {
+        match self.mode.load(Acquire) {
+            0 => Mode::ReadWrite,
+            1 => Mode::ReadOnly,
+            _ => Mode::Failed,
+        }
+    }
+
+    /// Leaves `rw`, for good: only a restart comes back. Says so by an event. Modes only get worse.
+    pub fn degrade(&self, to: Mode, why: &Error) {
+        if self.mode.fetch_max(to as u8, AcqRel) < to as u8 {
+            log::error!("clone '{}': metadata mode is now {}: {why}", self.name, to.word());
+            self.event(format!("metadata mode {}: {why}", to.word()));
+        }
+    }
+
+    /// Refuses what may not be done in the present mode. `needs_metadata`: it would set new bits, or promises
+    /// that earlier ones are durable.
+    pub fn check_mode(&self, needs_metadata: bool) -> Result<()> {
+        match self.mode() {
+            Mode::Failed => Err(Error::new(ErrorKind::Failed, format!("clone '{}' has failed", self.name))),
+            Mode::ReadOnly if needs_metadata => {
+                Err(Error::new(ErrorKind::ReadOnly, format!("clone '{}': its metadata is read-only", self.name)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub fn hydrated(&self) -> u64 {
+        self.hydrated.load(Acquire)
+    }
+    /// Counts newly hydrated regions; true when they were the last ones.
+    pub fn add_hydrated(&self, regions: u64) -> bool {
+        regions > 0 && self.hydrated.fetch_add(regions, AcqRel) + regions == self.geometry.nr_regions()
+    }
+    pub fn is_all_hydrated(&self) -> bool {
+        self.hydrated() == self.geometry.nr_regions()
+    }
+
+    pub fn hydrating(&self) -> u64 {
+        self.hydrating.load(Relaxed)
+    }
+    pub fn add_hydrating(&self, regions: u64) {
+        self.hydrating.fetch_add(regions, Relaxed);
+    }
+    pub fn sub_hydrating(&self, regions: u64) {
+        self.hydrating.fetch_sub(regions, Relaxed);
+    }
+    /// Counts `regions` as being copied, unless that would exceed `threshold`.
+    pub fn try_add_hydrating(&self, regions: u64, threshold: u64) -> bool {
+        self.hydrating
+            .fetch_update(AcqRel, Acquire, |now| (now + regions <= threshold).then_some(now + regions))
+            .is_ok()
+    }
+
+    pub fn knobs(&self) -> HydrationKnobs {
+        HydrationKnobs {
+            enabled: self.enabled.load(Acquire),
+            threshold: self.threshold.load(Acquire),
+            batch_size: self.batch_size.load(Acquire),
+        }
+    }
+    pub fn set_hydration_enabled(&self, enabled: bool) {
+        if self.enabled.swap(enabled, AcqRel) != enabled {
+            self.event(if enabled { "hydration enabled" } else { "hydration disabled" });
+        }
+    }
+    pub fn set_hydration_threshold(&self, regions: u64) {
+        self.threshold.store(regions, Release);
+    }
+    pub fn set_hydration_batch_size(&self, regions: u64) {
+        self.batch_size.store(regions, Release);
+    }
+
+    /// Everything is hydrated and that is durable: source and maps were let go.
+    pub fn is_complete(&self) -> bool {
+        self.complete.load(Acquire)
+    }
+    pub fn set_complete(&self) {
+        self.complete.store(true, Release);
+    }
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Acquire)
+    }
+    pub fn set_stopping(&self) {
+        self.stopping.store(true, Release);
+    }
+
+    pub fn set_dirty(&self, shard: ShardIndex) {
+        self.dirty[usize::from(shard.0)].store(true, Release);
+    }
+    pub fn take_dirty(&self, shard: ShardIndex) -> bool {
+        self.dirty[usize::from(shard.0)].swap(false, AcqRel)
+    }
+    pub fn is_dirty(&self) -> bool {
+        self.dirty.iter().any(|dirty| dirty.load(Acquire))
+    }
+    pub fn shards(&self) -> u16 {
+        self.dirty.len() as u16
+    }
+
+    pub fn foreground_begins(&self) {
+        self.foreground_in_flight.fetch_add(1, Relaxed);
+    }
+    pub fn foreground_ends(&self, now: Duration) {
+        self.foreground_last_us.store(now.as_micros() as u64, Relaxed);
+        self.foreground_in_flight.fetch_sub(1, Relaxed);
+    }
+    /// Whether clients are at work, or were within the last `window`.
+    pub fn is_foreground_active(&self, now: Duration, window: Duration) -> bool {
+        let last = self.foreground_last_us.load(Relaxed);
+        self.foreground_in_flight.load(Relaxed) > 0
+            || (last > 0 && now.saturating_sub(Duration::from_micros(last)) < window)
+    }
+
+    /// Records an event and wakes nobody: waiters look at the counter.
+    pub fn event(&self, text: impl Into<String>) {
+        let text = text.into();
+        log::info!("clone '{}': {text}", self.name);
+        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        events.count += 1;
+        let event = Event { nr: events.count, at: SystemTime::now(), text };
+        if events.kept.len() == EVENTS_KEPT {
+            events.kept.pop_front();
+        }
+        events.kept.push_back(event);
+    }
+    /// How many events there were, and the last one.
+    pub fn events(&self) -> (u64, Option<Event>) {
+        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        (events.count, events.kept.back().cloned())
+    }
+}

@@ -1,0 +1,205 @@
+//! The coordinator of a clone: turns flushes into commits.
+//!
+//! A commit is, in this order: (1) every shard hands over the bits whose data writes have completed; (2) the
+//! destination is flushed; (3) the dirty metadata blocks are written, built from that snapshot; (4) the metadata
+//! are flushed; (5) whoever waited is told. Data that a bit stands for was written before (1), so it is durable
+//! after (2) and its bit is written only then: law 1. Whoever is told in (5) had its data acknowledged before (1),
+//! so its bits are in the snapshot: law 2.
+//!
+//! Flushes that come while a commit runs share the next one. Without a flush there is a commit every second. After
+//! a failed flush or metadata write nothing is retried: the clone turns read-only.
+
+use crate::clone_state::{CloneState, Mode};
+use crate::disk::Disk;
+use crate::env::Env;
+use crate::error::{Error, ErrorKind, Result};
+use crate::io_frontend::request::LocalBoxFuture;
+use crate::local::{Notify, join_all, oneshot};
+use crate::meta::codec;
+use crate::meta::region_map::ZoneSnapshot;
+use crate::meta::store::Store;
+use crate::shard::{Mesh, ShardReply, ShardRequest};
+use crate::units::{Generation, ShardIndex, ZoneIndex};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Without a flush, metadata is committed this often (as dm-clone does).
+pub const COMMIT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What commits have cost so far.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+pub struct CommitStats {
+    pub commits: u64,
+    /// Commits that found no new bits and only flushed the destination.
+    pub flushes_only: u64,
+    pub blocks_written: u64,
+}
+
+/// Commits the metadata of one clone; lives on shard 0.
+pub struct Coordinator {
+    state: Arc<CloneState>,
+    store: Store,
+    destination: Rc<dyn Disk>,
+    mesh: Rc<dyn Mesh>,
+    env: Rc<dyn Env>,
+    waiting: RefCell<Vec<oneshot::Sender<Result<()>>>>,
+    wake: Notify,
+    generation: Cell<Generation>,
+    stats: Cell<CommitStats>,
+}
+
+impl Coordinator {
+    pub fn new(
+        state: Arc<CloneState>,
+        store: Store,
+        destination: Rc<dyn Disk>,
+        mesh: Rc<dyn Mesh>,
+        env: Rc<dyn Env>,
+    ) -> Rc<Self> {
+        let generation = Cell::new(store.superblock().generation);
+        Rc::new(Self {
+            state,
+            store,
+            destination,
+            mesh,
+            env,
+            waiting: RefCell::default(),
+            wake: Notify::default(),
+            generation,
+            stats: Cell::default(),
+        })
+    }
+
+    pub fn stats(&self) -> CommitStats {
+        self.stats.get()
+    }
+    pub fn generation(&self) -> Generation {
+        self.generation.get()
+    }
+    pub fn state(&self) -> &Arc<CloneState> {
+        &self.state
+    }
+
+    /// Returns when everything that was acknowledged before this call is durable.
+    pub async fn commit(&self) -> Result<()> {
+        let (sender, receiver) = oneshot();
+        self.waiting.borrow_mut().push(sender);
+        self.wake.notify();
+        let gone = || Error::new(ErrorKind::Shutdown, format!("clone '{}' is stopping", self.state.name));
+        receiver.await.unwrap_or_else(|| Err(gone()))
+    }
+
+    /// Serves commits until the clone stops. One task.
+    pub async fn run(self: Rc<Self>) {
+        let ticker = Rc::downgrade(&self);
+        let env = self.env.clone();
+        self.env.spawn_background(Box::pin(async move {
+            loop {
+                env.sleep(COMMIT_INTERVAL).await;
+                let Some(coordinator) = ticker.upgrade() else { return };
+                if coordinator.state.is_stopping() {
+                    return;
+                }
+                if coordinator.state.is_dirty() {
+                    coordinator.wake.notify();
+                }
+            }
+        }));
+        loop {
+            self.wake.notified().await;
+            let waiting = std::mem::take(&mut *self.waiting.borrow_mut());
+            if waiting.is_empty() && self.state.is_stopping() {
+                return;
+            }
+            let result = self.commit_once().await;
+            for sender in waiting {
+                sender.send(result.clone());
+            }
+            if !self.waiting.borrow().is_empty() {
+                self.wake.notify();
+            }
+        }
+    }
+
+    /// Ends [`Self::run`] once nobody waits. The clone must be marked as stopping.
+    pub fn end(&self) {
+        self.wake.notify();
+    }
+
+    async fn commit_once(&self) -> Result<()> {
+        self.state.check_mode(true)?;
+        let all_hydrated = self.state.is_all_hydrated();
+        let dirty: Vec<ShardIndex> =
+            (0..self.mesh.shards()).map(ShardIndex).filter(|shard| self.state.take_dirty(*shard)).collect();
+        let mut snapshots: Vec<(ShardIndex, Vec<ZoneSnapshot>)> = Vec::new();
+        let clone = self.state.id;
+        let calls = dirty.iter().map(|shard| self.mesh.call(*shard, ShardRequest::Snapshot { clone })).collect();
+        for (shard, reply) in dirty.iter().zip(join_all(calls).await) {
+            match reply? {
+                ShardReply::Zones(zones) => snapshots.push((*shard, zones)),
+                other => unreachable!("zones answer a snapshot, not {other:?}"),
+            }
+        }
+        if let Err(error) = self.destination.flush().await {
+            return Err(self.degrade(error));
+        }
+        let mut stats = self.stats.get();
+        stats.commits += 1;
+        let committed: Vec<(ShardIndex, Vec<ZoneIndex>)> =
+            snapshots.iter().map(|(shard, zones)| (*shard, zones.iter().map(|s| s.zone).collect())).collect();
+        let zones: Vec<ZoneSnapshot> = snapshots.into_iter().flat_map(|(_, zones)| zones).collect();
+        if zones.is_empty() {
+            stats.flushes_only += 1;
+        } else {
+            let generation = Generation(self.generation.get().0 + 1);
+            let written = async {
+                self.store.write_zones(&zones, generation).await?;
+                self.store.flush().await
+            };
+            if let Err(error) = written.await {
+                return Err(self.degrade(error));
+            }
+            self.generation.set(generation);
+            stats.blocks_written += zones.len() as u64;
+            let calls: Vec<LocalBoxFuture<'_, _>> = committed
+                .into_iter()
+                .map(|(shard, zones)| self.mesh.call(shard, ShardRequest::Committed { clone, zones }))
+                .collect();
+            for reply in join_all(calls).await {
+                reply?;
+            }
+        }
+        self.stats.set(stats);
+        if all_hydrated && !self.state.is_complete() {
+            self.complete().await?;
+        }
+        Ok(())
+    }
+
+    /// Everything is hydrated and durable: says so in the superblock and lets go of maps and source.
+    async fn complete(&self) -> Result<()> {
+        let generation = Generation(self.generation.get().0 + 1);
+        if let Err(error) = self.store.write_superblock(codec::CloneState::Complete, generation).await {
+            return Err(self.degrade(error));
+        }
+        self.generation.set(generation);
+        self.state.set_complete();
+        let clone = self.state.id;
+        let calls = (0..self.mesh.shards())
+            .map(|shard| self.mesh.call(ShardIndex(shard), ShardRequest::Release { clone }))
+            .collect();
+        for reply in join_all(calls).await {
+            reply?;
+        }
+        self.state.event("hydration completed");
+        Ok(())
+    }
+
+    fn degrade(&self, error: Error) -> Error {
+        let gone = matches!(error.os_errno(), Some(libc::ENODEV | libc::ENXIO | libc::ENOMEDIUM));
+        self.state.degrade(if gone { Mode::Failed } else { Mode::ReadOnly }, &error);
+        error
+    }
+}

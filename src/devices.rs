@@ -1,0 +1,207 @@
+//! The three devices of a clone: opened, checked and kept from harm before the first byte is written.
+//!
+//! Synchronous: runs before the executors start. What is refused here is refused with one clear line, and with
+//! nothing changed on disk:
+//! * the source is opened read-only, never otherwise, under a shared lock;
+//! * destination and metadata are opened under an exclusive lock (flock) and, for block devices, under the
+//!   kernel's exclusive claim (`O_EXCL`), which mounts, swap, RAID, device-mapper and other clones respect;
+//! * the three must not overlap, however they are named: [`check_distinct`];
+//! * only [`create`] and [`set_size`] change anything, and only what did not exist or was empty.
+//!
+//! Locks and claims belong to the open descriptor: they last as long as [`Device::file`] or a duplicate of it.
+//! Duplicate it for other threads; opening the path again would meet the clone's own claim.
+
+mod content;
+mod distinct;
+mod holders;
+mod identity;
+mod open;
+mod sys;
+mod sysfs;
+
+#[cfg(test)]
+mod tests;
+
+use crate::bail;
+use crate::error::Result;
+use std::ffi::OsString;
+use std::fmt;
+use std::fs::{File, Metadata};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+pub use content::contents;
+#[cfg(test)]
+use distinct::check_distinct_in;
+pub use distinct::{Place, check_distinct};
+pub use open::{create, open_source, open_target, set_size};
+
+/// What a device is to the clone. Displays as the word that errors use.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Role {
+    Source,
+    Destination,
+    Metadata,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Role::Source => "source",
+            Role::Destination => "destination",
+            Role::Metadata => "metadata",
+        })
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum DeviceKind {
+    /// A regular file.
+    File,
+    /// A block device.
+    Block,
+}
+
+/// What a device is, whatever name it was opened by. Valid while the machine runs: device numbers change at boot
+/// (see [`Device::fingerprint_id`]).
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum DeviceId {
+    /// A regular file: `st_dev` and `st_ino`.
+    File { dev: u64, ino: u64 },
+    /// A block device: its number.
+    Block { major: u32, minor: u32 },
+    /// A file that does not exist yet: its directory and its name there.
+    Missing { directory_dev: u64, directory_ino: u64, name: OsString },
+}
+
+impl DeviceId {
+    /// The block device with the number `rdev` (as in `st_rdev`).
+    fn block(rdev: u64) -> Self {
+        DeviceId::Block { major: libc::major(rdev), minor: libc::minor(rdev) }
+    }
+    fn of(stat: &Metadata) -> Self {
+        if stat.file_type().is_block_device() {
+            Self::block(stat.rdev())
+        } else {
+            DeviceId::File { dev: stat.dev(), ino: stat.ino() }
+        }
+    }
+}
+
+/// An open device.
+#[derive(Debug)]
+pub struct Device {
+    pub role: Role,
+    /// As it was given.
+    pub path: PathBuf,
+    pub kind: DeviceKind,
+    /// In bytes. 0 only for an existing empty file as destination or metadata, which [`set_size`] sizes.
+    pub size: u64,
+    /// Alignment of offsets, lengths and memory for I/O on `file`, in bytes: 512, 1024, 2048 or 4096.
+    pub block: u32,
+    /// Whether `file` is open for direct I/O (`O_DIRECT`). False only for a file whose file system can't.
+    pub direct: bool,
+    /// Holds the lock and the claim. Read-only for a source.
+    pub file: File,
+    /// The same file without `O_DIRECT`, for a tail shorter than a block: when `direct` and a regular file.
+    pub buffered: Option<File>,
+    pub id: DeviceId,
+    /// Device number of the file system that holds the file or the device node.
+    fs_dev: u64,
+}
+
+impl Device {
+    /// "destination /dev/sda": how errors name it.
+    pub fn label(&self) -> String {
+        label(self.role, &self.path)
+    }
+
+    /// Identifies the device across reboots and renames: for a file its inode and birth time, for a block device
+    /// its serial number, WWID, UUID or the like. All zeros: not known.
+    pub fn fingerprint_id(&self) -> [u8; 16] {
+        identity::fingerprint_id(self)
+    }
+
+    /// What [`check_distinct`] needs to know.
+    pub fn place(&self) -> Place {
+        Place { role: self.role, path: self.path.clone(), id: self.id.clone(), fs_dev: self.fs_dev }
+    }
+
+    /// Where this device, or a partition of it, is mounted writable: what is written there while the clone runs
+    /// reaches the copy or not. For a warning about a source; a target that is mounted was refused.
+    pub fn mounted_writable(&self) -> Option<PathBuf> {
+        holders::mounted_writable(&self.id)
+    }
+
+    /// The file for I/O at any alignment.
+    fn any_alignment(&self) -> &File {
+        self.buffered.as_ref().unwrap_or(&self.file)
+    }
+}
+
+/// A destination or metadata device, as found.
+#[derive(Debug)]
+pub enum Target {
+    /// There is no such file; [`create`] makes it. Its directory exists and may be written.
+    Missing {
+        place: Place,
+    },
+    Existing(Device),
+}
+
+impl Target {
+    pub fn place(&self) -> Place {
+        match self {
+            Target::Missing { place } => place.clone(),
+            Target::Existing(device) => device.place(),
+        }
+    }
+}
+
+/// The devices of a clone; no source when it comes over a network.
+#[derive(Debug)]
+pub struct Devices {
+    pub source: Option<Device>,
+    pub destination: Target,
+    pub metadata: Target,
+}
+
+/// Opens and checks all three in the right order: that they are distinct is looked at first, by names alone, so
+/// that giving one file twice is reported as that and not as a lock held by ourselves; and again on what was opened.
+/// Changes nothing on disk.
+pub fn open_devices(source: Option<&Path>, destination: &Path, metadata: &Path) -> Result<Devices> {
+    let mut looked = Vec::new();
+    if let Some(source) = source {
+        looked.push(Place::look(Role::Source, source)?);
+    }
+    looked.push(Place::look(Role::Destination, destination)?);
+    looked.push(Place::look(Role::Metadata, metadata)?);
+    check_distinct(&looked)?;
+
+    let source = source.map(open_source).transpose()?;
+    let destination = open_target(Role::Destination, destination)?;
+    let metadata = open_target(Role::Metadata, metadata)?;
+    let mut opened = vec![destination.place(), metadata.place()];
+    opened.extend(source.as_ref().map(Device::place));
+    check_distinct(&opened)?;
+    Ok(Devices { source, destination, metadata })
+}
+
+/// Refuses a device that is smaller than `need` bytes; `why` ends the sentence: "for the source /dev/sda".
+pub fn check_size(device: &Device, need: u64, why: &str) -> Result<()> {
+    if device.size < need {
+        bail!(TooSmall, "{} is too small: it has {} bytes, {need} are needed {why}", device.label(), device.size);
+    }
+    Ok(())
+}
+
+/// "destination /dev/sda", on one line whatever the path holds.
+fn label(role: Role, path: &Path) -> String {
+    format!("{role} {}", show(path))
+}
+
+/// A path for people: as it is, or quoted and escaped when it has control characters.
+fn show(path: &Path) -> String {
+    let text = path.display().to_string();
+    if text.is_empty() || text.chars().any(char::is_control) { format!("{path:?}") } else { text }
+}

@@ -1,0 +1,260 @@
+//! One connection, from the first byte to the last.
+//!
+//! A reader takes requests off the socket and starts a task for each; a sender takes the replies of all tasks that
+//! finished meanwhile and sends them at once. Tasks own their buffers, so the connection may end at any moment.
+//!
+//! Invariants:
+//! * A request holds its permits (of [`Limits`]) from before its payload is received until its reply was sent. So
+//!   memory is bounded, and a client that reads no replies is soon not read from.
+//! * [`serve`] returns only when no request is in flight any more.
+//! * A client that breaks the protocol loses this connection and nothing else.
+
+use super::admit::{Terms, Verdict, admit};
+use super::handshake::{Exports, Handshake, Next, Session, Step};
+use super::inbox::Inbox;
+use super::limits::Limits;
+use super::proto::{Command, REQUEST_LEN, RequestHeader};
+use super::reply::{Batch, Outcome};
+use super::stats::{ConnectionStats, Raised, add};
+use crate::env::Env;
+use crate::error::{Error, ErrorKind, Result};
+use crate::io_frontend::request::{Request, Volume};
+use crate::local::latch::Latch;
+use crate::local::{Permit, Queue, Semaphore, oneshot};
+use crate::net::Stream;
+use bytes::Bytes;
+use futures_lite::future::{self, or};
+use std::rc::Rc;
+
+/// The sender gathers replies up to about this many bytes for one send: enough to save system calls, not so much
+/// that permits come back in gulps.
+const SEND_BATCH_BYTES: usize = 1 << 20;
+
+/// Serves one connection until its client leaves, breaks the protocol (an error), or `stop` opens: then no new
+/// requests are read, those in flight are finished and answered, and the connection is closed.
+pub async fn serve(
+    stream: Stream,
+    exports: Rc<dyn Exports>,
+    env: Rc<dyn Env>,
+    limits: Limits,
+    stats: Rc<ConnectionStats>,
+    stop: Rc<Latch>,
+) -> Result<()> {
+    add(&stats.accepted, 1);
+    let _connected = Raised::new(&stats.connections);
+    let result = connection(&stream, &*exports, env, limits, stats.clone(), &stop).await;
+    // Receives that were given up would keep the socket open.
+    stream.shutdown();
+    if result.is_err() {
+        add(&stats.dropped, 1);
+    }
+    result
+}
+
+async fn connection(
+    stream: &Stream,
+    exports: &dyn Exports,
+    env: Rc<dyn Env>,
+    limits: Limits,
+    stats: Rc<ConnectionStats>,
+    stop: &Latch,
+) -> Result<()> {
+    let mut inbox = Inbox::new(stream.clone());
+    let too_slow = async {
+        env.sleep(limits.handshake_time_max).await;
+        Err(Error::new(ErrorKind::Protocol, format!("handshake: not done in {:?}", limits.handshake_time_max)))
+    };
+    let stopped = async {
+        stop.opened().await;
+        Ok(None)
+    };
+    let Some(session) = or(handshake(stream, &mut inbox, exports, &limits), or(too_slow, stopped)).await? else {
+        return Ok(());
+    };
+    let connection = Rc::new(Connection::new(stream.clone(), session, env, limits, stats));
+    let (sender_guard, sender_ended) = oneshot::<()>();
+    let sender = connection.clone();
+    connection.env.spawn(Box::pin(async move {
+        sender.send_replies().await;
+        drop(sender_guard);
+    }));
+    let result = or(connection.read_requests(&mut inbox), async {
+        stop.opened().await;
+        Ok(())
+    })
+    .await;
+    drop(inbox);
+    if result.is_err() {
+        stream.shutdown();
+    }
+    connection.drain(stop).await;
+    connection.replies.close();
+    sender_ended.await;
+    result
+}
+
+/// The session, or `None` when the client left.
+async fn handshake(
+    stream: &Stream,
+    inbox: &mut Inbox,
+    exports: &dyn Exports,
+    limits: &Limits,
+) -> Result<Option<Session>> {
+    let lost = |error| Error::from_io(error, "connection");
+    stream.send(vec![Bytes::copy_from_slice(&Handshake::greeting())]).await.map_err(lost)?;
+    let mut machine = Handshake::new(*limits);
+    loop {
+        match machine.step(inbox.bytes(), exports)? {
+            Step::NeedBytes(need) => {
+                if !inbox.fill(need).await? {
+                    return Ok(None);
+                }
+            }
+            Step::Answer { consumed, send, next } => {
+                inbox.consume(consumed);
+                stream.send(vec![send.into()]).await.map_err(lost)?;
+                match next {
+                    Next::Continue => {}
+                    Next::Transmission(session) => return Ok(Some(session)),
+                    Next::Close => return Ok(None),
+                }
+            }
+        }
+    }
+}
+
+struct Connection {
+    stream: Stream,
+    volume: Rc<dyn Volume>,
+    terms: Terms,
+    env: Rc<dyn Env>,
+    limits: Limits,
+    stats: Rc<ConnectionStats>,
+    requests: Rc<Semaphore>,
+    payload_bytes: Rc<Semaphore>,
+    replies: Queue<Reply>,
+}
+
+struct Permits {
+    _request: Permit,
+    _payload: Option<Permit>,
+}
+
+struct Reply {
+    header: RequestHeader,
+    outcome: Outcome,
+    permits: Permits,
+}
+
+impl Connection {
+    fn new(stream: Stream, session: Session, env: Rc<dyn Env>, limits: Limits, stats: Rc<ConnectionStats>) -> Self {
+        Self {
+            stream,
+            volume: session.volume,
+            terms: Terms { size: session.info.size, structured: session.structured, contexts: session.contexts },
+            env,
+            limits,
+            stats,
+            requests: Semaphore::new(limits.requests_in_flight_max),
+            payload_bytes: Semaphore::new(limits.payload_bytes_in_flight_max),
+            replies: Queue::default(),
+        }
+    }
+
+    /// Returns when the client leaves.
+    async fn read_requests(self: &Rc<Self>, inbox: &mut Inbox) -> Result<()> {
+        loop {
+            if !inbox.fill(REQUEST_LEN).await? {
+                return Ok(());
+            }
+            let Some(header) = inbox.bytes().first_chunk() else { return Ok(()) };
+            let header = RequestHeader::decode(header)?;
+            inbox.consume(REQUEST_LEN);
+            let verdict = admit(&header, &self.terms, &self.limits)?;
+            let permit = self.requests.acquire(1).await;
+            match verdict {
+                Verdict::Disconnect => return Ok(()),
+                Verdict::Nothing => self.reply(header, Outcome::Done, Permits { _request: permit, _payload: None }),
+                Verdict::Refuse { error, why, payload } => {
+                    inbox.discard(payload as usize).await?;
+                    let outcome = Outcome::Error { error, message: why };
+                    self.reply(header, outcome, Permits { _request: permit, _payload: None });
+                }
+                Verdict::Write { offset, len, flags } => {
+                    let payload_permit = self.payload_bytes.acquire(u64::from(len)).await;
+                    let data = inbox.payload(offset, len as usize).await?.into();
+                    let permits = Permits { _request: permit, _payload: Some(payload_permit) };
+                    self.start(header, Request::Write { offset, data, flags }, permits);
+                }
+                Verdict::Submit(request) => {
+                    let payload_permit = match &request {
+                        Request::Read(range) => Some(self.payload_bytes.acquire(range.len()).await),
+                        _ => None,
+                    };
+                    self.start(header, request, Permits { _request: permit, _payload: payload_permit });
+                }
+            }
+        }
+    }
+
+    /// Starts a task that carries the request out and queues its reply.
+    fn start(self: &Rc<Self>, header: RequestHeader, request: Request, permits: Permits) {
+        let connection = self.clone();
+        self.env.spawn(Box::pin(async move {
+            let result = {
+                let _in_flight = Raised::new(&connection.stats.in_flight);
+                connection.volume.clone().submit(request).await
+            };
+            connection.reply(header, Outcome::of(result, &header), permits);
+        }));
+    }
+
+    fn reply(&self, header: RequestHeader, outcome: Outcome, permits: Permits) {
+        let stats = &self.stats;
+        add(&stats.requests, 1);
+        match (&outcome, header.command) {
+            (Outcome::Error { .. }, _) => add(&stats.errors, 1),
+            (_, Command::READ) => add(&stats.read_bytes, u64::from(header.len)),
+            (_, Command::WRITE) => add(&stats.written_bytes, u64::from(header.len)),
+            _ => {}
+        }
+        self.replies.push(Reply { header, outcome, permits });
+    }
+
+    /// Sends replies until the queue is closed. When the socket fails, the rest are thrown away: their permits must
+    /// come back all the same.
+    async fn send_replies(&self) {
+        let mut broken = false;
+        while let Some(first) = self.replies.pop().await {
+            let mut batch = Batch::default();
+            let mut permits = Vec::new();
+            let mut next = Some(first);
+            while let Some(reply) = next {
+                batch.push(&reply.header, reply.outcome, &self.terms);
+                permits.push(reply.permits);
+                next = if batch.len() < SEND_BATCH_BYTES { self.replies.try_pop() } else { None };
+            }
+            if !broken && let Err(error) = self.stream.send(batch.into_parts()).await {
+                log::debug!("nbd: replies can't be sent: {error}");
+                broken = true;
+                // Whatever the client still sends can't be answered.
+                self.stream.shutdown();
+            }
+        }
+    }
+
+    /// Waits until no request is in flight and every reply was sent or thrown away. A client that does not take
+    /// its replies can't hold up a stop.
+    async fn drain(&self, stop: &Latch) {
+        let all = async {
+            self.requests.acquire(self.limits.requests_in_flight_max).await;
+        };
+        let cut = async {
+            stop.opened().await;
+            self.env.sleep(self.limits.drain_time_max).await;
+            self.stream.shutdown();
+            future::pending().await
+        };
+        or(all, cut).await;
+    }
+}

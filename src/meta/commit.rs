@@ -1,0 +1,194 @@
+//! Recovery verdicts: what two superblock copies amount to, and whether they belong to the devices given.
+//!
+//! Pure: shared by the daemon at start, its dry run and the offline tools, so that all of them say the same.
+//! The order of a commit, and the argument why it is safe, are in [`super`].
+
+use super::codec::{Classified, SourceFingerprint, Superblock};
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::{ByteSize, RegionSize};
+use std::fmt;
+
+/// The names of the copies, for people.
+pub const COPY_NAMES: [char; 2] = ['A', 'B'];
+
+/// What was found at the place of a copy, or why it could not be read.
+pub type CopyFound = Result<Classified>;
+
+/// The superblock to go by.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Recovered {
+    pub superblock: Superblock,
+    /// What is not as it should be with the other copy; one line each, for the log.
+    pub notes: Vec<String>,
+    /// A copy is damaged or unreadable (not merely older or missing after a crash).
+    pub copy_lost: bool,
+}
+
+/// The verdict on both copies.
+#[derive(Clone, Debug)]
+pub enum Recovery {
+    Use(Box<Recovered>),
+    /// Both copies are all zero: never formatted, or a format did not finish.
+    NeverFormatted,
+    /// Not to be trusted, with the reason.
+    Damaged(String),
+    /// Of a version or with features that this build does not know.
+    Unsupported(String),
+    /// Something else is there.
+    Foreign(&'static str),
+    /// No copy could be read that says more.
+    Unreadable(Error),
+}
+
+impl Recovery {
+    /// The superblock; `None` when there is none yet; else an error that says what is there and what to do.
+    pub fn into_result(self) -> Result<Option<Recovered>> {
+        let (kind, text) = match self {
+            Recovery::Use(recovered) => return Ok(Some(*recovered)),
+            Recovery::NeverFormatted => return Ok(None),
+            Recovery::Unreadable(error) => return Err(error.within("neither superblock copy is usable")),
+            Recovery::Damaged(what) => (ErrorKind::Damaged, format!("damaged: {what}; look with `hydrant meta check`")),
+            Recovery::Unsupported(what) => (ErrorKind::Unsupported, format!("{what}; use the hydrant that made it")),
+            Recovery::Foreign(what) => (ErrorKind::ForeignData, format!("holds {what}, no metadata of hydrant")),
+        };
+        Err(Error::new(kind, text))
+    }
+}
+
+fn same_clone(a: &Superblock, b: &Superblock) -> bool {
+    let immutable = |s: &Superblock| (s.uuid, s.geometry, s.source, s.destination_id, s.created_unix_s);
+    immutable(a) == immutable(b)
+}
+
+/// Judges the two copies. A valid copy counts beside a missing, damaged or unreadable one; a newer format or foreign
+/// data in either place does not: somebody else has written here.
+pub fn recover(copies: [CopyFound; 2]) -> Recovery {
+    use Classified::*;
+    for (copy, name) in copies.iter().zip(COPY_NAMES) {
+        if let Ok(Unsupported(what)) = copy {
+            return Recovery::Unsupported(format!("superblock copy {name} has {what}"));
+        }
+    }
+    let [a, b] = copies;
+    match (a, b) {
+        (Ok(Valid(a)), Ok(Valid(b))) => newer(a, b),
+        (Ok(Valid(valid)), other) => beside(valid, other, 1),
+        (other, Ok(Valid(valid))) => beside(valid, other, 0),
+        (Ok(Empty), Ok(Empty)) => Recovery::NeverFormatted,
+        (Ok(Damaged(what)), _) => Recovery::Damaged(format!("superblock copy A: {what}; copy B is not valid either")),
+        (_, Ok(Damaged(what))) => Recovery::Damaged(format!("superblock copy B: {what}; copy A is not valid either")),
+        (Ok(Foreign(what)), _) | (_, Ok(Foreign(what))) => Recovery::Foreign(what),
+        (Err(error), _) | (_, Err(error)) => Recovery::Unreadable(error),
+        (Ok(Unsupported(what)), _) | (_, Ok(Unsupported(what))) => Recovery::Unsupported(what),
+    }
+}
+
+fn newer(a: Superblock, b: Superblock) -> Recovery {
+    if !same_clone(&a, &b) {
+        return Recovery::Damaged("superblock copies A and B are of different clones".into());
+    }
+    let mut notes = Vec::new();
+    let superblock = if b.generation > a.generation {
+        notes.push(format!("superblock copy A is older ({}) than copy B ({})", a.generation, b.generation));
+        b
+    } else {
+        if a != b {
+            notes.push(format!("superblock copy B is older ({}) than copy A ({})", b.generation, a.generation));
+        }
+        a
+    };
+    Recovery::Use(Box::new(Recovered { superblock, notes, copy_lost: false }))
+}
+
+/// One valid copy; `other` was found at the place of copy `index`.
+fn beside(superblock: Superblock, other: CopyFound, index: usize) -> Recovery {
+    let name = COPY_NAMES[index];
+    let (what, copy_lost) = match other {
+        Ok(Classified::Empty) => ("all zero".to_string(), false),
+        Ok(Classified::Damaged(what)) => (format!("damaged: {what}"), true),
+        Err(error) => (format!("unreadable: {error}"), true),
+        Ok(Classified::Foreign(what)) => {
+            return Recovery::Damaged(format!(
+                "in place of superblock copy {name} is {what}, while the other is valid"
+            ));
+        }
+        Ok(Classified::Valid(_) | Classified::Unsupported(_)) => unreachable!("handled by the caller"),
+    };
+    let notes = vec![format!("superblock copy {name} is {what}; the other copy is used")];
+    Recovery::Use(Box::new(Recovered { superblock, notes, copy_lost }))
+}
+
+/// What the devices and options given at start say.
+#[derive(Clone, Copy, Debug)]
+pub struct Expected {
+    /// Size of the device in bytes: the source's.
+    pub size: u64,
+    /// `None` when the user gave none: then the metadata's counts.
+    pub region_size: Option<RegionSize>,
+    pub source: SourceFingerprint,
+    pub destination_id: [u8; 16],
+}
+
+/// A way in which metadata and devices do not belong together.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mismatch {
+    RegionSize { metadata: RegionSize, given: RegionSize },
+    Size { metadata: u64, given: u64 },
+    SourceContent,
+    Destination,
+}
+
+impl Mismatch {
+    /// Whether the source is at fault, for an override that lets a changed source pass.
+    pub fn is_source(&self) -> bool {
+        matches!(self, Mismatch::Size { .. } | Mismatch::SourceContent)
+    }
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Mismatch::RegionSize { metadata, given } => {
+                write!(f, "the metadata are for regions of {metadata}, {given} was given")
+            }
+            Mismatch::Size { metadata, given } => {
+                write!(f, "the metadata are for a source of {}, this one has {}", ByteSize(*metadata), ByteSize(*given))
+            }
+            Mismatch::SourceContent => {
+                f.write_str("the source's content is not that of the one the clone was made from")
+            }
+            Mismatch::Destination => f.write_str("the metadata belong to another destination"),
+        }
+    }
+}
+
+/// Compares the metadata with what was given; empty when they belong together.
+pub fn mismatches(superblock: &Superblock, expected: &Expected) -> Vec<Mismatch> {
+    let mut found = Vec::new();
+    let geometry = &superblock.geometry;
+    if let Some(given) = expected.region_size.filter(|given| *given != geometry.region_size()) {
+        found.push(Mismatch::RegionSize { metadata: geometry.region_size(), given });
+    }
+    if expected.size != geometry.size() {
+        found.push(Mismatch::Size { metadata: geometry.size(), given: expected.size });
+    } else if expected.source.size != superblock.source.size {
+        found.push(Mismatch::Size { metadata: superblock.source.size, given: expected.source.size });
+    } else if expected.source != superblock.source {
+        found.push(Mismatch::SourceContent);
+    }
+    if expected.destination_id != superblock.destination_id {
+        found.push(Mismatch::Destination);
+    }
+    found
+}
+
+/// The mismatches as one error: SourceChanged when only the source is at fault, else Mismatch. `None` when there are none.
+pub fn mismatch_error(found: &[Mismatch]) -> Option<Error> {
+    let first = found.first()?;
+    let kind = if found.iter().all(Mismatch::is_source) { ErrorKind::SourceChanged } else { ErrorKind::Mismatch };
+    let text = found.iter().skip(1).fold(first.to_string(), |text, next| format!("{text}; {next}"));
+    Some(Error::new(kind, text))
+}
+
+#[cfg(test)]
+mod tests;

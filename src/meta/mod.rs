@@ -1,0 +1,62 @@
+//! The metadata of a clone: which regions are hydrated, on a device of their own, crash-safe without a journal.
+//!
+//! * [`codec`]: the format, drawn there. * [`region_map`]: the bits in core, sliced by shard.
+//! * [`commit`]: what two superblock copies amount to. * [`store`]: reads and writes them on a [`crate::disk::Disk`].
+//! * [`check`]: judges an image offline.
+//!
+//! # Why a crash loses nothing
+//!
+//! **Assumptions about the media.** (1) A 512-byte sector is written whole or not at all; a larger write may be torn
+//! between any two sectors. (2) A write whose completion was followed by a successful flush is durable. (3) What is
+//! not flushed may reach the medium in any order, or not at all. Nothing else is assumed: not that 4096 bytes are
+//! atomic, not that writes keep their order.
+//!
+//! **A bit only goes from 0 to 1, and each bit is true alone.** A durable bit says "the data of this region is durable
+//! in the destination", whatever the other bits say. So any mixture of old and new sectors is a right state, as long
+//! as no bit of it was written before its data was durable. A commit is therefore, in this order:
+//!
+//! 1. Take the snapshot of the dirty zones ([`region_map::RegionMap::take_dirty`]): bits whose data writes *completed*.
+//! 2. Flush the destination. Now the data behind every bit of the snapshot is durable.
+//! 3. Write the blocks of the snapshot ([`store::Store::write_zones`]), never the live map, which has gone on.
+//! 4. Flush the metadata ([`store::Store::flush`]).
+//! 5. Say so: [`region_map::RegionMap::committed`], and acknowledge who waits.
+//!
+//! | crash | what is on the medium | why it is right |
+//! |---|---|---|
+//! | before or in 1, 2 | the old bits | nothing was written; nothing of this commit was acknowledged |
+//! | in 3, before 4 ended | each sector old or new (assumption 1) | both valid; new bits have durable data (2 came first) |
+//! | after 4 | the new bits | as acknowledged |
+//!
+//! A commit rewrites bits that were durable already with the same value, so a torn write can't lose them, and no block
+//! holds bits of two shards or is written by two commits at once: [`store::Store`] refuses a second write while one is
+//! in flight, and latches a failure when a write is abandoned (it may still land, over a newer one).
+//!
+//! **A bad checksum is therefore damage, never a crash**, and is refused with the sector's name: guessing 0 would serve
+//! old source data for what a client wrote, guessing 1 would serve what was never copied.
+//!
+//! **Format**: (a) zero both superblock copies, flush; (b) write every bitmap block, flush; (c) write copy A, flush;
+//! (d) write copy B, flush. All fields of a superblock are in its first sector and the rest is zero, so each copy is old
+//! or new, never torn.
+//!
+//! | crash | copies | verdict |
+//! |---|---|---|
+//! | in (a) | each old or zero | the old clone, complete: its bitmap was not touched. Or never formatted |
+//! | in (b) | zero, zero | never formatted; sectors of the old bitmap have the old uuid and would not pass |
+//! | in (c) | new or zero, zero | never formatted, or the new clone: its bitmap is durable and empty |
+//! | in (d) | new, new or zero | the new clone |
+//!
+//! So metadata must be formatted *before* the destination is touched: until (a) is over the old clone may come back.
+//!
+//! **The superblock's state** changes from active to complete by writing copy A, flush, copy B, flush, after the bits were
+//! flushed: at every moment one copy is intact even if the medium breaks assumption 1 for the sector in flight. Between
+//! two valid copies the higher generation counts, with equal ones copy A, which is always written first. Safety never
+//! depends on the state: the bits say what is hydrated, and a complete clone with a missing bit is refused as damaged.
+//!
+//! **Failures.** The first failed write or flush is latched: every later one fails with the same error, and nothing is
+//! retried, because a flush that failed once may have dropped the data it failed on, and its repetition succeeds without
+//! them. The bits on the medium stay a right state; the clone accepts no new metadata (`ro`).
+
+pub mod codec;
+pub mod commit;
+pub mod region_map;
+pub mod store;

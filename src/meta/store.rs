@@ -1,0 +1,359 @@
+//! The metadata store: formats, opens and commits metadata on a disk.
+//!
+//! The order of its writes and flushes is the crash argument of [`super`]; change neither without the other.
+//! Invariants:
+//! * every I/O is aligned to [`BLOCK_SIZE`], whatever the disk's logical block;
+//! * one write operation at a time (a second one panics: two commits of one block would race on the medium);
+//! * the first failure is latched: later writes and flushes fail with the same error, nothing is retried. A write
+//!   operation whose future is dropped before its end counts as failed, because its I/O may still land later.
+//!
+//! Error texts do not name the device: the caller knows its path and adds it (`Error::within`).
+
+use super::codec::{
+    BLOCK_SIZE, BadSector, Block, CloneState, SUPERBLOCK_COPIES, Superblock, UnverifiedSuperblock, ZoneCodec, identify,
+    metadata_size_needed, words_per_zone, zone_block,
+};
+use super::commit::{CopyFound, Recovered, Recovery, recover};
+use super::region_map::ZoneSnapshot;
+use crate::bail;
+use crate::disk::Disk;
+use crate::dma_buf::DmaBuf;
+use crate::error::{Error, ErrorKind, Result};
+use crate::io_frontend::request::LocalBoxFuture;
+use crate::units::{ByteRange, ByteSize, Generation, ZoneIndex};
+use bytes::Bytes;
+use std::cell::{Cell, RefCell};
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::Poll;
+
+/// The most that one read or write carries: 1 MiB.
+const BLOCKS_PER_IO_MAX: u64 = (1 << 20) / BLOCK_SIZE as u64;
+/// The most I/Os in flight; with [`BLOCKS_PER_IO_MAX`] it bounds the buffers to 16 MiB.
+const IO_IN_FLIGHT_MAX: usize = 16;
+/// How much of a device without our superblock is looked at to tell what it holds, in bytes.
+const IDENTIFY_BYTES: u64 = 68 << 10;
+
+/// The metadata of one clone, opened for commits. Lives on the coordinator shard.
+pub struct Store {
+    disk: Rc<dyn Disk>,
+    superblock: RefCell<Superblock>,
+    codec: ZoneCodec,
+    failure: RefCell<Option<Error>>,
+    /// A write operation is going on.
+    busy: Cell<bool>,
+    /// Zones were written since the last flush.
+    unflushed: Cell<bool>,
+}
+
+/// What [`Store::open`] found.
+pub struct Opened {
+    pub store: Store,
+    /// Every zone in order, with [`words_per_zone`] words each.
+    pub zones: Vec<(ZoneIndex, Box<[u64]>)>,
+    /// The newest generation on the medium: the next commit has a higher one.
+    pub generation: Generation,
+    /// Oddities that did not prevent opening; one line each, for the log.
+    pub notes: Vec<String>,
+}
+
+fn block_range(first: u64, count: u64) -> ByteRange {
+    let bytes = BLOCK_SIZE as u64;
+    ByteRange::new(first * bytes, count * bytes).expect("the limits of the geometry keep blocks in range")
+}
+
+/// Drives the futures that `work` makes, at most [`IO_IN_FLIGHT_MAX`] at a time, and hands their results to `sink` as
+/// they come. After the first error it starts no more, waits for those in flight and returns that error.
+async fn run_bounded<T, F: Future<Output = Result<T>>>(
+    mut work: impl Iterator<Item = F>,
+    mut sink: impl FnMut(T) -> Result<()>,
+) -> Result<()> {
+    let mut in_flight: Vec<Pin<Box<F>>> = Vec::with_capacity(IO_IN_FLIGHT_MAX);
+    let mut result = Ok(());
+    poll_fn(|context| {
+        loop {
+            while result.is_ok() && in_flight.len() < IO_IN_FLIGHT_MAX {
+                let Some(future) = work.next() else { break };
+                in_flight.push(Box::pin(future));
+            }
+            let before = in_flight.len();
+            in_flight.retain_mut(|future| match future.as_mut().poll(context) {
+                Poll::Pending => true,
+                Poll::Ready(done) => {
+                    let done = done.and_then(&mut sink);
+                    if result.is_ok() {
+                        result = done;
+                    }
+                    false
+                }
+            });
+            if in_flight.is_empty() && (before == 0 || result.is_err()) {
+                return Poll::Ready(());
+            }
+            if in_flight.len() == before {
+                return Poll::Pending;
+            }
+        }
+    })
+    .await;
+    result
+}
+
+/// A write operation in progress: releases the store at its end, latches a failure when it is dropped before.
+struct Operation<'a> {
+    store: &'a Store,
+    ended: bool,
+}
+
+impl Operation<'_> {
+    fn end(mut self, result: Result<()>) -> Result<()> {
+        self.ended = true;
+        if let Err(error) = &result {
+            self.store.latch(error.clone());
+        }
+        result
+    }
+}
+
+impl Drop for Operation<'_> {
+    fn drop(&mut self) {
+        self.store.busy.set(false);
+        if !self.ended {
+            self.store.latch(Error::new(ErrorKind::Failed, "a metadata write was abandoned before its end"));
+        }
+    }
+}
+
+/// Reads and judges both superblock copies, and names what else is there. Writes nothing.
+pub async fn probe(disk: &dyn Disk) -> Result<Recovery> {
+    let verdict = recover([read_copy(disk, 0).await, read_copy(disk, 1).await]);
+    if let Recovery::NeverFormatted = verdict
+        && let Some(range) = ByteRange::new(0, disk.info().size.min(IDENTIFY_BYTES))
+        && let Some(what) = identify(&disk.read(range).await?)
+    {
+        return Ok(Recovery::Foreign(what));
+    }
+    Ok(verdict)
+}
+
+/// The copy in block `index`; what a short disk lacks of it counts as zeros.
+async fn read_copy(disk: &dyn Disk, index: u64) -> CopyFound {
+    let mut block: Block = [0; BLOCK_SIZE];
+    let wanted = block_range(index, 1);
+    if let Some(range) = ByteRange::between(wanted.start(), wanted.end().min(disk.info().size)) {
+        let bytes = disk.read(range).await?;
+        block[..bytes.len()].copy_from_slice(&bytes);
+    }
+    Ok(UnverifiedSuperblock::new(&block).classify())
+}
+
+fn check_size(disk: &dyn Disk, superblock: &Superblock) -> Result<()> {
+    let (size, needed) = (disk.info().size, metadata_size_needed(&superblock.geometry));
+    if size < needed {
+        bail!(TooSmall, "{} is too small, {} ({needed} bytes) are needed", ByteSize(size), ByteSize(needed));
+    }
+    Ok(())
+}
+
+impl Store {
+    fn new(disk: Rc<dyn Disk>, superblock: Superblock) -> Self {
+        Self {
+            disk,
+            codec: ZoneCodec::new(&superblock),
+            superblock: RefCell::new(superblock),
+            failure: RefCell::new(None),
+            busy: Cell::new(false),
+            unflushed: Cell::new(false),
+        }
+    }
+
+    /// Makes new metadata: nothing hydrated. Whatever the disk held as metadata is invalid from the first flush on; a
+    /// crash leaves the old metadata whole, or none, or the new ones. The uuid must be new. The caller has made sure
+    /// that the disk may be overwritten, and touches the destination only afterwards.
+    pub async fn format(disk: Rc<dyn Disk>, superblock: Superblock) -> Result<Store> {
+        check_size(&*disk, &superblock)?;
+        let store = Store::new(disk, superblock);
+        let disk = &store.disk;
+        let zeros = DmaBuf::zeroed(SUPERBLOCK_COPIES as usize * BLOCK_SIZE);
+        disk.write(0, zeros.into(), false).await?;
+        disk.flush().await?;
+
+        let (geometry, generation) = (store.superblock.borrow().geometry, store.superblock.borrow().generation);
+        let empty = vec![0; words_per_zone(&geometry)];
+        let writes = (0..geometry.nr_zones()).step_by(BLOCKS_PER_IO_MAX as usize).map(|first| {
+            let count = (geometry.nr_zones() - first).min(BLOCKS_PER_IO_MAX) as usize;
+            store.write_run(first, std::iter::repeat_n(&empty[..], count), generation)
+        });
+        run_bounded(writes, Ok).await?;
+        disk.flush().await?;
+
+        store.write_copies().await?;
+        Ok(store)
+    }
+
+    /// Opens metadata and loads all bits. `Ok(None)`: never formatted. Anything that can't be trusted is an error that
+    /// names the first bad sector: its number and byte offset on the disk, and the regions it covers.
+    pub async fn open(disk: Rc<dyn Disk>) -> Result<Option<Opened>> {
+        match probe(&*disk).await?.into_result()? {
+            Some(recovered) => Self::load(disk, recovered).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// The second half of [`Self::open`], for a caller that compares the superblock with its devices first.
+    pub async fn load(disk: Rc<dyn Disk>, recovered: Recovered) -> Result<Opened> {
+        let Recovered { superblock, notes, .. } = recovered;
+        check_size(&*disk, &superblock)?;
+        let (geometry, mut generation) = (superblock.geometry, superblock.generation);
+        let complete = superblock.state == CloneState::Complete;
+        let store = Store::new(disk, superblock);
+        // Grown as valid blocks arrive: a hostile size in the superblock must not decide how much is allocated.
+        let mut zones: Vec<(ZoneIndex, Box<[u64]>)> = Vec::new();
+        let reads = (0..geometry.nr_zones()).step_by(BLOCKS_PER_IO_MAX as usize).map(|first| {
+            let count = (geometry.nr_zones() - first).min(BLOCKS_PER_IO_MAX);
+            let disk = &store.disk;
+            async move {
+                let bytes = disk.read(block_range(zone_block(ZoneIndex(first)), count)).await;
+                Ok((first, bytes.map_err(|e| e.within(format!("zones {first} to {}", first + count - 1)))?))
+            }
+        });
+        let mut bad: Vec<BadSector> = Vec::new();
+        let mut hydrated = 0;
+        run_bounded(reads, |(first, bytes): (u64, DmaBuf)| {
+            let (blocks, _) = bytes.as_chunks::<BLOCK_SIZE>();
+            for (zone, block) in (first..).map(ZoneIndex).zip(blocks) {
+                let decoded = store.codec.decode(zone, block);
+                bad.extend(decoded.bad);
+                generation = generation.max(decoded.generation);
+                hydrated += decoded.bits.iter().map(|w| u64::from(w.count_ones())).sum::<u64>();
+                zones.push((zone, decoded.bits));
+            }
+            match bad.is_empty() {
+                true => Ok(()),
+                false => Err(Error::new(ErrorKind::Damaged, "")),
+            }
+        })
+        .await
+        .map_err(|error| match bad.iter().min_by_key(|b| b.sector) {
+            Some(first) => {
+                Error::new(ErrorKind::Damaged, format!("damaged: {first}; see all with `hydrant meta check`"))
+            }
+            None => error,
+        })?;
+        zones.sort_unstable_by_key(|(zone, _)| *zone);
+        if complete && hydrated != geometry.nr_regions() {
+            let all = geometry.nr_regions();
+            bail!(
+                Damaged,
+                "damaged: marked complete, but {hydrated} of {all} regions are hydrated; look with `hydrant meta check`"
+            );
+        }
+        Ok(Opened { store, zones, generation, notes })
+    }
+
+    /// The superblock as last written.
+    pub fn superblock(&self) -> Superblock {
+        self.superblock.borrow().clone()
+    }
+
+    /// The failure that made the store refuse writes, if any.
+    pub fn failure(&self) -> Option<Error> {
+        self.failure.borrow().clone()
+    }
+
+    fn latch(&self, error: Error) {
+        self.failure.borrow_mut().get_or_insert(error);
+    }
+
+    fn begin(&self) -> Result<Operation<'_>> {
+        if let Some(error) = self.failure() {
+            return Err(error);
+        }
+        assert!(!self.busy.replace(true), "two metadata writes at once");
+        Ok(Operation { store: self, ended: false })
+    }
+
+    /// Encodes the blocks of consecutive zones from `first` and writes them with one I/O.
+    fn write_run<'a>(
+        &self,
+        first: u64,
+        bits: impl ExactSizeIterator<Item = &'a [u64]>,
+        generation: Generation,
+    ) -> LocalBoxFuture<'_, Result<()>> {
+        let mut buf = DmaBuf::new(bits.len() * BLOCK_SIZE);
+        let (blocks, _) = buf.as_chunks_mut::<BLOCK_SIZE>();
+        for ((zone, bits), block) in (first..).map(ZoneIndex).zip(bits).zip(blocks) {
+            self.codec.encode(zone, generation, bits, block);
+        }
+        self.disk.write(zone_block(ZoneIndex(first)) * BLOCK_SIZE as u64, Bytes::from(buf), false)
+    }
+
+    /// Writes the blocks of these zones (each at most once): sorted, adjacent ones merged, in parallel. Not durable
+    /// before [`Self::flush`]. The data behind the bits must be durable in the destination already.
+    pub async fn write_zones(&self, zones: &[ZoneSnapshot], generation: Generation) -> Result<()> {
+        let operation = self.begin()?;
+        let mut sorted: Vec<&ZoneSnapshot> = zones.iter().collect();
+        sorted.sort_unstable_by_key(|s| s.zone);
+        assert!(sorted.is_sorted_by(|a, b| a.zone < b.zone), "a zone is there twice");
+        self.unflushed.set(true);
+        let mut rest = &sorted[..];
+        let writes = std::iter::from_fn(|| {
+            let first = rest.first()?.zone.0;
+            let max = rest.len().min(BLOCKS_PER_IO_MAX as usize);
+            let len = (0..max).take_while(|i| rest[*i].zone.0 == first + *i as u64).count();
+            let (run, others) = rest.split_at(len);
+            rest = others;
+            Some(self.write_run(first, run.iter().map(|s| &s.bits[..]), generation))
+        });
+        let result = run_bounded(writes, Ok).await;
+        operation.end(result)
+    }
+
+    /// Makes everything written so far durable.
+    pub async fn flush(&self) -> Result<()> {
+        let operation = self.begin()?;
+        let result = self.flush_disk().await;
+        operation.end(result)
+    }
+
+    async fn flush_disk(&self) -> Result<()> {
+        self.disk.flush().await?;
+        self.unflushed.set(false);
+        Ok(())
+    }
+
+    /// Writes both superblock copies with a new state, durably, after the bits that were written before.
+    pub async fn write_superblock(&self, state: CloneState, generation: Generation) -> Result<()> {
+        let operation = self.begin()?;
+        let result = self.change_superblock(state, generation).await;
+        operation.end(result)
+    }
+
+    async fn change_superblock(&self, state: CloneState, generation: Generation) -> Result<()> {
+        if self.unflushed.get() {
+            self.flush_disk().await?;
+        }
+        {
+            let mut superblock = self.superblock.borrow_mut();
+            assert!(generation >= superblock.generation, "the generation goes back");
+            (superblock.state, superblock.generation) = (state, generation);
+        }
+        self.write_copies().await
+    }
+
+    /// Copy A, flush, copy B, flush: one of them is intact at every moment.
+    async fn write_copies(&self) -> Result<()> {
+        let block = self.superblock.borrow().encode();
+        for copy in 0..SUPERBLOCK_COPIES {
+            let mut buf = DmaBuf::new(BLOCK_SIZE);
+            buf.copy_from_slice(&block);
+            self.disk.write(copy * BLOCK_SIZE as u64, buf.into(), false).await?;
+            self.disk.flush().await?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

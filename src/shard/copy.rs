@@ -1,0 +1,187 @@
+//! Copying regions from the source to the destination: the unit of all hydration, whoever asks for it.
+
+use super::inflight::Hold;
+use super::locks::Held;
+use super::plan::{ReadRoute, plan_read};
+use super::slice::{CloneSlice, count};
+use crate::clone_state::{CloneState, Mode};
+use crate::disk::ZeroFlags;
+use crate::dma_buf::is_zero;
+use crate::error::{Error, Result};
+use crate::io_frontend::request::LocalBoxFuture;
+use crate::local::join_all;
+use crate::units::{ByteRange, RegionRange};
+use bytes::Bytes;
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// The most that is read from the source as one piece, in bytes. Larger regions are copied in such chunks.
+pub const COPY_UNIT_BYTES: u64 = 1 << 20;
+/// Chunks of one large region, or units of one CACHE request, that are copied at a time.
+const CHUNKS_AT_A_TIME: usize = 4;
+/// A read brings whole regions of at most this size; of larger ones only when it wants a good part of them.
+const KEPT_REGION_BYTES_MAX: u64 = 256 << 10;
+/// That part: one over this.
+const KEPT_SHARE: u64 = 4;
+/// Zeros are looked for in pieces of this size: smaller holes in the middle of data are not worth an operation.
+const ZERO_GRAIN_BYTES: usize = 64 << 10;
+
+/// Regions being copied: their bytes are held, they are counted as hydrating.
+pub(super) struct Copy {
+    regions: RegionRange,
+    state: Arc<CloneState>,
+    _held: Held,
+}
+
+impl Copy {
+    pub fn regions(&self) -> RegionRange {
+        self.regions
+    }
+}
+
+impl Drop for Copy {
+    fn drop(&mut self) {
+        self.state.sub_hydrating(self.regions.count());
+    }
+}
+
+impl CloneSlice {
+    /// Cuts a run of regions into units of at most [`COPY_UNIT_BYTES`], or single regions if those are larger.
+    pub(super) fn copy_units(&self, regions: RegionRange) -> impl Iterator<Item = RegionRange> + use<> {
+        let per_unit = (COPY_UNIT_BYTES >> self.geometry.region_size().shift()).max(1);
+        let (mut at, end) = (regions.first(), regions.end());
+        std::iter::from_fn(move || {
+            let unit_end = end.min(crate::units::RegionIndex(at.0 + per_unit));
+            let unit = RegionRange::between(at, unit_end)?;
+            at = unit_end;
+            Some(unit)
+        })
+    }
+
+    /// Whether a read of `wanted` brings in and keeps the whole regions (`bytes`) around it.
+    pub(super) fn is_kept(&self, bytes: ByteRange, wanted: ByteRange) -> bool {
+        let small = bytes.len() <= KEPT_REGION_BYTES_MAX
+            || self.geometry.region_size().bytes() <= KEPT_REGION_BYTES_MAX
+            || wanted.len() >= bytes.len() / KEPT_SHARE;
+        small && bytes.len() <= COPY_UNIT_BYTES && self.state.mode() == Mode::ReadWrite
+    }
+
+    pub(super) fn begin_copy(&self, regions: RegionRange, held: Held) -> Copy {
+        self.state.add_hydrating(regions.count());
+        self.counted_copy(regions, held)
+    }
+
+    /// As [`Self::begin_copy`] for regions that are already counted as hydrating.
+    pub(super) fn counted_copy(&self, regions: RegionRange, held: Held) -> Copy {
+        Copy { regions, state: self.state.clone(), _held: held }
+    }
+
+    /// Writes what the source holds of the copy's regions, and marks them.
+    pub(super) async fn finish_copy(&self, copy: Copy, data: Bytes) -> Result<()> {
+        self.state.check_mode(true)?;
+        let bytes = self.geometry.bytes_of(copy.regions());
+        self.store_copied(bytes, data).await?;
+        self.mark_hydrated(copy.regions());
+        Ok(())
+    }
+
+    /// Copies regions whose bytes are held, and marks them.
+    pub(super) async fn copy(&self, copy: Copy) -> Result<()> {
+        self.state.check_mode(true)?;
+        let bytes = self.geometry.bytes_of(copy.regions());
+        self.copy_chunks(bytes).await?;
+        self.mark_hydrated(copy.regions());
+        Ok(())
+    }
+
+    /// Copies bytes in chunks, some at a time. The bytes are held; no bit is set.
+    pub(super) async fn copy_chunks(&self, bytes: ByteRange) -> Result<()> {
+        if bytes.len() <= COPY_UNIT_BYTES {
+            return self.copy_chunk(bytes).await;
+        }
+        let chunks = std::cell::RefCell::new(bytes.split_at_multiples(COPY_UNIT_BYTES));
+        let worker = || async {
+            loop {
+                let next = chunks.borrow_mut().next();
+                let Some(chunk) = next else { return Ok(()) };
+                self.copy_chunk(chunk).await?;
+            }
+        };
+        let workers = (0..CHUNKS_AT_A_TIME).map(|_| Box::pin(worker()) as LocalBoxFuture<'_, Result<()>>).collect();
+        join_all(workers).await.into_iter().collect()
+    }
+
+    async fn copy_chunk(&self, bytes: ByteRange) -> Result<()> {
+        let _memory = self.copy_memory.acquire(bytes.len()).await;
+        let data = self.source()?.read(bytes).await?;
+        self.store_copied(bytes, data.into()).await
+    }
+
+    /// Writes copied data; zeros become holes.
+    async fn store_copied(&self, bytes: ByteRange, data: Bytes) -> Result<()> {
+        debug_assert_eq!(bytes.len(), data.len() as u64);
+        count(&self.counters.copied_bytes, bytes.len());
+        let mut at = 0;
+        while at < data.len() {
+            let grain_end = |from: usize| data.len().min((from / ZERO_GRAIN_BYTES + 1) * ZERO_GRAIN_BYTES);
+            let mut end = grain_end(at);
+            let zero = is_zero(&data[at..end]);
+            while end < data.len() && is_zero(&data[end..grain_end(end)]) == zero {
+                end = grain_end(end);
+            }
+            let piece = ByteRange::new(bytes.start() + at as u64, (end - at) as u64).expect("not empty");
+            match zero {
+                true => self.store_zeros(piece).await?,
+                false => self.write_held(piece, data.slice(at..end), false).await?,
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// The source reads zeros here. Whatever the destination held must go.
+    pub(super) async fn store_zeros(&self, bytes: ByteRange) -> Result<()> {
+        count(&self.counters.zero_bytes, bytes.len());
+        self.zero_held(bytes, ZeroFlags::UNMAP).await
+    }
+
+    /// Counts and reports the end of a copy that no client waits for.
+    pub(super) fn note_copy(&self, result: Result<()>) {
+        if let Err(error) = result {
+            count(&self.counters.copy_failures, 1);
+            self.log_failure(&error.within("hydration"));
+        }
+    }
+
+    /// Hydrates all regions that `range` touches, now.
+    pub(super) async fn cache(self: &Rc<Self>, range: ByteRange) -> Result<()> {
+        let routes = plan_read(&self.geometry, &*self.map.borrow(), range);
+        let units = routes.into_iter().filter_map(|route| match route {
+            ReadRoute::Destination(_) => None,
+            ReadRoute::Source { regions, .. } => Some(self.copy_units(regions)),
+        });
+        let units = std::cell::RefCell::new(units.flatten());
+        let worker = || async {
+            loop {
+                let next = units.borrow_mut().next();
+                let Some(unit) = next else { return Ok::<(), Error>(()) };
+                self.hydrate_now(unit).await?;
+            }
+        };
+        let workers = (0..CHUNKS_AT_A_TIME).map(|_| Box::pin(worker()) as LocalBoxFuture<'_, Result<()>>).collect();
+        join_all(workers).await.into_iter().collect()
+    }
+
+    async fn hydrate_now(self: &Rc<Self>, regions: RegionRange) -> Result<()> {
+        let held = self.locks.hold(self.geometry.bytes_of(regions), Hold::Exclusive).await;
+        match self.uniform(regions) {
+            Some(true) => Ok(()),
+            Some(false) => self.copy(self.begin_copy(regions, held)).await,
+            None => {
+                drop(held);
+                let again: LocalBoxFuture<'_, _> = Box::pin(self.cache(self.geometry.bytes_of(regions)));
+                again.await
+            }
+        }
+    }
+}

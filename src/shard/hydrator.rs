@@ -1,0 +1,229 @@
+//! Background hydration of one slice: keeps a pipeline of copies full, gives way to clients, never stops for good.
+
+use super::inflight::Hold;
+use super::locks::Held;
+use super::slice::{CloneSlice, count};
+use crate::clone_state::{AUTOMATIC, Mode};
+use crate::error::{Error, ErrorKind, Result};
+use crate::hydration_sched::Next;
+use crate::io_frontend::request::{Allocation, Extent};
+use crate::units::{ByteRange, RegionIndex, RegionRange};
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Bytes being copied at a time on one shard when nobody uses the clone.
+const PIPELINE_BYTES: u64 = 16 << 20;
+/// The same while clients are at work: enough to go on, little to wait behind.
+const PIPELINE_BYTES_BUSY: u64 = 2 << 20;
+/// Clients count as at work for this long after their last request.
+const BUSY_WINDOW: Duration = Duration::from_millis(20);
+/// Bytes of one batch when no batch size is set.
+const BATCH_BYTES: u64 = super::copy::COPY_UNIT_BYTES;
+/// How far ahead the source is asked what is allocated, in bytes.
+const ALLOCATION_AHEAD_BYTES: u64 = 256 << 20;
+/// When another shard uses up the hydration threshold, look again after this.
+const THRESHOLD_RETRY: Duration = Duration::from_millis(2);
+
+/// What the source said of a stretch of the device.
+#[derive(Default)]
+struct Ahead {
+    start: u64,
+    extents: Vec<Extent<Allocation>>,
+}
+
+impl Ahead {
+    /// The extent at `offset`, to its end.
+    fn at(&self, offset: u64) -> Option<(ByteRange, Allocation)> {
+        let mut start = self.start;
+        for extent in &self.extents {
+            let end = start + extent.len;
+            if (start..end).contains(&offset) {
+                return ByteRange::between(offset, end).map(|range| (range, extent.state));
+            }
+            start = end;
+        }
+        None
+    }
+}
+
+impl CloneSlice {
+    /// Hydrates until everything of this slice is hydrated, or the clone stops. One task per slice.
+    pub async fn hydrate(self: Rc<Self>) {
+        let mut ahead = Ahead::default();
+        while !self.state.is_stopping() && !self.state.is_complete() {
+            let now = self.env.now();
+            let knobs = self.state.knobs();
+            let threshold = knobs.threshold;
+            if !knobs.enabled || threshold == 0 || self.state.mode() != Mode::ReadWrite || self.pipeline_is_full(now) {
+                self.wake.notified().await;
+                continue;
+            }
+            let automatic = (BATCH_BYTES >> self.geometry.region_size().shift()).max(1);
+            let batch_max = if knobs.batch_size == AUTOMATIC { automatic } else { knobs.batch_size.max(1) }.min(threshold);
+            let next = {
+                let busy =
+                    |region| !self.locks.is_free(self.geometry.bytes_of(RegionRange::single(region)), Hold::Exclusive);
+                self.sched.borrow_mut().next(&*self.map.borrow(), now, batch_max, &busy)
+            };
+            match next {
+                Next::Batch(batch) => {
+                    if !self.state.try_add_hydrating(batch.count(), threshold) {
+                        self.sched.borrow_mut().skipped(batch);
+                        self.sched.borrow_mut().back_to(batch.first());
+                        self.wake_after(THRESHOLD_RETRY);
+                        self.wake.notified().await;
+                        continue;
+                    }
+                    self.launch(batch, &mut ahead).await;
+                }
+                Next::WaitUntil(until) => {
+                    self.wake_after(until.saturating_sub(now));
+                    self.wake.notified().await;
+                }
+                Next::WaitForBatch => self.wake.notified().await,
+                Next::Done => self.wake.notified().await,
+            }
+        }
+    }
+
+    fn pipeline_is_full(&self, now: Duration) -> bool {
+        let busy = self.state.is_foreground_active(now, BUSY_WINDOW);
+        let limit = if busy { PIPELINE_BYTES_BUSY } else { PIPELINE_BYTES };
+        // Regions can be larger than the pipeline: one batch always goes.
+        self.copies_in_flight.get() > 0 && self.copy_bytes_in_flight.get() >= limit
+    }
+
+    fn wake_after(self: &Rc<Self>, delay: Duration) {
+        let (slice, sleep) = (Rc::downgrade(self), self.env.sleep(delay));
+        self.env.spawn_background(Box::pin(async move {
+            sleep.await;
+            if let Some(slice) = slice.upgrade() {
+                slice.wake.notify();
+            }
+        }));
+    }
+
+    /// Starts the copy of a batch, which is counted as hydrating.
+    async fn launch(self: &Rc<Self>, batch: RegionRange, ahead: &mut Ahead) {
+        let start = self.geometry.bytes_of(batch).start();
+        let extent = match self.look_ahead(start, ahead).await {
+            Ok(extent) => extent,
+            Err(error) => {
+                self.state.sub_hydrating(batch.count());
+                return self.batch_ended(batch, Err(error));
+            }
+        };
+        let (batch, zero) = match extent {
+            Some((range, state)) if state.zero => self.zero_run(batch, range),
+            _ => (batch, false),
+        };
+        let bytes = self.geometry.bytes_of(batch);
+        let held = self.locks.try_hold(bytes, Hold::Exclusive).filter(|_| self.uniform(batch) == Some(false));
+        let Some(held) = held else {
+            // A client came first, while the source was asked.
+            self.state.sub_hydrating(batch.count());
+            self.sched.borrow_mut().skipped(batch);
+            return;
+        };
+        self.copies_in_flight.set(self.copies_in_flight.get() + 1);
+        let weight = if zero { 0 } else { bytes.len() };
+        self.copy_bytes_in_flight.set(self.copy_bytes_in_flight.get() + weight);
+        let slice = self.clone();
+        self.env.spawn_background(Box::pin(async move {
+            let result = slice.copy_batch(batch, held, zero).await;
+            slice.copies_in_flight.set(slice.copies_in_flight.get() - 1);
+            slice.copy_bytes_in_flight.set(slice.copy_bytes_in_flight.get() - weight);
+            slice.batch_ended(batch, result);
+        }));
+    }
+
+    async fn copy_batch(self: &Rc<Self>, batch: RegionRange, held: Held, zero: bool) -> Result<()> {
+        let copy = self.counted_copy(batch, held);
+        if !zero {
+            return self.copy(copy).await;
+        }
+        self.state.check_mode(true)?;
+        self.store_zeros(self.geometry.bytes_of(batch)).await?;
+        self.mark_hydrated(copy.regions());
+        Ok(())
+    }
+
+    fn batch_ended(&self, batch: RegionRange, result: Result<()>) {
+        let mut sched = self.sched.borrow_mut();
+        match result {
+            Ok(()) => sched.succeeded(batch),
+            Err(error) => {
+                let now = self.env.now();
+                let for_all = matches!(
+                    error.kind(),
+                    ErrorKind::SourceLost
+                        | ErrorKind::SourceChanged
+                        | ErrorKind::NoSpace
+                        | ErrorKind::ReadOnly
+                        | ErrorKind::Failed
+                );
+                let was_paused = sched.is_paused();
+                match for_all {
+                    true => sched.failed_for_all(batch, now),
+                    false => _ = sched.failed(batch, now),
+                }
+                if sched.is_paused() && !was_paused {
+                    self.state.event(format!("hydration pauses on shard {}: {error}", self.me));
+                }
+                drop(sched);
+                self.note_failed_batch(error);
+            }
+        }
+        self.wake.notify();
+    }
+
+    fn note_failed_batch(&self, error: Error) {
+        count(&self.counters.copy_failures, 1);
+        self.log_failure(&error.within("hydration"));
+    }
+
+    /// What the source says of the bytes from `start`, asked for a long stretch at a time.
+    async fn look_ahead(&self, start: u64, ahead: &mut Ahead) -> Result<Option<(ByteRange, Allocation)>> {
+        if let Some(found) = ahead.at(start) {
+            return Ok(Some(found));
+        }
+        let zone = self.geometry.zone_of(self.geometry.region_of(start));
+        let zone_end = self.geometry.bytes_of(self.geometry.zone_regions(zone)).end();
+        let Some(range) = ByteRange::between(start, zone_end.min(start + ALLOCATION_AHEAD_BYTES)) else {
+            return Ok(None);
+        };
+        let extents = self.source()?.allocation(range).await?;
+        *ahead = Ahead { start, extents };
+        Ok(ahead.at(start))
+    }
+
+    /// A batch that lies in zeros of the source grows over all free unhydrated regions in them; one that only
+    /// begins there ends with them.
+    fn zero_run(&self, batch: RegionRange, zeros: ByteRange) -> (RegionRange, bool) {
+        let zeros = zeros.intersection(self.geometry.whole()).unwrap_or(self.geometry.bytes_of(batch));
+        let Some(covered) = self.geometry.covered(zeros).filter(|c| c.first() == batch.first()) else {
+            return (batch, false);
+        };
+        let (hydrated, run) = self.map.borrow().run_from(batch.first(), covered.end());
+        if hydrated {
+            return (batch, false);
+        }
+        // A threshold bounds what is copied; the counted number must stay what was granted.
+        let grown = if self.state.knobs().threshold == AUTOMATIC { run.end() } else { run.end().min(batch.end()) };
+        let free = |end: RegionIndex| {
+            RegionRange::between(batch.first(), end)
+                .filter(|r| self.locks.is_free(self.geometry.bytes_of(*r), Hold::Exclusive))
+        };
+        match free(grown).or_else(|| free(batch.end().min(covered.end()))) {
+            Some(run) => {
+                match run.count() >= batch.count() {
+                    true => self.state.add_hydrating(run.count() - batch.count()),
+                    false => self.state.sub_hydrating(batch.count() - run.count()),
+                }
+                self.sched.borrow_mut().resized(run);
+                (run, true)
+            }
+            None => (batch, false),
+        }
+    }
+}
