@@ -46,6 +46,12 @@ const LINE_PAUSE: Duration = Duration::from_millis(500);
 /// Runs the demo; an error when anything failed or any byte is wrong.
 pub fn run(args: &DemoArgs, out: &mut dyn Write) -> Result<()> {
     let interrupted = Interrupted::install()?;
+    let result = perform(args, &interrupted, out);
+    // What failed because of the interruption is not worth a word.
+    interrupted.check().and(result)
+}
+
+fn perform(args: &DemoArgs, interrupted: &Interrupted, out: &mut dyn Write) -> Result<()> {
     let dir = TempDir::new(args.dir.as_deref())?;
     let paths = Paths::new(&dir);
     macro_rules! say {
@@ -72,13 +78,13 @@ pub fn run(args: &DemoArgs, out: &mut dyn Write) -> Result<()> {
     );
     out.flush().map_err(output_error)?;
 
-    let (outcome, times) = under_load(&daemon, &paths, &interrupted, out)?;
+    let (outcome, times) = under_load(&daemon, &paths, interrupted, out)?;
     daemon.stop()?;
     say!("");
     table(&outcome, &times, out)?;
 
     say!("");
-    let verdict = verify(&paths, &outcome, &interrupted)?;
+    let verdict = verify(&paths, &outcome, interrupted)?;
     let copied = times.copied_bytes;
     say!(
         "Hydration: {} in {:.2} s under that load, {} of it copied: {}",
@@ -322,13 +328,13 @@ fn check_file(path: &Path, model: &Model, interrupted: &Interrupted) -> Result<V
     Ok(wrong)
 }
 
-/// Whether SIGINT or SIGTERM came. A second one ends the process at once.
+/// Whether SIGINT, SIGTERM or SIGHUP came. A second one ends the process at once.
 struct Interrupted(Arc<AtomicBool>);
 
 impl Interrupted {
     fn install() -> Result<Self> {
         let flag = Arc::new(AtomicBool::new(false));
-        for signal in [libc::SIGINT, libc::SIGTERM] {
+        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
             signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, flag.clone())
                 .and_then(|_| signal_hook::flag::register(signal, flag.clone()))
                 .map_err(|error| Error::from_io(error, "can't watch for signals"))?;

@@ -8,6 +8,7 @@ use crate::control::client::Client;
 use crate::error::{Error, ErrorKind, Result};
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
@@ -71,6 +72,8 @@ impl Daemon {
             .arg(&paths.control)
             .arg("--nbd")
             .arg(format!("unix:{}", paths.nbd.display()))
+            // The demo ends it in order; a Ctrl-C at the terminal is for the demo only.
+            .process_group(0)
             .stdin(Stdio::null())
             .stdout(log.try_clone().map_err(failed)?)
             .stderr(log)
