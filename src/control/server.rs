@@ -91,7 +91,7 @@ impl Server {
         self.accepting.await;
         or(shared.all_ended(), shared.env.sleep(CLOSE_TIME_MAX)).await;
         shared.connections.borrow().values().for_each(Stream::shutdown);
-        shared.all_ended().await;
+        or(shared.all_ended(), shared.env.sleep(CLOSE_TIME_MAX)).await;
     }
 }
 
