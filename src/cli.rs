@@ -25,12 +25,12 @@ Examples:
   See it work, in a temporary directory:
       hydrant demo
   Restore a backup that a server exports over NBD, and use it at once:
-      hydrant clone --name vm1 --source nbd://backup/vm1 --destination /dev/vg/vm1 --metadata vm1.meta
+      hydrant clone --name vm1 --source nbd://backup/vm1 --destination vm1.img --metadata vm1.meta
       hydrant status vm1 --watch
 
 Environment:
-  HYDRANT_LOG      what to log, to standard error: error, warn, info (default of 'clone'), debug, trace, or by module
-                   (hydrant::net=trace)
+  HYDRANT_LOG      what to log to standard error: error, warn (default), info (default of 'clone'),
+                   debug or trace; or by module, as in hydrant::source=debug
   XDG_RUNTIME_DIR  sockets are in its directory 'hydrant'; without it in /run/hydrant
 
 Exit status: 0 done, 1 failed (one line on standard error says why), 2 wrong usage.")]
@@ -45,6 +45,7 @@ pub enum Verb {
     Status(StatusArgs),
     Message(MessageArgs),
     Stop(StopArgs),
+    Demo(DemoArgs),
 }
 
 /// Serve a clone of a source and copy it to a destination, in the foreground
@@ -59,13 +60,16 @@ Sizes are numbers of bytes, or take KiB, MiB, GiB or TiB: 65536 and 64KiB are th
 Examples:
   A file to a file:
       hydrant clone --source old.img --destination new.img --metadata new.meta
-  An NBD export to a logical volume, as exported by 'nbdkit --filter=... file backup.img':
-      hydrant clone --name vm1 --source nbd://backup:10809/ --destination /dev/vg/vm1 --metadata /var/lib/vm1.meta
+  An NBD export (say of 'nbdkit -e vm1 file vm1.img') to a logical volume:
+      hydrant clone --name vm1 --source nbd://backup/vm1 --destination /dev/vg/vm1 \\
+          --metadata /var/lib/vm1.meta
   Use it (the export has the clone's name):
       nbdinfo --map=hydrant:hydrated 'nbd+unix:///vm1?socket=/run/hydrant/vm1.sock'
       nbd-client -unix /run/hydrant/vm1.sock -N vm1 /dev/nbd0
   Trim before copying, so that unused space is not copied:
-      hydrant clone --no-hydration ... ; mount, fstrim ; hydrant message vm1 enable_hydration
+      hydrant clone --no-hydration --name vm1 ...
+      mount /dev/nbd0 /mnt && fstrim /mnt
+      hydrant message vm1 enable_hydration
   Check everything, change nothing:
       hydrant clone --dry-run ...")]
 pub struct CloneArgs {
@@ -85,8 +89,8 @@ pub struct CloneArgs {
 
     /// What is copied already: a file (created when missing) or a block device
     ///
-    /// Needs 4 KiB per 256 MiB of the source or less, but more with small regions; --dry-run says how much. It is locked
-    /// while in use. No longer needed when all is hydrated.
+    /// About 1 MiB for 64 GiB of the source, twice that with 4KiB regions. It is locked while in use. No longer needed
+    /// when all is hydrated.
     #[arg(long, value_name = "PATH")]
     pub metadata: PathBuf,
 

@@ -18,6 +18,7 @@ pub mod config;
 pub mod control;
 pub mod coordinator;
 pub mod daemon;
+pub mod demo;
 pub mod devices;
 pub mod disk;
 pub mod dma_buf;
