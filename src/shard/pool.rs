@@ -26,8 +26,12 @@ use std::time::Duration;
 const CHANNEL_MESSAGES: usize = 256;
 /// Memory that glommio registers for its own files, which the data path does not use. In bytes.
 const IO_MEMORY_BYTES: usize = 256 << 10;
-/// How long a timer may wait behind runnable tasks.
-const PREEMPT_TIMER: Duration = Duration::from_millis(1);
+/// How long a timer may wait behind runnable tasks. Not shorter: see [`HEARTBEAT`].
+const PREEMPT_TIMER: Duration = Duration::from_millis(5);
+/// glommio 0.9 goes to sleep in spite of runnable tasks when its preemption timer fires (or another executor's
+/// wake-up arrives) between the arming of that timer and the first task, as happens when the thread loses its CPU
+/// just then. Whatever sleeps has a timer, so this bounds such a stall instead of leaving it for ever.
+const HEARTBEAT: Duration = Duration::from_millis(5);
 
 /// What a job returns, on its way back.
 type Outcome = Box<dyn Any + Send>;
@@ -242,6 +246,11 @@ where
     });
     let context = Rc::new(ShardContext { shard, mesh: mesh.clone(), env: Rc::new(GlommioEnv::new()) });
 
+    let heartbeat = glommio::spawn_local(async {
+        loop {
+            glommio::timer::sleep(HEARTBEAT).await;
+        }
+    });
     let mut receivers = Vec::new();
     let mut senders = Vec::new();
     for ((from, to), end) in ends.0 {
@@ -286,5 +295,6 @@ where
         sender.await;
     }
     ring.shutdown().await;
+    heartbeat.cancel().await;
     Ok(result)
 }
