@@ -59,7 +59,8 @@ impl CloneSlice {
                 continue;
             }
             let automatic = (BATCH_BYTES >> self.geometry.region_size().shift()).max(1);
-            let batch_max = if knobs.batch_size == AUTOMATIC { automatic } else { knobs.batch_size.max(1) }.min(threshold);
+            let batch_max =
+                if knobs.batch_size == AUTOMATIC { automatic } else { knobs.batch_size.max(1) }.min(threshold);
             let next = {
                 let busy =
                     |region| !self.locks.is_free(self.geometry.bytes_of(RegionRange::single(region)), Hold::Exclusive);

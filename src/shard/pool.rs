@@ -189,8 +189,8 @@ where
     F: FnOnce(Rc<ShardContext>) -> Fut,
     Fut: Future<Output = T> + 'static,
 {
-    let ring = Ring::start()
-        .map_err(|error| Error::from_io(error, format!("io_uring of shard {me} can't be set up")))?;
+    let ring =
+        Ring::start().map_err(|error| Error::from_io(error, format!("io_uring of shard {me} can't be set up")))?;
     let shard = Rc::new(Shard::default());
     let outgoing: BTreeMap<u16, Rc<Queue<Wire>>> =
         (0..shards).filter(|to| *to != me.0).map(|to| (to, Rc::default())).collect();
