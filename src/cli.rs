@@ -3,8 +3,7 @@
 //! The help texts are pinned by `tests/golden/help/`. Exit status: 0 done, 1 failed, 2 wrong usage.
 
 use crate::config::{
-    CloneName, NAME_LEN_MAX, NbdListen, OnHydrated, SHARDS_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT,
-    SOURCE_TIMEOUT_SECONDS_MAX,
+    CloneName, NAME_LEN_MAX, OnHydrated, SHARDS_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT, SOURCE_TIMEOUT_SECONDS_MAX,
 };
 use crate::units::RegionSize;
 use clap::builder::NonEmptyStringValueParser;
@@ -26,12 +25,12 @@ Examples:
   See it work, in a temporary directory:
       hydrant demo
   Restore a backup that a server exports over NBD, and use it at once:
-      hydrant clone --name vm1 --source nbd://backup/vm1 --destination /dev/vg/vm1 --metadata vm1.meta
+      hydrant clone --name vm1 --source nbd://backup/vm1 --destination vm1.img --metadata vm1.meta
       hydrant status vm1 --watch
 
 Environment:
-  HYDRANT_LOG      what to log, to standard error: error, warn, info (default of 'clone'), debug, trace, or by module
-                   (hydrant::net=trace)
+  HYDRANT_LOG      what to log to standard error: error, warn (default), info (default of 'clone'),
+                   debug or trace; or by module, as in hydrant::source=debug
   XDG_RUNTIME_DIR  sockets are in its directory 'hydrant'; without it in /run/hydrant
 
 Exit status: 0 done, 1 failed (one line on standard error says why), 2 wrong usage.")]
@@ -46,6 +45,7 @@ pub enum Verb {
     Status(StatusArgs),
     Message(MessageArgs),
     Stop(StopArgs),
+    Demo(DemoArgs),
 }
 
 /// Serve a clone of a source and copy it to a destination, in the foreground
@@ -60,13 +60,16 @@ Sizes are numbers of bytes, or take KiB, MiB, GiB or TiB: 65536 and 64KiB are th
 Examples:
   A file to a file:
       hydrant clone --source old.img --destination new.img --metadata new.meta
-  An NBD export to a logical volume, as exported by 'nbdkit --filter=... file backup.img':
-      hydrant clone --name vm1 --source nbd://backup:10809/ --destination /dev/vg/vm1 --metadata /var/lib/vm1.meta
+  An NBD export (say of 'nbdkit -e vm1 file vm1.img') to a logical volume:
+      hydrant clone --name vm1 --source nbd://backup/vm1 --destination /dev/vg/vm1 \\
+          --metadata /var/lib/vm1.meta
   Use it (the export has the clone's name):
       nbdinfo --map=hydrant:hydrated 'nbd+unix:///vm1?socket=/run/hydrant/vm1.sock'
       nbd-client -unix /run/hydrant/vm1.sock -N vm1 /dev/nbd0
   Trim before copying, so that unused space is not copied:
-      hydrant clone --no-hydration ... ; mount, fstrim ; hydrant message vm1 enable_hydration
+      hydrant clone --no-hydration --name vm1 ...
+      mount /dev/nbd0 /mnt && fstrim /mnt
+      hydrant message vm1 enable_hydration
   Check everything, change nothing:
       hydrant clone --dry-run ...")]
 pub struct CloneArgs {
@@ -86,8 +89,8 @@ pub struct CloneArgs {
 
     /// What is copied already: a file (created when missing) or a block device
     ///
-    /// Needs 4 KiB per 256 MiB of the source or less, but more with small regions; --dry-run says how much. It is locked
-    /// while in use. No longer needed when all is hydrated.
+    /// About 1 MiB for 64 GiB of the source, twice that with 4KiB regions. It is locked while in use. No longer needed
+    /// when all is hydrated.
     #[arg(long, value_name = "PATH")]
     pub metadata: PathBuf,
 
@@ -97,12 +100,12 @@ pub struct CloneArgs {
     #[arg(long, value_name = "NAME", default_value_t)]
     pub name: CloneName,
 
-    /// Unit of the copy: a power of two, 4KiB to 1GiB
+    /// Unit of the copy: a power of two, 4KiB to 1GiB [default: that of the metadata; 64KiB for a new clone]
     ///
     /// A partial write to a region that is not hydrated yet waits for the copy of the region. Fixed once the metadata is
     /// made.
-    #[arg(long, value_name = "SIZE", default_value_t)]
-    pub region_size: RegionSize,
+    #[arg(long, value_name = "SIZE")]
+    pub region_size: Option<RegionSize>,
 
     /// Start with the background copy switched off
     ///
@@ -114,17 +117,17 @@ pub struct CloneArgs {
     #[arg(long)]
     pub no_discard_passdown: bool,
 
-    /// The most regions being copied at a time; 0: automatic
+    /// The most regions being copied at a time [default: automatic]
     ///
-    /// From 0 to 4294967295.
-    #[arg(long, value_name = "REGIONS", default_value_t = 0)]
-    pub hydration_threshold: u32,
+    /// From 0 to 4294967295; 0 stops the background copy, as in dm-clone.
+    #[arg(long, value_name = "REGIONS")]
+    pub hydration_threshold: Option<u32>,
 
-    /// How many adjacent regions are copied together, at most; 0: automatic
+    /// How many adjacent regions are copied together, at most [default: automatic]
     ///
-    /// From 0 to 4294967295.
-    #[arg(long, value_name = "REGIONS", default_value_t = 0)]
-    pub hydration_batch_size: u32,
+    /// From 0 to 4294967295; 0 means 1, as in dm-clone.
+    #[arg(long, value_name = "REGIONS")]
+    pub hydration_batch_size: Option<u32>,
 
     /// When all is hydrated: go on serving, or exit when the last client is gone
     #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
@@ -135,7 +138,7 @@ pub struct CloneArgs {
     /// By default the socket NAME.sock in $XDG_RUNTIME_DIR/hydrant or /run/hydrant. Unix sockets are for their owner only
     /// (mode 0600). With tcp everybody who can reach the port can read and write: there is no authentication.
     #[arg(long, value_name = "ADDRESS")]
-    pub nbd: Option<NbdListen>,
+    pub nbd: Option<crate::io_frontend::nbd::listen::NbdAddress>,
 
     /// Path of the control socket [default: NAME.control beside the NBD default]
     ///

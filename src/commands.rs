@@ -2,6 +2,7 @@
 
 pub mod clone;
 pub mod message;
+pub mod meta;
 pub mod status;
 pub mod stop;
 
@@ -20,11 +21,12 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(CloneConfig) -> Res
         Verb::Status(args) => status::run(&args, out),
         Verb::Message(args) => message::run(&args),
         Verb::Stop(args) => stop::run(&args),
+        Verb::Demo(args) => crate::demo::run(&args, out),
     }
 }
 
 /// What the output may not be written for: a closed pipe, a full disk.
-fn output_error(error: io::Error) -> Error {
+pub(crate) fn output_error(error: io::Error) -> Error {
     Error::from_io(error, "standard output")
 }
 

@@ -169,7 +169,7 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
 }
 
 /// `running, 45.1% (118489 of 262144 regions, 16 in flight), 210 MiB/s, 41s left`.
-fn progress_words(status: &Status) -> String {
+pub fn progress_words(status: &Status) -> String {
     let mut words = format!("{}, {}", status.hydration.state, percent(status.hydrated_fraction()));
     let (hydrated, all) = (count(status.hydrated_regions), count(status.nr_regions));
     let _ = match status.hydrating_regions {
@@ -198,10 +198,10 @@ fn pace_words(status: &Status) -> String {
     words.join(", ")
 }
 
-fn setting(set: u32, effective: u32) -> String {
+fn setting(set: Option<u32>, effective: u32) -> String {
     match set {
-        0 => format!("automatic (now {})", count(effective.into())),
-        set => count(set.into()),
+        None => format!("automatic (now {})", count(effective.into())),
+        Some(set) => count(set.into()),
     }
 }
 

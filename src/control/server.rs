@@ -21,7 +21,8 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use serde::Serialize;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::rc::Rc;
 use std::time::Duration;
@@ -39,7 +40,7 @@ const CONNECTION_TIME_MAX: Duration = Duration::from_secs(30);
 /// How long a message may take to be in force; longer, and the client is told that it goes on without it.
 const MESSAGE_TIME_MAX: Duration = Duration::from_secs(20);
 /// How long [`Server::close`] waits for answers that are on their way.
-const CLOSE_TIME_MAX: Duration = Duration::from_secs(1);
+const CLOSE_TIME_MAX: Duration = Duration::from_millis(500);
 /// Pause after accept failed (no descriptors left, ...).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -54,7 +55,8 @@ struct Shared {
     controlled: Rc<dyn Controlled>,
     env: Rc<dyn Env>,
     listener: Listener,
-    connections: Cell<usize>,
+    /// Those that are served, by number.
+    connections: RefCell<HashMap<u64, Stream>>,
     closing: Cell<bool>,
     idle: Notify,
 }
@@ -67,7 +69,7 @@ impl Server {
             controlled,
             env: env.clone(),
             listener: Listener::new(fd),
-            connections: Cell::new(0),
+            connections: RefCell::default(),
             closing: Cell::new(false),
             idle: Notify::default(),
         });
@@ -87,30 +89,36 @@ impl Server {
         drop(self.guard);
         shared.listener.close();
         self.accepting.await;
-        let idle = async {
-            while shared.connections.get() > 0 {
-                shared.idle.notified().await;
-            }
-        };
-        or(idle, shared.env.sleep(CLOSE_TIME_MAX)).await;
+        or(shared.all_ended(), shared.env.sleep(CLOSE_TIME_MAX)).await;
+        shared.connections.borrow().values().for_each(Stream::shutdown);
+        or(shared.all_ended(), shared.env.sleep(CLOSE_TIME_MAX)).await;
     }
 }
 
 impl Shared {
+    async fn all_ended(&self) {
+        while !self.connections.borrow().is_empty() {
+            self.idle.notified().await;
+        }
+    }
+
     async fn accept_all(self: &Rc<Self>) {
         let mut failing = false;
+        let mut number = 0;
         while !self.closing.get() {
             match self.listener.accept().await {
                 Ok(fd) => {
                     failing = false;
-                    if self.closing.get() || self.connections.get() >= CONNECTIONS_MAX {
+                    if self.closing.get() || self.connections.borrow().len() >= CONNECTIONS_MAX {
                         continue;
                     }
-                    self.connections.set(self.connections.get() + 1);
+                    number += 1;
+                    let stream = Stream::new(fd);
+                    self.connections.borrow_mut().insert(number, stream.clone());
                     let shared = self.clone();
                     self.env.spawn(Box::pin(async move {
-                        shared.clone().serve(Stream::new(fd)).await;
-                        shared.connections.set(shared.connections.get() - 1);
+                        shared.clone().serve(stream).await;
+                        shared.connections.borrow_mut().remove(&number);
                         shared.idle.notify();
                     }));
                 }
@@ -165,9 +173,9 @@ impl Shared {
         }
         let result = match route {
             Route::StatusOfAll => {
-                self.controlled.status(None).map(|clones| json(StatusCode::OK, &StatusList { clones }))
+                self.controlled.status(None).await.map(|clones| json(StatusCode::OK, &StatusList { clones }))
             }
-            Route::Status(name) => self.controlled.status(Some(name)).and_then(|mut clones| match clones.pop() {
+            Route::Status(name) => self.controlled.status(Some(name)).await.and_then(|mut clones| match clones.pop() {
                 Some(status) => Ok(json(StatusCode::OK, &status)),
                 None => Err(Error::new(ErrorKind::NotFound, format!("no clone '{}'", name.escape_debug()))),
             }),
