@@ -3,9 +3,9 @@
 //! One [`NbdSource`] belongs to one executor. When the server allows several connections
 //! ([`NbdInfo::multi_conn`]) every shard may have its own; otherwise one of them has it for all.
 //!
-//! * [`handshake`]: option negotiation. [`dial`]: connecting. [`link`]: one connection, requests and replies.
-//! * [`assembly`]: checks what one reply consists of (pure). [`status_cache`]: answers about allocation (pure).
-//! * [`client`]: the queue, the connections, reconnecting, timeouts; read there what happens when the server goes.
+//! * `handshake`: option negotiation. `dial`: connecting. `link`: one connection, requests and replies.
+//! * `assembly`: checks what one reply consists of (pure). `status_cache`: answers about allocation (pure).
+//! * `client`: the queue, the connections, reconnecting, timeouts; read there what happens when the server goes.
 //!
 //! Nothing here writes to the export: READ, BLOCK_STATUS and DISC are the only commands it can encode.
 
