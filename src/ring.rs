@@ -110,9 +110,15 @@ impl Ring {
         CURRENT.with(|current| current.borrow().clone()).expect("Ring::start was called on this executor")
     }
 
-    /// Ends the ring's tasks once nothing is in flight any more.
-    pub async fn shutdown(&self) {
-        // Bounded: what is in flight may be a receive that nobody will ever satisfy.
+    /// Cancels what only waits (receives, accepts), and ends the ring's tasks once nothing is in flight any more.
+    pub async fn shutdown(self: &Rc<Self>) {
+        let entry = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build();
+        // SAFETY: the operation points to nothing.
+        let (result, ()) = unsafe { self.operation(entry, ()) }.await;
+        if let Err(error) = result {
+            log::debug!("io_uring: nothing was cancelled: {error}");
+        }
+        // Bounded: a disk may never answer.
         for _ in 0..1000 {
             if self.inner.borrow().in_flight == 0 {
                 break;
@@ -140,7 +146,7 @@ impl Ring {
         while !self.stopping.get() {
             if self.reap() > 0 {
                 // Let what was woken run, and submit, before looking again.
-                glommio::executor().yield_task_queue_now().await;
+                futures_lite::future::yield_now().await;
                 continue;
             }
             self.set_eventfd_enabled(true);
@@ -204,14 +210,25 @@ impl Ring {
         }
     }
 
-    /// Takes all completions there are; returns how many.
+    /// Takes all completions there are; returns how many. Finished work that the kernel holds back (it runs some
+    /// twenty items at a time, and not all of them complete an operation) is run to its end: for what is left the
+    /// eventfd would never be signalled again.
     fn reap(&self) -> usize {
-        let mut inner = self.inner.borrow_mut();
-        if self.taskrun && inner.uring.submission().taskrun() {
-            drop(inner);
-            self.enter();
-            inner = self.inner.borrow_mut();
+        let mut count = 0;
+        loop {
+            while self.taskrun && self.inner.borrow_mut().uring.submission().taskrun() {
+                self.enter();
+            }
+            match self.drain() {
+                0 => return count,
+                more => count += more,
+            }
         }
+    }
+
+    /// Takes the completions that are in the queue.
+    fn drain(&self) -> usize {
+        let mut inner = self.inner.borrow_mut();
         let Inner { uring, slots, free, in_flight } = &mut *inner;
         let mut wakers: Vec<Waker> = Vec::new();
         let mut released: Vec<Slot> = Vec::new();
