@@ -118,7 +118,7 @@ impl Ring {
         self.background
     }
 
-    /// The ring of this executor.
+    /// The ring of this executor, also after its shutdown.
     ///
     /// # Panics
     /// When [`Ring::start`] was not called on this thread.
@@ -145,7 +145,6 @@ impl Ring {
         self.stopping.set(true);
         self.submit.notify();
         self.drive.stop();
-        CURRENT.with(|current| current.borrow_mut().take());
     }
 
     /// Hands queued entries to the kernel and lets it run finished work.

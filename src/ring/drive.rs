@@ -67,6 +67,7 @@ fn eventfd() -> io::Result<OwnedFd> {
     // SAFETY: plain system call; the result is checked, and owned by nobody else.
     match unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) } {
         fd if fd < 0 => Err(io::Error::last_os_error()),
+        // SAFETY: just made, and owned by nobody else.
         fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
     }
 }
