@@ -5,6 +5,11 @@
 //! operation. Two tasks serve it: one submits what a scheduler turn has queued with a single system call, one
 //! sleeps on an eventfd and reaps.
 //!
+//! A third task, the pulse, works around a defect of glommio 0.9.0: its executor goes to sleep with runnable tasks when
+//! an event of its latency ring (say the preemption timer) comes between its poll for I/O and its first task
+//! (`run_task_queues` then runs nothing and says that there was nothing to run). It would sleep until the next event,
+//! perhaps for ever. A timer that is always pending bounds that sleep.
+//!
 //! Invariants:
 //! * An operation owns what the kernel may touch (buffers, `msghdr`, the file) until its completion has been
 //!   reaped. A future that is dropped leaves it in its slot, so the kernel never sees freed memory.
@@ -20,6 +25,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use crate::local::Notify;
 
@@ -27,6 +33,10 @@ use crate::local::Notify;
 const SQ_ENTRIES: u32 = 512;
 /// Completion queue entries; an overflow is kept by the kernel (IORING_FEAT_NODROP), this makes it rare.
 const CQ_ENTRIES: u32 = 4096;
+
+/// Longest sleep with runnable tasks, while operations complete and otherwise. See the pulse above.
+const PULSE_ACTIVE: Duration = Duration::from_millis(2);
+const PULSE_IDLE: Duration = Duration::from_millis(25);
 
 thread_local! {
     static CURRENT: RefCell<Option<Rc<Ring>>> = const { RefCell::new(None) };
@@ -55,6 +65,7 @@ pub struct Ring {
     submit: Notify,
     submit_pending: Cell<bool>,
     stopping: Cell<bool>,
+    reaped: Cell<u64>,
     taskrun: bool,
 }
 
@@ -92,6 +103,7 @@ impl Ring {
             submit: Notify::default(),
             submit_pending: Cell::new(false),
             stopping: Cell::new(false),
+            reaped: Cell::new(0),
             taskrun,
         });
         CURRENT.with(|current| *current.borrow_mut() = Some(ring.clone()));
@@ -99,6 +111,16 @@ impl Ring {
         glommio::spawn_local(async move { submitter.submit_task().await }).detach();
         let reaper = ring.clone();
         glommio::spawn_local(async move { reaper.reap_task(event_file).await }).detach();
+        let pulse = Rc::downgrade(&ring);
+        glommio::spawn_local(async move {
+            let mut seen = 0;
+            loop {
+                let Some(now) = pulse.upgrade().map(|ring| ring.reaped.get()) else { return };
+                let active = now != std::mem::replace(&mut seen, now);
+                glommio::timer::sleep(if active { PULSE_ACTIVE } else { PULSE_IDLE }).await;
+            }
+        })
+        .detach();
         Ok(ring)
     }
 
@@ -250,6 +272,7 @@ impl Ring {
         }
         drop(inner);
         drop(released);
+        self.reaped.set(self.reaped.get() + count as u64);
         wakers.into_iter().for_each(Waker::wake);
         count
     }

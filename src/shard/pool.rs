@@ -26,8 +26,8 @@ use std::time::Duration;
 const CHANNEL_MESSAGES: usize = 256;
 /// Memory that glommio registers for its own files, which the data path does not use. In bytes.
 const IO_MEMORY_BYTES: usize = 256 << 10;
-/// How long a timer may wait behind runnable tasks.
-const PREEMPT_TIMER: Duration = Duration::from_millis(1);
+/// How long I/O and timers may wait behind runnable tasks. Not shorter: see the pulse in [`crate::ring`].
+const PREEMPT_TIMER: Duration = Duration::from_millis(5);
 
 /// What a job returns, on its way back.
 type Outcome = Box<dyn Any + Send>;
