@@ -103,7 +103,7 @@ impl MemoryVolume {
                     let state =
                         if holes[(piece.start() / 4096) as usize] { Allocation::HOLE } else { Allocation::DATA };
                     push_extent(&mut status.allocation, piece.len(), state);
-                    push_extent(&mut status.hydrated, piece.len(), (piece.start() / REGION) % 3 == 0);
+                    push_extent(&mut status.hydrated, piece.len(), (piece.start() / REGION).is_multiple_of(3));
                 }
                 Completion::Status(status)
             }
