@@ -191,7 +191,9 @@ impl Server {
         let thread = std::thread::spawn(move || {
             glommio::LocalExecutorBuilder::default()
                 .io_memory(1 << 20)
-                .preempt_timer(Duration::from_millis(1))
+                // Not shorter: glommio goes to sleep with tasks to run when this timer fires between its poll and
+                // its first task, which on a busy machine it does when it is set to a millisecond.
+                .preempt_timer(Duration::from_millis(100))
                 .make()
                 .unwrap()
                 .run(async move {

@@ -28,8 +28,12 @@ fn lens() -> impl Strategy<Value = u32> {
 
 fn headers() -> impl Strategy<Value = RequestHeader> {
     let flags = prop_oneof![Just(0u16), Just(1), 0u16..64, any::<u16>()];
-    (flags, 0u16..10, any::<u64>(), offsets(), lens()).prop_map(|(flags, command, cookie, offset, len)| {
-        RequestHeader { flags, command: Command(command), cookie, offset, len }
+    (flags, 0u16..10, any::<u64>(), offsets(), lens()).prop_map(|(flags, command, cookie, offset, len)| RequestHeader {
+        flags,
+        command: Command(command),
+        cookie,
+        offset,
+        len,
     })
 }
 
@@ -85,9 +89,10 @@ proptest! {
         prop_assert_eq!(expected, None);
 
         // What reaches the volume is exactly what was asked, and inside.
-        let wanted = RequestFlags::from_bits_truncate(
-            (flags & 1) as u8 | (flags >> 1 & 1) as u8 * 2 | (flags >> 4 & 1) as u8 * 4,
-        );
+        let mut wanted = RequestFlags::empty();
+        wanted.set(RequestFlags::FUA, flags & 0b1 != 0);
+        wanted.set(RequestFlags::NO_HOLE, flags & 0b10 != 0);
+        wanted.set(RequestFlags::FAST_ZERO, flags & 0b10000 != 0);
         let (kind, range, given) = match verdict {
             Verdict::Nothing => {
                 prop_assert!(len == 0 && command != Command::FLUSH);

@@ -40,7 +40,12 @@ enum End {
     /// It wants more.
     Open,
     Closed,
-    Transmission { name: String, structured: bool, contexts: Contexts, rest: Vec<u8> },
+    Transmission {
+        name: String,
+        structured: bool,
+        contexts: Contexts,
+        rest: Vec<u8>,
+    },
     Dropped(ErrorKind),
 }
 
@@ -130,7 +135,8 @@ fn oracle(options: &[ClientOption]) -> Option<(String, bool, Contexts)> {
             ClientOption::Abort => return None,
             ClientOption::Go(InfoRequest { name, .. }) | ClientOption::ExportName(name) => match canonical(name) {
                 Some(name) => {
-                    let contexts = selected.filter(|(for_name, _)| *for_name == name).map_or(Contexts::empty(), |s| s.1);
+                    let contexts =
+                        selected.filter(|(for_name, _)| *for_name == name).map_or(Contexts::empty(), |s| s.1);
                     return Some((name.to_owned(), structured, contexts));
                 }
                 None if matches!(option, ClientOption::ExportName(_)) => return None,

@@ -173,9 +173,28 @@ fn a_volume_that_answers_nonsense_is_an_io_error() {
 fn errors_are_the_protocols() {
     use ErrorKind::*;
     let all = [
-        Usage, InvalidRequest, NotFound, PermissionDenied, WrongType, InUse, TooSmall, ForeignData, Mismatch, Damaged,
-        Unsupported, SourceChanged, SourceLost, Protocol, Io, NoSpace, ReadOnly, Failed, NotSupported, Limit,
-        Environment, Shutdown,
+        Usage,
+        InvalidRequest,
+        NotFound,
+        PermissionDenied,
+        WrongType,
+        InUse,
+        TooSmall,
+        ForeignData,
+        Mismatch,
+        Damaged,
+        Unsupported,
+        SourceChanged,
+        SourceLost,
+        Protocol,
+        Io,
+        NoSpace,
+        ReadOnly,
+        Failed,
+        NotSupported,
+        Limit,
+        Environment,
+        Shutdown,
     ];
     for kind in all {
         for flags in [0, CommandFlags::FAST_ZERO.bits()] {
