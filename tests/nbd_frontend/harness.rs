@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use hydrant::env::Env;
 use hydrant::env::glommio::GlommioEnv;
+use hydrant::env::heartbeat::Heartbeat;
 use hydrant::error::{Error, ErrorKind, Result};
 use hydrant::io_frontend::nbd::listen::{NbdAddress, bind, configure_accepted};
 use hydrant::io_frontend::nbd::{ConnectionStats, Exports, Limits, serve};
@@ -191,14 +192,13 @@ impl Server {
         let thread = std::thread::spawn(move || {
             glommio::LocalExecutorBuilder::default()
                 .io_memory(1 << 20)
-                // Not shorter: glommio goes to sleep with tasks to run when this timer fires between its poll and
-                // its first task, which on a busy machine it does when it is set to a millisecond.
-                .preempt_timer(Duration::from_millis(100))
+                .preempt_timer(Duration::from_millis(1))
                 .make()
                 .unwrap()
                 .run(async move {
                     let (log, ended, stop, in_flight_max, address) = shared;
                     let ring = Ring::start().unwrap();
+                    let heartbeat = Heartbeat::start().unwrap();
                     let volume = Rc::new(MemoryVolume {
                         data: RefCell::new(vec![0; setup.size as usize]),
                         delay: setup.delay,
@@ -213,6 +213,7 @@ impl Server {
                     assert_eq!(volume.in_flight.get(), 0, "serve returned before its requests ended");
                     assert_eq!(Rc::strong_count(&volume), 1, "a connection was not freed");
                     ring.shutdown().await;
+                    drop(heartbeat);
                     drop(bound.guard);
                     Totals { accepted: stats.accepted.get(), dropped: stats.dropped.get(), errors: stats.errors.get() }
                 })
