@@ -3,8 +3,7 @@
 //! The help texts are pinned by `tests/golden/help/`. Exit status: 0 done, 1 failed, 2 wrong usage.
 
 use crate::config::{
-    CloneName, NAME_LEN_MAX, NbdListen, OnHydrated, SHARDS_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT,
-    SOURCE_TIMEOUT_SECONDS_MAX,
+    CloneName, NAME_LEN_MAX, OnHydrated, SHARDS_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT, SOURCE_TIMEOUT_SECONDS_MAX,
 };
 use crate::units::RegionSize;
 use clap::builder::NonEmptyStringValueParser;
@@ -101,12 +100,12 @@ pub struct CloneArgs {
     #[arg(long, value_name = "NAME", default_value_t)]
     pub name: CloneName,
 
-    /// Unit of the copy: a power of two, 4KiB to 1GiB
+    /// Unit of the copy: a power of two, 4KiB to 1GiB [default: that of the metadata; 64KiB for a new clone]
     ///
     /// A partial write to a region that is not hydrated yet waits for the copy of the region. Fixed once the metadata is
     /// made.
-    #[arg(long, value_name = "SIZE", default_value_t)]
-    pub region_size: RegionSize,
+    #[arg(long, value_name = "SIZE")]
+    pub region_size: Option<RegionSize>,
 
     /// Start with the background copy switched off
     ///
@@ -118,17 +117,17 @@ pub struct CloneArgs {
     #[arg(long)]
     pub no_discard_passdown: bool,
 
-    /// The most regions being copied at a time; 0: automatic
+    /// The most regions being copied at a time [default: automatic]
     ///
-    /// From 0 to 4294967295.
-    #[arg(long, value_name = "REGIONS", default_value_t = 0)]
-    pub hydration_threshold: u32,
+    /// From 0 to 4294967295; 0 stops the background copy, as in dm-clone.
+    #[arg(long, value_name = "REGIONS")]
+    pub hydration_threshold: Option<u32>,
 
-    /// How many adjacent regions are copied together, at most; 0: automatic
+    /// How many adjacent regions are copied together, at most [default: automatic]
     ///
-    /// From 0 to 4294967295.
-    #[arg(long, value_name = "REGIONS", default_value_t = 0)]
-    pub hydration_batch_size: u32,
+    /// From 0 to 4294967295; 0 means 1, as in dm-clone.
+    #[arg(long, value_name = "REGIONS")]
+    pub hydration_batch_size: Option<u32>,
 
     /// When all is hydrated: go on serving, or exit when the last client is gone
     #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
@@ -139,7 +138,7 @@ pub struct CloneArgs {
     /// By default the socket NAME.sock in $XDG_RUNTIME_DIR/hydrant or /run/hydrant. Unix sockets are for their owner only
     /// (mode 0600). With tcp everybody who can reach the port can read and write: there is no authentication.
     #[arg(long, value_name = "ADDRESS")]
-    pub nbd: Option<NbdListen>,
+    pub nbd: Option<crate::io_frontend::nbd::listen::NbdAddress>,
 
     /// Path of the control socket [default: NAME.control beside the NBD default]
     ///

@@ -2,6 +2,7 @@
 
 pub mod clone;
 pub mod message;
+pub mod meta;
 pub mod status;
 pub mod stop;
 

@@ -28,7 +28,7 @@ use api::{Message, Status};
 /// What the server steers: the daemon, on the executor that serves the control socket.
 pub trait Controlled {
     /// The status of the clone `name`, or of all clones, by name. `NotFound` when there is no such clone.
-    fn status(&self, name: Option<&str>) -> Result<Vec<Status>>;
+    fn status(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<Vec<Status>>>;
     /// Carries a message out on every shard; returns when it is in force. It runs to its end even when the client
     /// that sent it is gone.
     fn message(&self, name: &str, message: &Message) -> LocalBoxFuture<'static, Result<()>>;

@@ -31,6 +31,8 @@ pub const COMMIT_INTERVAL: Duration = Duration::from_secs(1);
 /// What commits have cost so far.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
 pub struct CommitStats {
+    /// Who asked: flushes and FUA writes of clients, among others.
+    pub requests: u64,
     pub commits: u64,
     /// Commits that found no new bits and only flushed the destination.
     pub flushes_only: u64,
@@ -51,14 +53,15 @@ pub struct Coordinator {
 }
 
 impl Coordinator {
+    /// `generation` is that of the newest block or superblock that was found.
     pub fn new(
         state: Arc<CloneState>,
         store: Store,
+        generation: Generation,
         destination: Rc<dyn Disk>,
         mesh: Rc<dyn Mesh>,
         env: Rc<dyn Env>,
     ) -> Rc<Self> {
-        let generation = Cell::new(store.superblock().generation);
         Rc::new(Self {
             state,
             store,
@@ -67,7 +70,7 @@ impl Coordinator {
             env,
             waiting: RefCell::default(),
             wake: Notify::default(),
-            generation,
+            generation: Cell::new(generation),
             stats: Cell::default(),
         })
     }
@@ -84,6 +87,9 @@ impl Coordinator {
 
     /// Returns when everything that was acknowledged before this call is durable.
     pub async fn commit(&self) -> Result<()> {
+        let mut stats = self.stats.get();
+        stats.requests += 1;
+        self.stats.set(stats);
         let (sender, receiver) = oneshot();
         self.waiting.borrow_mut().push(sender);
         self.wake.notify();
@@ -145,14 +151,12 @@ impl Coordinator {
         if let Err(error) = self.destination.flush().await {
             return Err(self.degrade(error));
         }
-        let mut stats = self.stats.get();
-        stats.commits += 1;
         let committed: Vec<(ShardIndex, Vec<ZoneIndex>)> =
             snapshots.iter().map(|(shard, zones)| (*shard, zones.iter().map(|s| s.zone).collect())).collect();
         let zones: Vec<ZoneSnapshot> = snapshots.into_iter().flat_map(|(_, zones)| zones).collect();
-        if zones.is_empty() {
-            stats.flushes_only += 1;
-        } else {
+        let flush_only = zones.is_empty();
+        let blocks_written = zones.len() as u64;
+        if !flush_only {
             let generation = Generation(self.generation.get().0 + 1);
             let written = async {
                 self.store.write_zones(&zones, generation).await?;
@@ -162,7 +166,6 @@ impl Coordinator {
                 return Err(self.degrade(error));
             }
             self.generation.set(generation);
-            stats.blocks_written += zones.len() as u64;
             let calls: Vec<LocalBoxFuture<'_, _>> = committed
                 .into_iter()
                 .map(|(shard, zones)| self.mesh.call(shard, ShardRequest::Committed { clone, zones }))
@@ -171,6 +174,10 @@ impl Coordinator {
                 reply?;
             }
         }
+        let mut stats = self.stats.get();
+        stats.commits += 1;
+        stats.flushes_only += u64::from(flush_only);
+        stats.blocks_written += blocks_written;
         self.stats.set(stats);
         if all_hydrated && !self.state.is_complete() {
             self.complete().await?;

@@ -19,7 +19,8 @@ use bytes::Bytes;
 pub struct DiskInfo {
     /// In bytes; for a file any number, the last block may be short.
     pub size: u64,
-    /// Logical block size in bytes: 512 or 4096 (a power of two, at most [`crate::dma_buf::DMA_ALIGN`]).
+    /// Alignment of all I/O in bytes: the logical block size, or 1 for a file whose file system has no direct I/O. A
+    /// power of two, at most [`crate::dma_buf::DMA_ALIGN`].
     pub block: u32,
 }
 

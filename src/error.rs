@@ -178,7 +178,7 @@ impl Error {
         }
     }
 
-    /// The same kind and errno, with an outer context: "clone 'vm1': <this>".
+    /// The same kind and errno, with an outer context: `clone 'vm1': <this>`.
     pub fn within(self, context: impl Into<String>) -> Self {
         let (kind, errno) = (self.0.kind, self.0.errno);
         Self(Arc::new(Inner { kind, context: context.into(), errno, source: Some(self) }))

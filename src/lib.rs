@@ -17,6 +17,7 @@ pub mod commands;
 pub mod config;
 pub mod control;
 pub mod coordinator;
+pub mod daemon;
 pub mod demo;
 pub mod devices;
 pub mod disk;

@@ -14,11 +14,12 @@ pub mod pool;
 pub mod slice;
 
 use crate::coordinator::Coordinator;
+use crate::dma_buf::DmaBuf;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::{Allocation, Completion, Extent, LocalBoxFuture, Request};
 use crate::meta::region_map::ZoneSnapshot;
 use crate::units::{ByteRange, CloneId, ShardIndex, ZoneIndex};
-use bytes::Bytes;
+
 use slice::{CloneSlice, SliceStats};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -81,7 +82,7 @@ pub enum ShardReply {
     Done,
     Completion(Completion),
     Zones(Vec<ZoneSnapshot>),
-    Data(Bytes),
+    Data(DmaBuf),
     Allocation(Vec<Extent<Allocation>>),
     Stats(Box<SliceStats>),
 }
@@ -149,7 +150,7 @@ impl Shard {
                 Ok(ShardReply::Done)
             }
             ShardRequest::SourceRead { clone, range } => {
-                Ok(ShardReply::Data(self.slice(clone)?.source()?.read(range).await?.into()))
+                Ok(ShardReply::Data(self.slice(clone)?.source()?.read(range).await?))
             }
             ShardRequest::SourceAllocation { clone, range } => {
                 Ok(ShardReply::Allocation(self.slice(clone)?.source()?.allocation(range).await?))

@@ -3,6 +3,7 @@
 pub mod file;
 pub mod fingerprint;
 pub mod nbd;
+pub mod remote;
 pub mod uri;
 
 use crate::dma_buf::DmaBuf;

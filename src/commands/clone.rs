@@ -2,8 +2,9 @@
 
 use crate::bail;
 use crate::cli::CloneArgs;
-use crate::config::{CloneConfig, NbdListen};
+use crate::config::CloneConfig;
 use crate::error::Result;
+use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::runtime_dir::RuntimeDir;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ pub fn run(args: CloneArgs, start: impl FnOnce(CloneConfig) -> Result<()>) -> Re
     let config = config_of(args, &dir)?;
     let in_runtime_dir = |socket| dir.holds(socket);
     let needs_dir =
-        in_runtime_dir(&config.control) || matches!(&config.nbd, NbdListen::Unix(path) if in_runtime_dir(path));
+        in_runtime_dir(&config.control) || matches!(&config.nbd, NbdAddress::Unix(path) if in_runtime_dir(path));
     if needs_dir && !config.dry_run {
         dir.create()?;
     }
@@ -22,9 +23,9 @@ pub fn run(args: CloneArgs, start: impl FnOnce(CloneConfig) -> Result<()>) -> Re
 
 /// Fills in the defaults that depend on the name and the user.
 fn config_of(args: CloneArgs, dir: &RuntimeDir) -> Result<CloneConfig> {
-    let nbd = args.nbd.unwrap_or_else(|| NbdListen::Unix(dir.nbd_socket(&args.name)));
+    let nbd = args.nbd.unwrap_or_else(|| NbdAddress::Unix(dir.nbd_socket(&args.name)));
     let control = args.control.unwrap_or_else(|| dir.control_socket(&args.name));
-    if matches!(&nbd, NbdListen::Unix(path) if *path == control) {
+    if matches!(&nbd, NbdAddress::Unix(path) if *path == control) {
         bail!(Usage, "--nbd and --control are the same socket: {}", control.display());
     }
     Ok(CloneConfig {
@@ -76,13 +77,13 @@ mod tests {
             source: "s".into(),
             destination: "d".into(),
             metadata: "m".into(),
-            region_size: RegionSize::new(65536).unwrap(),
+            region_size: None,
             hydration: true,
             discard_passdown: true,
-            hydration_threshold: 0,
-            hydration_batch_size: 0,
+            hydration_threshold: None,
+            hydration_batch_size: None,
             on_hydrated: OnHydrated::Stay,
-            nbd: NbdListen::Unix(dir.path().join("clone.sock")),
+            nbd: NbdAddress::Unix(dir.path().join("clone.sock")),
             control: dir.path().join("clone.control"),
             shards: None,
             source_timeout: Duration::from_secs(60),
@@ -105,11 +106,11 @@ mod tests {
             source: "s".into(),
             destination: "d".into(),
             metadata: "m".into(),
-            region_size: RegionSize::new(1 << 20).unwrap(),
+            region_size: RegionSize::new(1 << 20).ok(),
             hydration: false,
             discard_passdown: false,
-            hydration_threshold: 7,
-            hydration_batch_size: 8,
+            hydration_threshold: Some(7),
+            hydration_batch_size: Some(8),
             on_hydrated: OnHydrated::Exit,
             nbd: "tcp:127.0.0.1:10809".parse().unwrap(),
             control: "c".into(),
@@ -120,8 +121,8 @@ mod tests {
         };
         assert_eq!(config, expected);
         assert_eq!(parse("--name vm1").unwrap().control.file_name(), Path::new("vm1.control").file_name());
-        assert_eq!(parse("--region-size 4096").unwrap().region_size.bytes(), 4096);
-        assert_eq!(parse("--region-size 1GiB").unwrap().region_size.bytes(), 1 << 30);
+        assert_eq!(parse("--region-size 4096").unwrap().region_size.unwrap().bytes(), 4096);
+        assert_eq!(parse("--region-size 1GiB").unwrap().region_size.unwrap().bytes(), 1 << 30);
     }
 
     #[test]

@@ -198,10 +198,10 @@ fn pace_words(status: &Status) -> String {
     words.join(", ")
 }
 
-fn setting(set: u32, effective: u32) -> String {
+fn setting(set: Option<u32>, effective: u32) -> String {
     match set {
-        0 => format!("automatic (now {})", count(effective.into())),
-        set => count(set.into()),
+        None => format!("automatic (now {})", count(effective.into())),
+        Some(set) => count(set.into()),
     }
 }
 

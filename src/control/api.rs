@@ -55,10 +55,10 @@ pub struct Status {
 pub struct HydrationStatus {
     /// False after `disable_hydration` and with `--no-hydration`.
     pub enabled: bool,
-    /// The most regions in flight, as it was set; 0 is automatic.
-    pub threshold: u32,
-    /// Regions copied together, as it was set; 0 is automatic.
-    pub batch_size: u32,
+    /// The most regions in flight, as it was set; null is automatic, 0 stops hydration.
+    pub threshold: Option<u32>,
+    /// Regions copied together, as it was set; null is automatic.
+    pub batch_size: Option<u32>,
     /// What is in force now: the set number, or what the automatic has found.
     pub threshold_effective: u32,
     pub batch_size_effective: u32,

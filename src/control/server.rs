@@ -173,9 +173,9 @@ impl Shared {
         }
         let result = match route {
             Route::StatusOfAll => {
-                self.controlled.status(None).map(|clones| json(StatusCode::OK, &StatusList { clones }))
+                self.controlled.status(None).await.map(|clones| json(StatusCode::OK, &StatusList { clones }))
             }
-            Route::Status(name) => self.controlled.status(Some(name)).and_then(|mut clones| match clones.pop() {
+            Route::Status(name) => self.controlled.status(Some(name)).await.and_then(|mut clones| match clones.pop() {
                 Some(status) => Ok(json(StatusCode::OK, &status)),
                 None => Err(Error::new(ErrorKind::NotFound, format!("no clone '{}'", name.escape_debug()))),
             }),

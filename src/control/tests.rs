@@ -31,14 +31,15 @@ struct Clones {
 }
 
 impl Controlled for Clones {
-    fn status(&self, name: Option<&str>) -> Result<Vec<Status>> {
+    fn status(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<Vec<Status>>> {
         let status = |name: &str| Status { name: name.into(), size: 1 << 40, pid: 7, ..Default::default() };
-        match name {
+        let found = match name {
             None => Ok(vec![status("a"), status("b")]),
             Some("a") => Ok(vec![status("a")]),
             Some("b") => Ok(vec![status("b")]),
-            Some(name) => bail!(NotFound, "no clone '{name}'"),
-        }
+            Some(name) => Err(Error::new(ErrorKind::NotFound, format!("no clone '{name}'"))),
+        };
+        Box::pin(std::future::ready(found))
     }
     fn message(&self, name: &str, message: &Message) -> LocalBoxFuture<'static, Result<()>> {
         let (env, seen, name, message) = (self.env.clone(), self.seen.clone(), name.to_owned(), *message);

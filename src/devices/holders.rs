@@ -7,7 +7,11 @@ use super::sysfs::{Node, Sysfs, parse_device_number};
 use super::{DeviceId, show, sys};
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+/// How often the table of locks is read to find a lock that is known to be there.
+const LOCKS_READ_MAX: u32 = 5;
 
 /// One line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
 #[derive(PartialEq, Eq, Debug)]
@@ -46,8 +50,13 @@ fn unescape(text: &str) -> PathBuf {
     std::ffi::OsString::from_vec(bytes).into()
 }
 
+/// A table of the kernel: empty when it can't be read; paths in it need not be UTF-8.
+fn table(path: &str) -> String {
+    String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+}
+
 fn mounts() -> Vec<Mount> {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let table = table("/proc/self/mountinfo");
     table.lines().filter_map(parse_mount).collect()
 }
 
@@ -62,7 +71,7 @@ fn names_device(path: &Path, id: &DeviceId) -> bool {
 
 /// Whether `id`, a block device or a file, is swapped to.
 fn is_swap(id: &DeviceId) -> bool {
-    let table = fs::read_to_string("/proc/swaps").unwrap_or_default();
+    let table = table("/proc/swaps");
     table
         .lines()
         .skip(1)
@@ -122,26 +131,35 @@ pub(super) fn mounted_writable(id: &DeviceId) -> Option<PathBuf> {
         .map(|mount| mount.mount_point)
 }
 
-/// Whether the files under `id`, a loop device, are locked exclusively: another clone may have one open.
+/// Whether the file under `id`, a loop device, is locked exclusively: another clone has it open. Tried by a shared
+/// lock for a moment, as the table of locks can be read incompletely.
 pub(super) fn locked_backing(sysfs: &Sysfs, id: &DeviceId) -> Option<String> {
-    let backing = sysfs.stack(id).into_iter().find_map(|id| sysfs.node(&id)?.loop_backing())?;
-    let DeviceId::File { dev, ino } = backing.file else { return None };
-    let process = lock_holder(dev, ino, true)?;
-    Some(format!("a loop device over a file that is locked by {process}"))
+    let node =
+        sysfs.stack(id).into_iter().find_map(|id| sysfs.node(&id).filter(|node| node.loop_backing().is_some()))?;
+    let file = File::open(node.attribute("loop/backing_file")?).ok()?;
+    let stat = file.metadata().ok()?;
+    let ours = DeviceId::of(&stat) == node.loop_backing()?.file;
+    if !ours || sys::try_flock(&file, false).unwrap_or(true) {
+        return None;
+    }
+    let by = lock_holder(stat.dev(), stat.ino(), true).unwrap_or_else(|| "another process".into());
+    Some(format!("a loop device over a file that is locked by {by}"))
 }
 
 /// The process that holds a lock (flock or record lock) on a file: "process 12 (hydrant)". By `/proc/locks`
 /// (proc_locks(5)), which has no owner for locks of open files; `None` when it can't be known.
 pub(super) fn lock_holder(dev: u64, ino: u64, exclusive_only: bool) -> Option<String> {
-    let table = fs::read_to_string("/proc/locks").ok()?;
-    table.lines().find_map(|line| {
-        let pid = parse_lock(line, dev, ino, exclusive_only)?;
-        let command = fs::read_to_string(format!("/proc/{pid}/comm")).ok();
-        Some(match command {
-            _ if pid == std::process::id() => "this process for another clone".into(),
-            Some(command) => format!("process {pid} ({})", command.trim_end()),
-            None => format!("process {pid}"),
-        })
+    // The table is no snapshot: a lock that is there may be missing from it when others go while it is read.
+    let find = || {
+        let table = fs::read_to_string("/proc/locks").ok()?;
+        table.lines().find_map(|line| parse_lock(line, dev, ino, exclusive_only))
+    };
+    let pid = (0..LOCKS_READ_MAX).find_map(|_| find())?;
+    let command = fs::read_to_string(format!("/proc/{pid}/comm")).ok();
+    Some(match command {
+        _ if pid == std::process::id() => "this process for another clone".into(),
+        Some(command) => format!("process {pid} ({})", command.trim_end().escape_debug()),
+        None => format!("process {pid}"),
     })
 }
 

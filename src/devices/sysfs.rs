@@ -38,8 +38,9 @@ pub(super) struct LoopBacking {
 }
 
 fn word(path: &Path) -> Option<String> {
-    let text = fs::read_to_string(path).ok()?;
-    let text = text.trim_end_matches('\n').trim();
+    let bytes = fs::read(path).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
+    let text = text.trim();
     (!text.is_empty()).then(|| text.to_owned())
 }
 

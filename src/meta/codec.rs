@@ -516,4 +516,4 @@ impl ZoneCodec {
 }
 
 #[cfg(test)]
-mod tests;
+pub mod tests;

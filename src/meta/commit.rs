@@ -20,8 +20,8 @@ pub struct Recovered {
     pub superblock: Superblock,
     /// What is not as it should be with the other copy; one line each, for the log.
     pub notes: Vec<String>,
-    /// A copy is damaged or unreadable (not merely older or missing after a crash).
-    pub copy_lost: bool,
+    /// The copy (0 or 1) that is damaged or unreadable, not merely older or missing after a crash.
+    pub copy_lost: Option<usize>,
 }
 
 /// The verdict on both copies.
@@ -97,16 +97,16 @@ fn newer(a: Superblock, b: Superblock) -> Recovery {
         }
         a
     };
-    Recovery::Use(Box::new(Recovered { superblock, notes, copy_lost: false }))
+    Recovery::Use(Box::new(Recovered { superblock, notes, copy_lost: None }))
 }
 
 /// One valid copy; `other` was found at the place of copy `index`.
 fn beside(superblock: Superblock, other: CopyFound, index: usize) -> Recovery {
     let name = COPY_NAMES[index];
     let (what, copy_lost) = match other {
-        Ok(Classified::Empty) => ("all zero".to_string(), false),
-        Ok(Classified::Damaged(what)) => (format!("damaged: {what}"), true),
-        Err(error) => (format!("unreadable: {error}"), true),
+        Ok(Classified::Empty) => ("all zero".to_string(), None),
+        Ok(Classified::Damaged(what)) => (format!("damaged: {what}"), Some(index)),
+        Err(error) => (format!("unreadable: {error}"), Some(index)),
         Ok(Classified::Foreign(what)) => {
             return Recovery::Damaged(format!(
                 "in place of superblock copy {name} is {what}, while the other is valid"

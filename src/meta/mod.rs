@@ -56,6 +56,7 @@
 //! retried, because a flush that failed once may have dropped the data it failed on, and its repetition succeeds without
 //! them. The bits on the medium stay a right state; the clone accepts no new metadata (`ro`).
 
+pub mod check;
 pub mod codec;
 pub mod commit;
 pub mod region_map;

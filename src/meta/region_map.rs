@@ -55,7 +55,7 @@ pub struct RegionMap {
 }
 
 /// The first of the bits `from..end` that is `want`, or `end`.
-fn first_bit(words: &[u64], from: usize, end: usize, want: bool) -> usize {
+pub(super) fn first_bit(words: &[u64], from: usize, end: usize, want: bool) -> usize {
     let flip = if want { 0 } else { u64::MAX };
     let mut at = from;
     while at < end {

@@ -66,35 +66,32 @@ fn block_range(first: u64, count: u64) -> ByteRange {
 /// Drives the futures that `work` makes, at most [`IO_IN_FLIGHT_MAX`] at a time, and hands their results to `sink` as
 /// they come. After the first error it starts no more, waits for those in flight and returns that error.
 async fn run_bounded<T, F: Future<Output = Result<T>>>(
-    mut work: impl Iterator<Item = F>,
+    work: impl Iterator<Item = F>,
     mut sink: impl FnMut(T) -> Result<()>,
 ) -> Result<()> {
+    let mut work = work.fuse();
     let mut in_flight: Vec<Pin<Box<F>>> = Vec::with_capacity(IO_IN_FLIGHT_MAX);
     let mut result = Ok(());
     poll_fn(|context| {
-        loop {
-            while result.is_ok() && in_flight.len() < IO_IN_FLIGHT_MAX {
-                let Some(future) = work.next() else { break };
-                in_flight.push(Box::pin(future));
-            }
-            let before = in_flight.len();
-            in_flight.retain_mut(|future| match future.as_mut().poll(context) {
-                Poll::Pending => true,
-                Poll::Ready(done) => {
-                    let done = done.and_then(&mut sink);
-                    if result.is_ok() {
-                        result = done;
-                    }
-                    false
+        let mut is_pending = |future: &mut Pin<Box<F>>, result: &mut Result<()>| match future.as_mut().poll(context) {
+            Poll::Pending => true,
+            Poll::Ready(done) => {
+                let done = done.and_then(&mut sink);
+                if result.is_ok() {
+                    *result = done;
                 }
-            });
-            if in_flight.is_empty() && (before == 0 || result.is_err()) {
-                return Poll::Ready(());
+                false
             }
-            if in_flight.len() == before {
-                return Poll::Pending;
+        };
+        in_flight.retain_mut(|future| is_pending(future, &mut result));
+        while result.is_ok() && in_flight.len() < IO_IN_FLIGHT_MAX {
+            let Some(future) = work.next() else { break };
+            let mut future = Box::pin(future);
+            if is_pending(&mut future, &mut result) {
+                in_flight.push(future);
             }
         }
+        if in_flight.is_empty() { Poll::Ready(()) } else { Poll::Pending }
     })
     .await;
     result
@@ -355,5 +352,7 @@ impl Store {
     }
 }
 
+#[cfg(test)]
+mod sim;
 #[cfg(test)]
 mod tests;

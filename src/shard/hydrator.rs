@@ -7,7 +7,7 @@ use crate::clone_state::{AUTOMATIC, Mode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hydration_sched::Next;
 use crate::io_frontend::request::{Allocation, Extent};
-use crate::units::{ByteRange, RegionIndex, RegionRange};
+use crate::units::{ByteRange, Geometry, RegionIndex, RegionRange};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -23,6 +23,11 @@ const BATCH_BYTES: u64 = super::copy::COPY_UNIT_BYTES;
 const ALLOCATION_AHEAD_BYTES: u64 = 256 << 20;
 /// When another shard uses up the hydration threshold, look again after this.
 const THRESHOLD_RETRY: Duration = Duration::from_millis(2);
+
+/// Regions of one batch when no batch size is set.
+pub fn automatic_batch_regions(geometry: &Geometry) -> u64 {
+    (BATCH_BYTES >> geometry.region_size().shift()).max(1)
+}
 
 /// What the source said of a stretch of the device.
 #[derive(Default)]
@@ -58,7 +63,7 @@ impl CloneSlice {
                 self.wake.notified().await;
                 continue;
             }
-            let automatic = (BATCH_BYTES >> self.geometry.region_size().shift()).max(1);
+            let automatic = automatic_batch_regions(&self.geometry);
             let batch_max =
                 if knobs.batch_size == AUTOMATIC { automatic } else { knobs.batch_size.max(1) }.min(threshold);
             let next = {

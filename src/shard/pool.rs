@@ -15,6 +15,7 @@ use crate::ring::Ring;
 use crate::units::ShardIndex;
 use glommio::channels::shared_channel::{self, SharedReceiver, SharedSender};
 use glommio::{LocalExecutorBuilder, Placement, PoolPlacement};
+use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
@@ -28,13 +29,16 @@ const IO_MEMORY_BYTES: usize = 256 << 10;
 /// How long a timer may wait behind runnable tasks.
 const PREEMPT_TIMER: Duration = Duration::from_millis(1);
 
+/// What a job returns, on its way back.
+type Outcome = Box<dyn Any + Send>;
 /// Something to run on another shard.
-type Job = Box<dyn FnOnce(Rc<ShardContext>) -> LocalBoxFuture<'static, ()> + Send>;
+type Job = Box<dyn FnOnce(Rc<ShardContext>) -> LocalBoxFuture<'static, Outcome> + Send>;
 
 enum Wire {
     Request { id: u64, request: ShardRequest },
     Reply { id: u64, reply: Result<ShardReply> },
-    Job(Job),
+    Job { id: u64, job: Job },
+    JobDone { id: u64, outcome: Outcome },
 }
 
 /// How the pool runs.
@@ -60,6 +64,7 @@ pub struct ChannelMesh {
     shard: Rc<Shard>,
     outgoing: BTreeMap<u16, Rc<Queue<Wire>>>,
     pending: RefCell<HashMap<u64, oneshot::Sender<Result<ShardReply>>>>,
+    jobs: RefCell<HashMap<u64, oneshot::Sender<Outcome>>>,
     next_id: Cell<u64>,
     hops: Cell<u64>,
 }
@@ -75,15 +80,35 @@ impl ChannelMesh {
         self.hops.get()
     }
 
-    /// Runs `job` on another shard (or here), and returns without waiting for its end.
-    pub fn spawn_on<F>(&self, context: &Rc<ShardContext>, to: ShardIndex, job: F)
+    fn new_id(&self) -> u64 {
+        self.next_id.replace(self.next_id.get() + 1)
+    }
+
+    /// Runs `job` on a shard, this one included, and returns what it returned; `None` when that shard has ended.
+    /// The job runs whether or not the answer is awaited.
+    pub fn run_on<T, F>(&self, context: &Rc<ShardContext>, to: ShardIndex, job: F) -> LocalBoxFuture<'static, Option<T>>
     where
-        F: FnOnce(Rc<ShardContext>) -> LocalBoxFuture<'static, ()> + Send + 'static,
+        T: Send + 'static,
+        F: FnOnce(Rc<ShardContext>) -> LocalBoxFuture<'static, T> + Send + 'static,
     {
-        match to == self.me {
-            true => context.env.spawn(job(context.clone())),
-            false => self.send(to, Wire::Job(Box::new(job))),
+        if to == self.me {
+            let (sender, receiver) = oneshot();
+            let future = job(context.clone());
+            context.env.spawn(Box::pin(async move { sender.send(future.await) }));
+            return Box::pin(receiver);
         }
+        let id = self.new_id();
+        let (sender, receiver) = oneshot();
+        self.jobs.borrow_mut().insert(id, sender);
+        let job: Job = Box::new(|context| {
+            let future = job(context);
+            Box::pin(async move { Box::new(future.await) as Outcome })
+        });
+        self.send(to, Wire::Job { id, job });
+        Box::pin(async move {
+            let outcome: Box<T> = receiver.await?.downcast().expect("a job returns what it was made to return");
+            Some(*outcome)
+        })
     }
 
     fn receive(self: &Rc<Self>, context: &Rc<ShardContext>, from: ShardIndex, wire: Wire) {
@@ -101,7 +126,19 @@ impl ChannelMesh {
                     waiting.send(reply);
                 }
             }
-            Wire::Job(job) => context.env.spawn(job(context.clone())),
+            Wire::Job { id, job } => {
+                let (mesh, future) = (self.clone(), job(context.clone()));
+                context.env.spawn(Box::pin(async move {
+                    let outcome = future.await;
+                    mesh.send(from, Wire::JobDone { id, outcome });
+                }));
+            }
+            Wire::JobDone { id, outcome } => {
+                let waiting = self.jobs.borrow_mut().remove(&id);
+                if let Some(waiting) = waiting {
+                    waiting.send(outcome);
+                }
+            }
         }
     }
 }
@@ -118,8 +155,7 @@ impl Mesh for ChannelMesh {
             let shard = self.shard.clone();
             return Box::pin(async move { shard.handle(request).await });
         }
-        let id = self.next_id.get();
-        self.next_id.set(id + 1);
+        let id = self.new_id();
         let (sender, receiver) = oneshot();
         self.pending.borrow_mut().insert(id, sender);
         self.send(to, Wire::Request { id, request });
@@ -200,6 +236,7 @@ where
         shard: shard.clone(),
         outgoing: outgoing.clone(),
         pending: RefCell::default(),
+        jobs: RefCell::default(),
         next_id: Cell::new(0),
         hops: Cell::new(0),
     });

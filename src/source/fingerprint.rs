@@ -15,6 +15,7 @@ use crate::dma_buf::DmaBuf;
 use crate::error::Result;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::join_all;
+use crate::meta::codec::SourceFingerprint;
 use crate::source::Source;
 use crate::units::ByteRange;
 use std::cell::{Cell, RefCell};
@@ -25,16 +26,6 @@ pub const SAMPLES: u64 = 64;
 pub const SAMPLE_LEN: u64 = 4096;
 /// How many samples are read at the same time.
 const SAMPLES_IN_FLIGHT: usize = 16;
-
-/// What a source looked like.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct SourceFingerprint {
-    /// In bytes.
-    pub size: u64,
-    /// How many samples the digest covers: 1 to [`SAMPLES`].
-    pub samples: u32,
-    pub digest: [u8; 16],
-}
 
 /// Reads the samples of `source`, [`SAMPLES_IN_FLIGHT`] at a time, and digests them. Fails as the reads fail.
 pub async fn fingerprint(source: &dyn Source) -> Result<SourceFingerprint> {

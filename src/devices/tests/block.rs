@@ -3,18 +3,34 @@
 use super::super::sysfs::Sysfs;
 use super::*;
 
+/// A loop device, detached at the end.
 struct Loop {
     path: PathBuf,
-    _detach: Undo,
+    backing: PathBuf,
 }
 impl Loop {
     fn attach(backing: &Path, options: &[&str]) -> Self {
-        let backing = backing.to_str().unwrap();
-        let name = run("losetup", &[&["-f", "--show"], options, &[backing]].concat());
-        Self { _detach: Undo::new(&["losetup", "-d", &name]), path: name.into() }
+        let path = run("losetup", &[&["-f", "--show"], options, &[backing.to_str().unwrap()]].concat());
+        Self { path: path.into(), backing: backing.into() }
     }
     fn name(&self) -> &str {
         self.path.to_str().unwrap()
+    }
+    fn kernel_name(&self) -> &str {
+        self.name().trim_start_matches("/dev/")
+    }
+}
+impl Drop for Loop {
+    fn drop(&mut self) {
+        drop(Undo::new(&["losetup", "-d", self.name()]));
+        // Another test that looks at all loop devices may have it open: then the kernel detaches it a moment later.
+        let attribute = format!("/sys/block/{}/loop/backing_file", self.kernel_name());
+        for _ in 0..100 {
+            if !fs::read_to_string(&attribute).is_ok_and(|text| Path::new(text.trim_end()) == self.backing) {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
     }
 }
 
@@ -48,9 +64,9 @@ fn loop_devices_with_both_sector_sizes() {
         let inner = open_source(&backing).unwrap();
         assert_ne!(source.fingerprint_id(), inner.fingerprint_id());
     }
-    // Not attached: no medium.
-    let detached = Loop::attach(&backing, &[]).path.clone();
-    refused(open_source(&detached), ErrorKind::TooSmall, &["is empty"]);
+    let empty = Loop::attach(&file(&directory, "empty", 0), &[]);
+    refused(open_source(&empty.path), ErrorKind::TooSmall, &["is empty"]);
+    refused(open_target(Role::Destination, &empty.path), ErrorKind::TooSmall, &["has size 0"]);
 }
 
 #[test]
@@ -61,7 +77,7 @@ fn loop_device_over_another_device() {
     let directory = TempDir::new().unwrap();
     let (backing, other) = (file(&directory, "backing", 4 * MIB), file(&directory, "other", 4 * MIB));
     let device = Loop::attach(&backing, &[]);
-    let kernel_name = device.name().trim_start_matches("/dev/");
+    let kernel_name = device.kernel_name();
     refused(open_target(Role::Destination, &backing), ErrorKind::InUse, &["attached to the loop device", kernel_name]);
     for (source, destination) in [(&backing, &device.path), (&device.path, &backing)] {
         let error =

@@ -1,1 +1,143 @@
+use super::super::codec::{CloneState, geometry_for};
+use super::*;
+use crate::units::Generation;
 
+fn sample(generation: u64) -> Superblock {
+    Superblock {
+        uuid: [7; 16],
+        geometry: geometry_for(1 << 30, RegionSize::default()).unwrap(),
+        source: SourceFingerprint { size: 1 << 30, samples: 9, digest: [1; 16] },
+        destination_id: [2; 16],
+        state: CloneState::Active,
+        generation: Generation(generation),
+        created_unix_s: 0,
+    }
+}
+
+fn valid(generation: u64) -> CopyFound {
+    Ok(Classified::Valid(sample(generation)))
+}
+fn damaged() -> CopyFound {
+    Ok(Classified::Damaged("checksum".into()))
+}
+fn unreadable() -> CopyFound {
+    Err(Error::io(libc::EIO, "4096 bytes at offset 0"))
+}
+
+/// The verdict in one word, with the generation of the superblock that is used.
+fn verdict(a: CopyFound, b: CopyFound) -> String {
+    match recover([a, b]) {
+        Recovery::Use(r) => {
+            format!("use {}{}", r.superblock.generation, if r.copy_lost.is_some() { ", copy lost" } else { "" })
+        }
+        Recovery::NeverFormatted => "never formatted".into(),
+        Recovery::Damaged(_) => "damaged".into(),
+        Recovery::Unsupported(_) => "unsupported".into(),
+        Recovery::Foreign(_) => "foreign".into(),
+        Recovery::Unreadable(_) => "unreadable".into(),
+    }
+}
+
+#[test]
+fn every_pair_of_copies() {
+    let empty = || Ok(Classified::Empty);
+    let foreign = || Ok(Classified::Foreign("swap space"));
+    let unsupported = || Ok(Classified::Unsupported("format version 2".into()));
+    assert_eq!(verdict(valid(3), valid(3)), "use 3");
+    assert_eq!(verdict(valid(4), valid(3)), "use 4");
+    assert_eq!(verdict(valid(3), valid(4)), "use 4");
+    let makers: [(&str, &dyn Fn() -> CopyFound); 5] = [
+        ("empty", &empty),
+        ("damaged", &damaged),
+        ("unreadable", &unreadable),
+        ("foreign", &foreign),
+        ("unsupported", &unsupported),
+    ];
+    let with_valid = ["use 3", "use 3, copy lost", "use 3, copy lost", "damaged", "unsupported"];
+    for ((name, make), expected) in makers.iter().zip(with_valid) {
+        assert_eq!(verdict(valid(3), make()), expected, "valid, {name}");
+        assert_eq!(verdict(make(), valid(3)), expected, "{name}, valid");
+    }
+    // Without a valid copy the gravest finding counts.
+    let rank = ["never formatted", "damaged", "unreadable", "foreign", "unsupported"];
+    for (i, (a_name, a)) in makers.iter().enumerate() {
+        for (j, (b_name, b)) in makers.iter().enumerate() {
+            let expected = ["unsupported", "damaged", "foreign", "unreadable", "never formatted"]
+                .into_iter()
+                .find(|v| rank[i] == *v || rank[j] == *v);
+            assert_eq!(Some(verdict(a(), b()).as_str()), expected, "{a_name}, {b_name}");
+        }
+    }
+}
+
+#[test]
+fn copies_of_different_clones_are_damage() {
+    let other = Superblock { uuid: [8; 16], ..sample(3) };
+    assert_eq!(verdict(valid(3), Ok(Classified::Valid(other))), "damaged");
+}
+
+/// Completion writes copy A first; with the generation of the last commit both copies may have the same one.
+#[test]
+fn with_equal_generations_copy_a_counts() {
+    let complete = Superblock { state: CloneState::Complete, ..sample(3) };
+    let Recovery::Use(used) = recover([Ok(Classified::Valid(complete.clone())), valid(3)]) else { panic!() };
+    assert_eq!((used.superblock, used.notes.len()), (complete, 1));
+}
+
+#[test]
+fn errors_say_what_and_what_to_do() {
+    let text = |a, b| recover([a, b]).into_result().unwrap_err().to_string();
+    assert_eq!(
+        text(damaged(), Ok(Classified::Empty)),
+        "damaged: superblock copy A: checksum; copy B is not valid either; look with `hydrant meta check`"
+    );
+    assert_eq!(
+        text(Ok(Classified::Foreign("swap space")), Ok(Classified::Empty)),
+        "holds swap space, no metadata of hydrant"
+    );
+    assert_eq!(
+        text(unreadable(), unreadable()),
+        "neither superblock copy is usable: 4096 bytes at offset 0: Input/output error"
+    );
+    let Recovery::Use(used) = recover([unreadable(), valid(1)]) else { panic!() };
+    assert_eq!(
+        used.notes,
+        ["superblock copy A is unreadable: 4096 bytes at offset 0: Input/output error; the other copy is used"]
+    );
+}
+
+#[test]
+fn mismatches_and_their_kinds() {
+    let superblock = sample(1);
+    let expected = Expected {
+        size: 1 << 30,
+        region_size: Some(RegionSize::default()),
+        source: superblock.source,
+        destination_id: [2; 16],
+    };
+    let error =
+        |expected: &Expected| mismatch_error(&mismatches(&superblock, expected)).map(|e| (e.kind(), e.to_string()));
+    assert_eq!(error(&expected), None);
+    assert_eq!(error(&Expected { region_size: None, ..expected }), None);
+    let larger = Expected {
+        size: (1 << 30) + 512,
+        source: SourceFingerprint { size: (1 << 30) + 512, ..superblock.source },
+        ..expected
+    };
+    assert_eq!(
+        error(&larger),
+        Some((ErrorKind::SourceChanged, "the metadata are for a source of 1GiB, this one has 1073742336 bytes".into()))
+    );
+    let changed = Expected { source: SourceFingerprint { digest: [9; 16], ..superblock.source }, ..expected };
+    assert_eq!(error(&changed).unwrap().0, ErrorKind::SourceChanged);
+    let all = Expected { region_size: Some(RegionSize::new(4096).unwrap()), destination_id: [3; 16], ..changed };
+    assert_eq!(
+        error(&all),
+        Some((
+            ErrorKind::Mismatch,
+            "the metadata are for regions of 64KiB, 4KiB was given; the source's content is not that of the one the \
+             clone was made from; the metadata belong to another destination"
+                .into()
+        ))
+    );
+}

@@ -4,7 +4,8 @@
 //! # When the server goes away
 //! * A connection ends when its socket does, when the server breaks the protocol or says ESHUTDOWN, or when
 //!   requests are in flight and nothing at all arrives for `request_timeout`. Its requests go back to the front of
-//!   the queue, in order, and to the next connection that has room.
+//!   the queue, in order, and to the next connection that has room; those that lost several connections go behind
+//!   the others, because one of them may be what makes the server fail, and the others shall get through.
 //! * Each connection is made again with exponential backoff from [`BACKOFF_MIN`] to [`BACKOFF_MAX`], halved at
 //!   random, until the client is closed. Only a connection that answered a request starts over at the minimum.
 //! * A request fails with SourceLost when no request at all was answered for `source_timeout` since it was made,
@@ -39,6 +40,8 @@ const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// With how many connections a request may go down before it is given up: it may be what kills the server.
 const LOSSES_MAX: u32 = 10;
+/// From so many on it queues behind the others.
+const LOSSES_SUSPECT: u32 = 2;
 /// A request that is not answered for this many times `request_timeout` ends its connection, although others are.
 const REQUEST_AGE_FACTOR: u32 = 10;
 /// The clock for timeouts ticks ten times per timeout, within these bounds.
@@ -230,13 +233,22 @@ impl Client {
         let mut given_up = Vec::new();
         {
             let mut queue = self.queue.borrow_mut();
-            for mut job in link.take_all().into_iter().rev() {
+            let (mut again, mut suspects) = (VecDeque::new(), Vec::new());
+            for mut job in link.take_all() {
                 job.losses += 1;
-                match job.losses < LOSSES_MAX {
-                    true => queue.push_front(job),
-                    false => given_up.push(job),
+                match job.losses {
+                    LOSSES_MAX.. => given_up.push(job),
+                    LOSSES_SUSPECT.. => suspects.push(job),
+                    _ => again.push_back(job),
                 }
             }
+            // The oldest, which a server that answers in order was working on, goes behind the others.
+            if !suspects.is_empty() {
+                suspects.rotate_left(1);
+            }
+            again.append(&mut queue);
+            again.extend(suspects);
+            *queue = again;
         }
         for job in given_up {
             let what = format!(

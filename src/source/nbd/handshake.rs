@@ -225,6 +225,9 @@ impl Handshake<'_> {
 
 /// A peer's text as part of one line.
 pub(super) fn for_people(message: &str) -> String {
-    let text: String = message.trim().chars().take(MESSAGE_SHOWN_MAX).collect();
-    text.escape_debug().to_string()
+    let mut text = String::new();
+    for c in message.trim().chars().take(MESSAGE_SHOWN_MAX) {
+        if c.is_control() { text.extend(c.escape_debug()) } else { text.push(c) }
+    }
+    text
 }

@@ -135,6 +135,8 @@ impl Server {
         let pid = self.child.as_ref().unwrap().id().to_string();
         let signal = if freeze { "-STOP" } else { "-CONT" };
         assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+        // Its threads stop one by one.
+        std::thread::sleep(Duration::from_millis(30));
     }
 }
 

@@ -1,0 +1,258 @@
+//! From a prepared clone to one that runs: creates what is missing, formats the metadata, and gives every shard its
+//! slice. The first change on disk is made here, after everything that can fail without one.
+
+use super::prepare::{FoundMetadata, OpenSource, OpenSourceKind, Prepared, disk_parts};
+use crate::bail;
+use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs};
+use crate::config::CloneConfig;
+use crate::coordinator::Coordinator;
+use crate::devices::{self, Device, Role, Target};
+use crate::disk::Disk;
+use crate::disk::ring::{DiskParts, RingDisk};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io_frontend::request::LocalBoxFuture;
+use crate::meta::codec::{self, Superblock, metadata_size_needed};
+use crate::meta::region_map::RegionMap;
+use crate::meta::store::Store;
+use crate::shard::pool::ShardContext;
+use crate::shard::slice::{CloneSlice, SliceParts};
+use crate::shard::{Mesh, ShardRequest};
+use crate::source::Source;
+use crate::source::file::FileSource;
+use crate::source::nbd::{NbdSource, NbdSourceOptions, SourceEvent};
+use crate::source::remote::RemoteSource;
+use crate::source::uri::NbdUri;
+use crate::units::{CloneId, Generation, Geometry, ShardIndex, ZoneIndex};
+use std::path::{Path, PathBuf};
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// A clone that runs on all shards.
+pub struct ActiveClone {
+    pub state: Arc<CloneState>,
+    pub coordinator: Rc<Coordinator>,
+    /// The coordinator's connection to an NBD source, while it is needed.
+    pub nbd_source: Option<Weak<NbdSource>>,
+    pub metadata_blocks: u64,
+    /// Open, so that they stay locked.
+    _devices: [Device; 2],
+}
+
+/// Removes a file that was created, unless everything after it worked.
+struct Created(Option<PathBuf>);
+
+impl Created {
+    fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Created {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0 {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Opens a target for use: created or sized where that is to be done.
+fn open(role: Role, path: &Path, target: Target, size: u64) -> Result<(Device, Created)> {
+    match target {
+        Target::Missing { .. } => Ok((devices::create(role, path, size)?, Created(Some(path.into())))),
+        Target::Existing(mut device) => {
+            if device.size == 0 {
+                devices::set_size(&mut device, size)?;
+            }
+            Ok((device, Created(None)))
+        }
+    }
+}
+
+/// What a shard makes its source from.
+enum SourceParts {
+    None,
+    File(DiskParts),
+    Nbd { uri: NbdUri, options: NbdSourceOptions },
+    Remote { size: u64 },
+}
+
+/// What a shard makes its slice from.
+struct ShardParts {
+    state: Arc<CloneState>,
+    zones: Vec<(ZoneIndex, Box<[u64]>)>,
+    destination: DiskParts,
+    source: SourceParts,
+}
+
+/// Starts the clone on all shards. Hydration is not started yet.
+pub async fn activate(context: &Rc<ShardContext>, config: &CloneConfig, prepared: Prepared) -> Result<ActiveClone> {
+    let Prepared { geometry, fingerprint, source, destination, metadata, found } = prepared;
+    let (destination, created_destination) =
+        open(Role::Destination, &config.destination, destination, geometry.size())?;
+    let metadata_size = metadata_size_needed(&geometry);
+    let (metadata, created_metadata) = open(Role::Metadata, &config.metadata, metadata, metadata_size)?;
+    let (store, zones, generation) = match found {
+        FoundMetadata::Ours(opened) => {
+            opened.notes.iter().for_each(|note| log::warn!("{}: {note}", metadata.label()));
+            (opened.store, opened.zones, opened.generation)
+        }
+        FoundMetadata::None => {
+            let superblock = Superblock {
+                uuid: *uuid::Uuid::new_v4().as_bytes(),
+                geometry,
+                source: fingerprint,
+                destination_id: destination.fingerprint_id(),
+                state: codec::CloneState::Active,
+                generation: Generation(0),
+                created_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            };
+            let disk: Rc<dyn Disk> = Rc::new(RingDisk::new(disk_parts(&metadata)?));
+            let store = Store::format(disk, superblock).await.map_err(|error| error.within(metadata.label()))?;
+            (store, Vec::new(), Generation(0))
+        }
+    };
+    created_destination.keep();
+    created_metadata.keep();
+
+    let shards = context.mesh.shards();
+    let state = Arc::new(CloneState::new(
+        CloneId(0),
+        config.name.to_string(),
+        geometry,
+        shards,
+        config.discard_passdown,
+        HydrationKnobs {
+            enabled: config.hydration,
+            threshold: config.hydration_threshold.map_or(AUTOMATIC, u64::from),
+            batch_size: config.hydration_batch_size.map_or(AUTOMATIC, u64::from),
+        },
+    ));
+    let complete = store.superblock().state == codec::CloneState::Complete;
+    let nbd_source = source.as_ref().and_then(|source| watch(context, source, &state));
+    let local_source = source.as_ref().map(|source| source.source.clone());
+    attach_slices(context, &state, &geometry, zones, &destination, source, local_source).await?;
+    if complete {
+        if !state.is_all_hydrated() {
+            let text =
+                format!("{}: complete, but regions are missing; look with `hydrant meta check`", metadata.label());
+            return Err(Error::new(ErrorKind::Damaged, text));
+        }
+        state.set_complete();
+        for shard in 0..shards {
+            context.mesh.call(ShardIndex(shard), ShardRequest::Release { clone: state.id }).await?;
+        }
+    }
+    let disk: Rc<dyn Disk> = Rc::new(RingDisk::new(disk_parts(&destination)?));
+    let coordinator =
+        Coordinator::new(state.clone(), store, generation, disk, context.mesh.clone(), context.env.clone());
+    context.shard.attach_coordinator(state.id, coordinator.clone());
+    context.env.spawn(Box::pin(coordinator.clone().run()));
+    if state.is_all_hydrated() && !complete {
+        // The daemon ended between the last commit and its last word.
+        coordinator.commit().await?;
+    }
+    Ok(ActiveClone {
+        state,
+        coordinator,
+        nbd_source,
+        metadata_blocks: metadata.size / codec::BLOCK_SIZE as u64,
+        _devices: [destination, metadata],
+    })
+}
+
+/// Turns what happens to an NBD source into events of the clone.
+fn watch(context: &Rc<ShardContext>, source: &OpenSource, state: &Arc<CloneState>) -> Option<Weak<NbdSource>> {
+    let OpenSourceKind::Nbd { source, .. } = &source.kind else { return None };
+    let (state, mesh, env) = (state.clone(), context.mesh.clone(), context.env.clone());
+    source.on_event(move |event| match event {
+        SourceEvent::Lost(error) => state.event(format!("source lost: {error}")),
+        SourceEvent::Changed(error) => state.event(format!("source changed, nothing more is read from it: {error}")),
+        SourceEvent::Found => {
+            state.event("source found again");
+            for shard in 0..mesh.shards() {
+                let wake = mesh.call(ShardIndex(shard), ShardRequest::Wake { clone: state.id });
+                env.spawn(Box::pin(async move {
+                    // Fails only when the clone is on its way out.
+                    let _ = wake.await;
+                }));
+            }
+        }
+    });
+    Some(Rc::downgrade(source))
+}
+
+async fn attach_slices(
+    context: &Rc<ShardContext>,
+    state: &Arc<CloneState>,
+    geometry: &Geometry,
+    zones: Vec<(ZoneIndex, Box<[u64]>)>,
+    destination: &Device,
+    source: Option<OpenSource>,
+    local_source: Option<Rc<dyn Source>>,
+) -> Result<()> {
+    let shards = context.mesh.shards();
+    let mut zones_of: Vec<Vec<_>> = (0..shards).map(|_| Vec::new()).collect();
+    for (zone, bits) in zones {
+        zones_of[usize::from(geometry.owner_of(zone, shards).0)].push((zone, bits));
+    }
+    let destination = disk_parts(destination)?;
+    let mut attached: Vec<LocalBoxFuture<'static, Option<Result<()>>>> = Vec::new();
+    for (shard, zones) in (0..shards).map(ShardIndex).zip(zones_of) {
+        let source = match source.as_ref().map(|source| &source.kind) {
+            None => SourceParts::None,
+            Some(OpenSourceKind::File { parts, .. }) => SourceParts::File(parts.duplicate()?),
+            Some(OpenSourceKind::Nbd { source, uri, options }) => match source.info().multi_conn {
+                true => SourceParts::Nbd { uri: uri.clone(), options: options.clone() },
+                false => SourceParts::Remote { size: source.size() },
+            },
+        };
+        let parts = ShardParts { state: state.clone(), zones, destination: destination.duplicate()?, source };
+        if shard == context.mesh.me() {
+            attach(context, parts, local_source.clone()).await?;
+        } else {
+            attached.push(
+                context
+                    .mesh
+                    .run_on(context, shard, |context| Box::pin(async move { attach(&context, parts, None).await })),
+            );
+        }
+    }
+    for result in attached {
+        match result.await {
+            Some(result) => result?,
+            None => bail!(Environment, "a shard has ended"),
+        }
+    }
+    Ok(())
+}
+
+/// On its own shard: makes the slice and starts its hydration task. `source`: it is open here already.
+async fn attach(context: &Rc<ShardContext>, parts: ShardParts, source: Option<Rc<dyn Source>>) -> Result<()> {
+    let ShardParts { state, zones, destination, source: source_parts } = parts;
+    let mesh: Rc<dyn Mesh> = context.mesh.clone();
+    let source: Option<Rc<dyn Source>> = match (source, source_parts) {
+        (Some(source), _) => Some(source),
+        (None, SourceParts::None) => None,
+        (None, SourceParts::File(parts)) => Some(Rc::new(FileSource::new(Rc::new(RingDisk::new(parts))))),
+        (None, SourceParts::Nbd { uri, options }) => {
+            let source = NbdSource::connect(uri, options, context.env.clone()).await?;
+            if source.size() != state.geometry.size() {
+                bail!(SourceChanged, "the source's size changed while it was opened");
+            }
+            Some(Rc::new(source))
+        }
+        (None, SourceParts::Remote { size }) => {
+            Some(Rc::new(RemoteSource::new(state.id, crate::shard::COORDINATOR, size, mesh.clone())))
+        }
+    };
+    let mut map = RegionMap::new(state.geometry, mesh.shards(), mesh.me());
+    for (zone, bits) in zones {
+        map.load_zone(zone, &bits);
+    }
+    state.add_hydrated(map.hydrated_count());
+    let destination = Rc::new(RingDisk::new(destination));
+    let slice = CloneSlice::new(SliceParts { state, map, destination, source, env: context.env.clone(), mesh });
+    context.shard.attach(slice);
+    Ok(())
+}

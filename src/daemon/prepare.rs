@@ -1,0 +1,323 @@
+//! Before anything is changed: opens and checks the three devices, and says what would be done.
+
+use crate::bail;
+use crate::config::CloneConfig;
+use crate::devices::{self, Device, DeviceKind, Place, Role, Target};
+use crate::disk::Disk;
+use crate::disk::ring::{DiskParts, RingDisk};
+use crate::error::{Error, ErrorKind, Result};
+use crate::meta::codec::{CloneState, SUPERBLOCK_MAGIC, SourceFingerprint, geometry_for, metadata_size_needed};
+use crate::meta::commit::{Expected, Mismatch, Recovered, Recovery, mismatch_error, mismatches};
+use crate::meta::store::{Opened, Store, probe};
+use crate::shard::pool::ShardContext;
+use crate::source::Source;
+use crate::source::file::FileSource;
+use crate::source::fingerprint::fingerprint;
+use crate::source::nbd::{NbdSource, NbdSourceOptions};
+use crate::source::uri::{NbdUri, SourceSpec};
+use crate::units::{ByteSize, Geometry};
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::rc::Rc;
+
+/// Connections to an NBD source that allows several, all shards together.
+const SOURCE_CONNECTIONS: usize = 4;
+
+/// The source, opened on the coordinator's shard.
+pub struct OpenSource {
+    pub source: Rc<dyn Source>,
+    pub kind: OpenSourceKind,
+}
+
+/// What the other shards make their own source from.
+pub enum OpenSourceKind {
+    File { parts: DiskParts, _device: Device },
+    Nbd { source: Rc<NbdSource>, uri: NbdUri, options: NbdSourceOptions },
+}
+
+/// The metadata, as found.
+pub enum FoundMetadata {
+    /// To be formatted.
+    None,
+    /// Of this clone: to be gone on with.
+    Ours(Box<Opened>),
+}
+
+/// Everything checked; nothing changed.
+pub struct Prepared {
+    pub geometry: Geometry,
+    pub fingerprint: SourceFingerprint,
+    /// `None`: the clone is complete and needs no source.
+    pub source: Option<OpenSource>,
+    pub destination: Target,
+    pub metadata: Target,
+    pub found: FoundMetadata,
+}
+
+fn dup(file: &File, device: &Device) -> Result<OwnedFd> {
+    file.try_clone().map(OwnedFd::from).map_err(|error| Error::from_io(error, device.label()))
+}
+
+/// A disk over an open device, which stays open (and locked) beside it.
+pub fn disk_parts(device: &Device) -> Result<DiskParts> {
+    Ok(DiskParts {
+        name: device.label(),
+        direct: dup(&device.file, device)?,
+        buffered: device.buffered.as_ref().map(|file| dup(file, device)).transpose()?,
+        size: device.size,
+        block: if device.direct { device.block } else { 1 },
+        is_block_device: device.kind == DeviceKind::Block,
+    })
+}
+
+/// Checks everything that can be checked without a change.
+pub async fn prepare(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> Result<Prepared> {
+    let spec =
+        SourceSpec::parse(std::ffi::OsStr::new(&config.source)).map_err(|text| Error::new(ErrorKind::Usage, text))?;
+    let source_path = match &spec {
+        SourceSpec::File(path) => Some(path.as_path()),
+        SourceSpec::Nbd(_) => None,
+    };
+    // By name first, so that one path given twice is told as that. A complete clone does not need its source.
+    let source_place =
+        source_path.filter(|path| path.exists()).map(|path| Place::look(Role::Source, path)).transpose()?;
+    if let Some(source) = &source_place {
+        let destination = Place::look(Role::Destination, &config.destination)?;
+        let metadata = Place::look(Role::Metadata, &config.metadata)?;
+        devices::check_distinct(&[source.clone(), destination, metadata])?;
+    }
+    let opened = devices::open_devices(None, &config.destination, &config.metadata)?;
+    let (destination, metadata) = (opened.destination, opened.metadata);
+
+    let recovered = find_metadata(config, &metadata).await?;
+    if let Some(recovered) = &recovered
+        && recovered.superblock.state == CloneState::Complete
+    {
+        return complete(config, recovered.clone(), destination, metadata).await;
+    }
+
+    let source = match spec {
+        SourceSpec::File(path) => open_file_source(&path, &destination, &metadata)?,
+        SourceSpec::Nbd(uri) => open_nbd_source(context, uri, config, shards).await?,
+    };
+    let size = source.source.size();
+    let label = format!("source {}", config.source);
+    let found_fingerprint = fingerprint(&*source.source).await.map_err(|error| error.within(label.clone()))?;
+    match recovered {
+        Some(recovered) => {
+            let destination_id = destination_of_clone(&destination, config)?;
+            let expected =
+                Expected { size, region_size: config.region_size, source: found_fingerprint, destination_id };
+            check_matches(config, &recovered, &expected)?;
+            let opened = load(&metadata, recovered).await?;
+            Ok(Prepared {
+                geometry: opened.store.superblock().geometry,
+                fingerprint: found_fingerprint,
+                source: Some(source),
+                destination,
+                metadata,
+                found: FoundMetadata::Ours(Box::new(opened)),
+            })
+        }
+        None => {
+            let geometry = geometry_for(size, config.region_size.unwrap_or_default())?;
+            check_new(config, &geometry, &destination, &metadata)?;
+            Ok(Prepared {
+                geometry,
+                fingerprint: found_fingerprint,
+                source: Some(source),
+                destination,
+                metadata,
+                found: FoundMetadata::None,
+            })
+        }
+    }
+}
+
+/// Looks for metadata of ours. `None`: there are none, and what is there (if anything) may be overwritten.
+async fn find_metadata(config: &CloneConfig, metadata: &Target) -> Result<Option<Recovered>> {
+    let Target::Existing(device) = metadata else { return Ok(None) };
+    if device.size == 0 {
+        return Ok(None);
+    }
+    let disk = RingDisk::new(disk_parts(device)?);
+    let verdict = probe(&disk).await.map_err(|error| error.within(device.label()))?;
+    match verdict {
+        Recovery::NeverFormatted => Ok(None),
+        Recovery::Foreign(what) if config.force => {
+            log::warn!("{} holds {what}: overwriting it, as --force says", device.label());
+            Ok(None)
+        }
+        Recovery::Foreign(what) => {
+            bail!(ForeignData, "{} holds {what}; use another one, or --force to overwrite it", device.label())
+        }
+        verdict => {
+            let recovered = verdict.into_result().map_err(|error| error.within(device.label()))?;
+            for note in recovered.iter().flat_map(|recovered| &recovered.notes) {
+                log::warn!("{}: {note}", device.label());
+            }
+            Ok(recovered)
+        }
+    }
+}
+
+async fn load(metadata: &Target, recovered: Recovered) -> Result<Opened> {
+    let Target::Existing(device) = metadata else { unreachable!("metadata were read from it") };
+    let disk: Rc<dyn Disk> = Rc::new(RingDisk::new(disk_parts(device)?));
+    Store::load(disk, recovered).await.map_err(|error| error.within(device.label()))
+}
+
+/// The destination that metadata are about must be there.
+fn destination_of_clone(destination: &Target, config: &CloneConfig) -> Result<[u8; 16]> {
+    match destination {
+        Target::Existing(device) if device.size > 0 => Ok(device.fingerprint_id()),
+        _ => bail!(
+            Mismatch,
+            "destination {} is missing or empty, but metadata {} say that it holds data of the clone; \
+             give the right destination, or remove the metadata to start over",
+            config.destination.display(),
+            config.metadata.display()
+        ),
+    }
+}
+
+fn check_matches(config: &CloneConfig, recovered: &Recovered, expected: &Expected) -> Result<()> {
+    let mut found = mismatches(&recovered.superblock, expected);
+    if config.force {
+        // The user vouches for what only looks different; sizes can't be vouched for.
+        found.retain(|mismatch| {
+            let forced = matches!(mismatch, Mismatch::SourceContent | Mismatch::Destination);
+            if forced {
+                log::warn!("{mismatch}: going on, as --force says");
+            }
+            !forced
+        });
+    }
+    let Some(error) = mismatch_error(&found) else { return Ok(()) };
+    let hint = match found.iter().all(|m| matches!(m, Mismatch::SourceContent | Mismatch::Destination)) {
+        true => " (--force if you are sure that it is the right one)",
+        false => "",
+    };
+    let kind = error.kind();
+    let text = format!("metadata {} don't fit: {error}{hint}", config.metadata.display());
+    Err(Error::new(kind, text))
+}
+
+/// A new clone: the devices must be large enough, and must not hold what somebody may miss.
+fn check_new(config: &CloneConfig, geometry: &Geometry, destination: &Target, metadata: &Target) -> Result<()> {
+    if let Target::Existing(device) = metadata
+        && device.size > 0
+    {
+        let needed = metadata_size_needed(geometry);
+        devices::check_size(device, needed, &format!("for {} regions", geometry.nr_regions()))?;
+        refuse_contents(config, device)?;
+    }
+    if let Target::Existing(device) = destination
+        && device.size > 0
+    {
+        devices::check_size(device, geometry.size(), &format!("for the source {}", config.source))?;
+        refuse_contents(config, device)?;
+    }
+    Ok(())
+}
+
+fn refuse_contents(config: &CloneConfig, device: &Device) -> Result<()> {
+    let Some(what) = devices::contents(device, &SUPERBLOCK_MAGIC)? else { return Ok(()) };
+    if config.force {
+        log::warn!("{} holds {what}: overwriting it, as --force says", device.label());
+        return Ok(());
+    }
+    let hint = match device.role {
+        Role::Destination => "use the metadata it belongs to, another destination, or --force to overwrite it",
+        _ => "use another one, or --force to overwrite it",
+    };
+    bail!(ForeignData, "{} holds {what}, which no metadata of hydrant knows; {hint}", device.label())
+}
+
+async fn complete(
+    config: &CloneConfig,
+    recovered: Recovered,
+    destination: Target,
+    metadata: Target,
+) -> Result<Prepared> {
+    let superblock = &recovered.superblock;
+    let destination_id = destination_of_clone(&destination, config)?;
+    let expected = Expected {
+        size: superblock.geometry.size(),
+        region_size: config.region_size,
+        source: superblock.source,
+        destination_id,
+    };
+    check_matches(config, &recovered, &expected)?;
+    if let Target::Existing(device) = &destination {
+        devices::check_size(device, superblock.geometry.size(), "for the clone that it holds")?;
+    }
+    let (geometry, fingerprint) = (superblock.geometry, superblock.source);
+    let opened = load(&metadata, recovered).await?;
+    let found = FoundMetadata::Ours(Box::new(opened));
+    Ok(Prepared { geometry, fingerprint, source: None, destination, metadata, found })
+}
+
+fn open_file_source(path: &Path, destination: &Target, metadata: &Target) -> Result<OpenSource> {
+    let device = devices::open_source(path)?;
+    devices::check_distinct(&[device.place(), destination.place(), metadata.place()])?;
+    if let Some(mounted) = device.mounted_writable() {
+        let label = device.label();
+        log::warn!(
+            "{label} is mounted writable at {}: what is written there may or may not reach the copy",
+            mounted.display()
+        );
+    }
+    let parts = disk_parts(&device)?;
+    let source = Rc::new(FileSource::new(Rc::new(RingDisk::new(parts.duplicate()?))));
+    Ok(OpenSource { source, kind: OpenSourceKind::File { parts, _device: device } })
+}
+
+async fn open_nbd_source(
+    context: &Rc<ShardContext>,
+    uri: NbdUri,
+    config: &CloneConfig,
+    shards: u16,
+) -> Result<OpenSource> {
+    let options = NbdSourceOptions {
+        connections: (SOURCE_CONNECTIONS / usize::from(shards)).max(1),
+        source_timeout: config.source_timeout,
+        ..NbdSourceOptions::default()
+    };
+    let source = Rc::new(NbdSource::connect(uri.clone(), options.clone(), context.env.clone()).await?);
+    Ok(OpenSource { source: source.clone(), kind: OpenSourceKind::Nbd { source, uri, options } })
+}
+
+impl Prepared {
+    /// What would be done, for people.
+    pub fn describe(&self, config: &CloneConfig) -> Vec<String> {
+        let geometry = &self.geometry;
+        let mut lines = vec![format!(
+            "clone '{}': {} in {} regions of {}",
+            config.name,
+            ByteSize(geometry.size()),
+            geometry.nr_regions(),
+            geometry.region_size()
+        )];
+        let target = |role: Role, target: &Target, size: u64| match target {
+            Target::Missing { .. } => format!("{role}: would be created, {}", ByteSize(size)),
+            Target::Existing(device) if device.size == 0 => {
+                format!("{role}: empty, would be sized to {}", ByteSize(size))
+            }
+            Target::Existing(device) => format!("{role}: {}, {}", device.path.display(), ByteSize(device.size)),
+        };
+        lines.push(target(Role::Destination, &self.destination, geometry.size()));
+        lines.push(target(Role::Metadata, &self.metadata, metadata_size_needed(geometry)));
+        lines.push(match &self.found {
+            FoundMetadata::None => "metadata would be formatted: nothing is hydrated".into(),
+            FoundMetadata::Ours(opened) => {
+                let hydrated: u64 =
+                    opened.zones.iter().flat_map(|(_, bits)| bits.iter()).map(|w| u64::from(w.count_ones())).sum();
+                let state = opened.store.superblock().state.name();
+                format!("metadata: {hydrated} of {} regions are hydrated, the clone is {state}", geometry.nr_regions())
+            }
+        });
+        lines
+    }
+}
