@@ -329,8 +329,8 @@ mod tests {
             hydrating_regions: 16,
             hydration: HydrationStatus {
                 enabled: true,
-                threshold: 0,
-                batch_size: 32,
+                threshold: None,
+                batch_size: Some(32),
                 threshold_effective: 256,
                 batch_size_effective: 32,
                 state: HydrationState::Running,

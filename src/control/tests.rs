@@ -7,7 +7,7 @@ use super::server::Server;
 use crate::bail;
 use crate::env::Env;
 use crate::env::glommio::GlommioEnv;
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::Notify;
 use crate::ring::Ring;
