@@ -290,7 +290,7 @@ async fn open_nbd_source(
 }
 
 impl Prepared {
-    /// What would be done, for people.
+    /// What is to be done with which device, for people.
     pub fn describe(&self, config: &CloneConfig) -> Vec<String> {
         let geometry = &self.geometry;
         let mut lines = vec![format!(
@@ -301,21 +301,23 @@ impl Prepared {
             geometry.region_size()
         )];
         let target = |role: Role, target: &Target, size: u64| match target {
-            Target::Missing { .. } => format!("{role}: would be created, {}", ByteSize(size)),
+            Target::Missing { place } => {
+                format!("{role}: {}, to be created with {}", place.path.display(), ByteSize(size))
+            }
             Target::Existing(device) if device.size == 0 => {
-                format!("{role}: empty, would be sized to {}", ByteSize(size))
+                format!("{role}: {}, empty, to be sized to {}", device.path.display(), ByteSize(size))
             }
             Target::Existing(device) => format!("{role}: {}, {}", device.path.display(), ByteSize(device.size)),
         };
         lines.push(target(Role::Destination, &self.destination, geometry.size()));
         lines.push(target(Role::Metadata, &self.metadata, metadata_size_needed(geometry)));
         lines.push(match &self.found {
-            FoundMetadata::None => "metadata would be formatted: nothing is hydrated".into(),
+            FoundMetadata::None => "new clone: the metadata are to be formatted, nothing is hydrated".into(),
             FoundMetadata::Ours(opened) => {
                 let hydrated: u64 =
                     opened.zones.iter().flat_map(|(_, bits)| bits.iter()).map(|w| u64::from(w.count_ones())).sum();
                 let state = opened.store.superblock().state.name();
-                format!("metadata: {hydrated} of {} regions are hydrated, the clone is {state}", geometry.nr_regions())
+                format!("known clone: {hydrated} of {} regions are hydrated, it is {state}", geometry.nr_regions())
             }
         });
         lines

@@ -224,7 +224,7 @@ impl Disk for RingDisk {
         let range = ByteRange::new(offset, data.len() as u64).expect("a write is not empty");
         self.check(range);
         Box::pin(async move {
-            if data.as_ptr() as usize % self.info.block as usize != 0 {
+            if !(data.as_ptr() as usize).is_multiple_of(self.info.block as usize) {
                 // Not memory that direct I/O accepts: copy.
                 let mut copy = DmaBuf::new(data.len());
                 copy.copy_from_slice(&data);

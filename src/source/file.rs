@@ -4,11 +4,11 @@
 //! calls nothing of the disk but `info`, `read` and `allocation`.
 
 use crate::bail;
-use crate::disk::Disk;
+use crate::disk::{Disk, EXTENTS_MAX};
 use crate::dma_buf::DmaBuf;
 use crate::error::Result;
-use crate::io_frontend::request::{Allocation, Extent, LocalBoxFuture};
-use crate::source::{Source, clip_extents};
+use crate::io_frontend::request::{Allocation, Extent, LocalBoxFuture, push_extent};
+use crate::source::Source;
 use crate::units::ByteRange;
 use std::rc::Rc;
 
@@ -57,11 +57,36 @@ impl Source for FileSource {
     }
 }
 
+/// The part of `extents`, which begin at offset `start`, that lies in `range`; `start` is not after the range's.
+/// Ends where they end, and is never longer than [`EXTENTS_MAX`].
+fn clip_extents(
+    extents: impl IntoIterator<Item = Extent<Allocation>>,
+    start: u64,
+    range: ByteRange,
+) -> Vec<Extent<Allocation>> {
+    debug_assert!(start <= range.start());
+    let mut list = Vec::new();
+    let mut at = start;
+    for extent in extents {
+        let end = at.saturating_add(extent.len);
+        let inside = end.min(range.end()).saturating_sub(at.max(range.start()));
+        push_extent(&mut list, inside, extent.state);
+        if list.len() > EXTENTS_MAX {
+            list.pop();
+            break;
+        }
+        at = end;
+        if at >= range.end() {
+            break;
+        }
+    }
+    list
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::disk::{DiskInfo, ZeroFlags};
-    use crate::io_frontend::request::push_extent;
     use crate::units::is_aligned;
     use bytes::Bytes;
     use futures_lite::future::block_on;

@@ -27,7 +27,7 @@ pub const SAMPLE_LEN: u64 = 4096;
 /// How many samples are read at the same time.
 const SAMPLES_IN_FLIGHT: usize = 16;
 
-/// Reads the samples of `source`, [`SAMPLES_IN_FLIGHT`] at a time, and digests them. Fails as the reads fail.
+/// Reads the samples of `source`, 16 at a time, and digests them. Fails as the reads fail.
 pub async fn fingerprint(source: &dyn Source) -> Result<SourceFingerprint> {
     let size = source.size();
     let places = sample_places(size);

@@ -3,9 +3,9 @@
 //! One [`NbdSource`] belongs to one executor. When the server allows several connections
 //! ([`NbdInfo::multi_conn`]) every shard may have its own; otherwise one of them has it for all.
 //!
-//! * [`handshake`]: option negotiation. [`dial`]: connecting. [`link`]: one connection, requests and replies.
-//! * [`assembly`]: checks what one reply consists of (pure).
-//! * [`client`]: the queue, the connections, reconnecting, timeouts; read there what happens when the server goes.
+//! * `handshake`: option negotiation. `dial`: connecting. `link`: one connection, requests and replies.
+//! * `assembly`: checks what one reply consists of (pure). `status_cache`: answers about allocation (pure).
+//! * `client`: the queue, the connections, reconnecting, timeouts; read there what happens when the server goes.
 //!
 //! Nothing here writes to the export: READ, BLOCK_STATUS and DISC are the only commands it can encode.
 
@@ -14,6 +14,7 @@ mod client;
 mod dial;
 mod handshake;
 mod link;
+mod status_cache;
 #[cfg(test)]
 mod tests;
 
@@ -21,27 +22,26 @@ use crate::bail;
 use crate::dma_buf::{DMA_ALIGN, DmaBuf};
 use crate::env::Env;
 use crate::error::{Error, Result};
-use crate::io_frontend::nbd::proto::{AllocationFlags, StatusDescriptor, TransmissionFlags};
-use crate::io_frontend::request::{Allocation, Extent, LocalBoxFuture, push_extent};
+use crate::io_frontend::nbd::proto::TransmissionFlags;
+use crate::io_frontend::request::{Allocation, Extent, LocalBoxFuture};
 use crate::local::Semaphore;
+use crate::source::Source;
 use crate::source::uri::NbdUri;
-use crate::source::{Source, clip_extents};
 use crate::units::ByteRange;
 use assembly::{Ask, ServerError};
 use client::Client;
 use link::Answer;
+use status_cache::StatusCache;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
 /// How much one question about allocation asks ahead, in bytes: its answer serves the ones that follow.
 const STATUS_AHEAD: u64 = 1 << 30;
-/// How many extents of an answer are kept.
-const STATUS_KEPT_MAX: usize = 64 << 10;
 /// How often a read is split anew because the server came back with a smaller limit.
 const RESPLITS_MAX: usize = 8;
 
-/// How to use an export. Plain data: give each shard a copy.
+/// How to use an export. Plain data: give each shard a copy. Times are not 0.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct NbdSourceOptions {
     /// How many connections to make when the server allows several.
@@ -123,8 +123,8 @@ pub enum SourceEvent {
 pub struct NbdSource {
     client: Rc<Client>,
     info: NbdInfo,
-    /// The last answer about allocation: where it begins, and the extents.
-    status: RefCell<Option<(u64, Vec<Extent<Allocation>>)>>,
+    /// The last answers about allocation.
+    status: RefCell<StatusCache>,
     /// One question about allocation at a time: the next one may be answered by what came.
     asking: Rc<Semaphore>,
 }
@@ -215,14 +215,6 @@ impl NbdSource {
         }
         Ok(whole)
     }
-
-    /// What the last answer says about `range`; empty when it says nothing about its start.
-    fn known_status(&self, range: ByteRange) -> Vec<Extent<Allocation>> {
-        match &*self.status.borrow() {
-            Some((start, extents)) if *start <= range.start() => clip_extents(extents.iter().copied(), *start, range),
-            _ => Vec::new(),
-        }
-    }
 }
 
 impl Source for NbdSource {
@@ -249,12 +241,12 @@ impl Source for NbdSource {
             if !self.info.allocation {
                 return Ok(all_data());
             }
-            let known = self.known_status(range);
+            let known = self.status.borrow().get(range);
             if !known.is_empty() {
                 return Ok(known);
             }
             let _turn = self.asking.acquire(1).await;
-            let known = self.known_status(range);
+            let known = self.status.borrow().get(range);
             if !known.is_empty() {
                 return Ok(known);
             }
@@ -262,12 +254,12 @@ impl Source for NbdSource {
             let ahead = ByteRange::between(range.start(), end).unwrap_or(range);
             match self.ask(Ask::Status, ahead).await? {
                 Answer::Status(start, descriptors) => {
-                    *self.status.borrow_mut() = Some((start, extents(&descriptors)));
-                    let known = self.known_status(range);
+                    self.status.borrow_mut().insert(start, &descriptors);
+                    let known = self.status.borrow().get(range);
                     Ok(if known.is_empty() { all_data() } else { known })
                 }
                 Answer::Failed(error) => {
-                    log::warn!("{}; taken for data", self.failed("block status", range, &error));
+                    self.client.warn(&self.failed("block status (taken for data)", range, &error));
                     Ok(all_data())
                 }
                 Answer::NoStatus | Answer::TooLong | Answer::Data(_) => Ok(all_data()),
@@ -280,16 +272,4 @@ impl Drop for NbdSource {
     fn drop(&mut self) {
         self.client.shut(false);
     }
-}
-
-/// Extents as the server describes them, as ours.
-fn extents(descriptors: &[StatusDescriptor]) -> Vec<Extent<Allocation>> {
-    let mut list = Vec::new();
-    for descriptor in descriptors.iter().take(STATUS_KEPT_MAX) {
-        let flags = AllocationFlags::from_bits_truncate(descriptor.flags);
-        let state =
-            Allocation { hole: flags.contains(AllocationFlags::HOLE), zero: flags.contains(AllocationFlags::ZERO) };
-        push_extent(&mut list, u64::from(descriptor.len), state);
-    }
-    list
 }

@@ -20,6 +20,7 @@ use crate::env::Env;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::nbd::proto::TransmissionFlags;
 use crate::local::{Notify, oneshot};
+use crate::log_limit::LogLimit;
 use crate::net::Stream;
 use crate::source::nbd::assembly::Ask;
 use crate::source::nbd::dial::dial;
@@ -70,6 +71,7 @@ pub(super) struct Client {
     progress: Cell<Duration>,
     state: RefCell<SourceState>,
     listener: RefCell<Option<Listener>>,
+    log_limit: RefCell<LogLimit>,
     tasks: Cell<usize>,
     tasks_changed: Notify,
 }
@@ -92,6 +94,7 @@ impl Client {
             stop: Notify::default(),
             state: RefCell::default(),
             listener: RefCell::default(),
+            log_limit: RefCell::default(),
             tasks: Cell::new(0),
             tasks_changed: Notify::default(),
             options,
@@ -345,7 +348,7 @@ impl Client {
         match all {
             _ if self.latched.borrow().is_some() => {}
             true => {
-                log::warn!("source {}: lost, requests wait: {cause}", self.uri);
+                self.warn(&cause.clone().within(format!("source {}: lost, requests wait", self.uri)));
                 self.emit(SourceEvent::Lost(cause));
             }
             false => log::info!("source {}: one connection of several lost: {cause}", self.uri),
@@ -355,6 +358,13 @@ impl Client {
     fn note_failure(&self, error: Error) {
         log::debug!("source {}: {error}", self.uri);
         self.state.borrow_mut().last_error = Some(error);
+    }
+
+    /// A line of the log, unless there were many lately.
+    pub fn warn(&self, error: &Error) {
+        if let Some(line) = self.log_limit.borrow_mut().line(self.env.now(), error) {
+            log::warn!("{line}");
+        }
     }
 
     fn emit(&self, event: SourceEvent) {

@@ -414,28 +414,31 @@ impl Inbox<'_> {
     }
 
     /// Fills `buf[at..at + len]`.
-    async fn payload_into(&mut self, mut buf: DmaBuf, mut at: usize, len: usize) -> Result<DmaBuf> {
-        let end = at + len;
-        loop {
-            let there = self.bytes().len().min(end - at);
-            buf[at..at + there].copy_from_slice(&self.bytes()[..there]);
-            self.start += there;
-            at += there;
-            if at == end {
-                return Ok(buf);
-            }
-            if end < buf.len() {
-                // In the middle of its buffer: a receive there could run into what follows.
-                self.more().await?;
-            } else if end - at <= WAIT_WHOLE_MAX {
-                let buf = self.link.stream.recv_exact(buf, at).await.map_err(lost)?;
-                self.link.alive.set((self.now)());
-                return Ok(buf);
-            } else {
-                let (count, back) = self.received(self.link.stream.recv(buf, at).await)?;
-                buf = back;
-                at += count;
-            }
+    async fn payload_into(&mut self, mut buf: DmaBuf, at: usize, len: usize) -> Result<DmaBuf> {
+        let there = self.bytes().len().min(len);
+        buf[at..at + there].copy_from_slice(&self.bytes()[..there]);
+        self.start += there;
+        let (at, rest) = (at + there, len - there);
+        if at + rest == buf.len() {
+            return self.fill(buf, at).await;
         }
+        // In the middle of its buffer: received there, it could run into what follows.
+        let part = self.fill(DmaBuf::new(rest), 0).await?;
+        buf[at..at + rest].copy_from_slice(&part);
+        Ok(buf)
+    }
+
+    /// Fills `buf[at..]` from the socket; nothing is left in the inbox.
+    async fn fill(&mut self, mut buf: DmaBuf, mut at: usize) -> Result<DmaBuf> {
+        while buf.len() - at > WAIT_WHOLE_MAX {
+            let (count, back) = self.received(self.link.stream.recv(buf, at).await)?;
+            buf = back;
+            at += count;
+        }
+        if at < buf.len() {
+            buf = self.link.stream.recv_exact(buf, at).await.map_err(lost)?;
+            self.link.alive.set((self.now)());
+        }
+        Ok(buf)
     }
 }

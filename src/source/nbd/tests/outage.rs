@@ -220,9 +220,10 @@ fn slow_is_not_lost() {
         let mut server = Server::new();
         let truth = make_disk(&server.disk(), SIZE, &[]);
         server.nbdkit(&["-r", "--filter=noparallel", "--filter=delay", "file", "@", "rdelay=200ms"]);
-        // All in flight at once; the last is answered long after both timeouts.
+        // Two in flight, the others wait: the last is answered long after both timeouts.
         let timeout = Duration::from_millis(600);
-        let options = NbdSourceOptions { request_timeout: timeout, source_timeout: timeout, connections: 1, ..quick() };
+        let options =
+            NbdSourceOptions { request_timeout: timeout, source_timeout: timeout, connections: 1, depth: 2, ..quick() };
         let source = connect(&server.uri(), options, &env).await;
         let start = Instant::now();
         compare(&source, &truth, 9, 100_000, 1).await;
