@@ -22,7 +22,7 @@ use crate::io_frontend::request::{
 use crate::local::{Notify, Semaphore, join_all};
 use crate::meta::region_map::{RegionMap, ZoneSnapshot};
 use crate::source::Source;
-use crate::units::{ByteRange, CloneId, Geometry, RegionIndex, RegionRange, ShardIndex, ZoneIndex, is_aligned};
+use crate::units::{ByteRange, CloneId, Geometry, RegionIndex, RegionRange, ShardIndex, ZoneIndex};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -634,6 +634,5 @@ fn clip(extents: Vec<Extent<Allocation>>, outer: ByteRange, inner: ByteRange) ->
         push_extent(&mut clipped, bytes.map_or(0, |bytes| bytes.len()), extent.state);
         at += extent.len;
     }
-    debug_assert!(is_aligned(outer.start(), 512));
     clipped
 }

@@ -1,0 +1,3 @@
+//! Simulations of the engine.
+
+mod random;
