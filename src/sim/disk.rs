@@ -68,6 +68,8 @@ struct State {
     log: Vec<(Duration, Op)>,
     fault: Option<Box<dyn FnMut(&Op) -> Option<i32>>>,
     gate: Option<Box<dyn Fn(&Op) -> bool>>,
+    running: u64,
+    running_max: u64,
 }
 
 pub struct SimDisk {
@@ -108,6 +110,11 @@ impl SimDisk {
     }
     pub fn changes(&self) -> usize {
         self.state.borrow().log.iter().filter(|(_, op)| op.is_change()).count()
+    }
+
+    /// The most reads and changes that were going on at once.
+    pub fn running_max(&self) -> u64 {
+        self.state.borrow().running_max
     }
 
     /// Fails operations for which `fault` returns an errno.
@@ -187,6 +194,7 @@ impl SimDisk {
     }
 
     async fn put(&self, op: Op, offset: u64, data: Bytes, fua: bool) -> Result<()> {
+        let _running = Running::new(&self.state);
         let write = {
             let mut state = self.state.borrow_mut();
             let write = state.next;
@@ -224,6 +232,22 @@ impl SimDisk {
             }
         }
         Ok(())
+    }
+}
+
+/// Counts an operation as going on.
+struct Running<'a>(&'a RefCell<State>);
+impl<'a> Running<'a> {
+    fn new(state: &'a RefCell<State>) -> Self {
+        let mut counts = state.borrow_mut();
+        counts.running += 1;
+        counts.running_max = counts.running_max.max(counts.running);
+        Self(state)
+    }
+}
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.borrow_mut().running -= 1;
     }
 }
 
@@ -275,6 +299,7 @@ impl Disk for SimDisk {
 
     fn read(&self, range: ByteRange) -> LocalBoxFuture<'_, Result<DmaBuf>> {
         Box::pin(async move {
+            let _running = Running::new(&self.state);
             self.begin(Op::Read(range)).await?;
             let mut buf = DmaBuf::new(range.len() as usize);
             let parts = sectors(range.start() as usize, range.len() as usize);

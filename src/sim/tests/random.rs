@@ -4,6 +4,7 @@ use super::super::clone::{Devices, OLD_DESTINATION, Setup, SimClone};
 use super::super::executor::Sim;
 use super::super::oracle::Oracle;
 use super::super::{Rng, seeds};
+use super::Seed;
 use crate::clone_state::AUTOMATIC;
 use crate::error::{Error, ErrorKind};
 use crate::io_frontend::request::{Completion, Request, RequestFlags};
@@ -17,7 +18,7 @@ use std::time::Duration;
 
 fn random_setup(rng: &mut Rng) -> Setup {
     let region_size = rng.pick(&[4096, 4096, 4096, 8192, 16384, 65536]);
-    let regions = rng.between(1, (160 << 10) / region_size);
+    let regions = rng.between(1, rng.clone().pick(&[48, 64, 160]).max(region_size >> 10) * 1024 / region_size);
     let tail = rng.pick(&[0, 0, 1, 511, 512, 4095, region_size - 1]).min(region_size - 1);
     let size = regions * region_size - tail;
     let block = rng.pick(&[1, 512, 512, 4096]);
@@ -259,19 +260,9 @@ fn simulate(seed: u64) -> u64 {
     sim.schedule_hash()
 }
 
-/// Prints the seed of a simulation that fails.
-pub struct Seed(pub u64);
-impl Drop for Seed {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("failed with HYDRANT_SIM_SEED={}", self.0);
-        }
-    }
-}
-
 #[test]
 fn clients_see_what_they_wrote_through_any_crash() {
-    for seed in seeds(0..300) {
+    for seed in seeds(0..80) {
         let _seed = Seed(seed);
         simulate(seed);
     }
@@ -279,7 +270,7 @@ fn clients_see_what_they_wrote_through_any_crash() {
 
 #[test]
 fn the_same_seed_is_the_same_run() {
-    for seed in seeds(1000..1005) {
+    for seed in seeds(1000..1003) {
         assert_eq!(simulate(seed), simulate(seed), "seed {seed}");
     }
 }
