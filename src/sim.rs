@@ -8,7 +8,8 @@
 //! * [`clone`]: a whole clone, put together as the daemon does it. * [`oracle`]: which bytes a read may return, now
 //!   and after a crash.
 //!
-//! `HYDRANT_SIM_SEED=n` runs the randomised tests with that one seed.
+//! `HYDRANT_SIM_SEED=n` runs the tests with that one seed, `HYDRANT_SIM_SEED=n..m` with more. `HYDRANT_SIM_BYTE=n` prints
+//! what clients do with one byte.
 
 pub mod clone;
 pub mod disk;
@@ -56,7 +57,13 @@ impl Rng {
 /// The seeds of a randomised test: the given ones, or the one in the environment.
 pub fn seeds(default: std::ops::Range<u64>) -> Vec<u64> {
     match std::env::var("HYDRANT_SIM_SEED") {
-        Ok(seed) => vec![seed.parse().expect("HYDRANT_SIM_SEED is a number")],
+        Ok(given) => {
+            let number = |text: &str| text.parse::<u64>().expect("HYDRANT_SIM_SEED is a number or a range");
+            match given.split_once("..") {
+                Some((first, end)) => (number(first)..number(end)).collect(),
+                None => vec![number(&given)],
+            }
+        }
         Err(_) => default.collect(),
     }
 }

@@ -87,9 +87,6 @@ impl SimSource {
             if rng.one_in(30) { 10 * high } else { rng.between(low, high) }
         });
         self.sim.sleep(Duration::from_micros(us)).await;
-        while self.held.get() {
-            self.sim.sleep(POLL).await;
-        }
         let until = self.sim.now() + self.patience.get();
         while self.lost.get() {
             if self.sim.now() >= until {
@@ -127,6 +124,9 @@ impl Source for SimSource {
             assert!(range.end() <= self.size(), "{range:?} of {}", self.size());
             self.reads.borrow_mut().push(range);
             let _in_flight = InFlight::new(self, range.len());
+            while self.held.get() {
+                self.sim.sleep(POLL).await;
+            }
             self.answer().await?;
             if self.bad.borrow().iter().any(|bad| bad.overlaps(range)) {
                 return Err(Error::io(libc::EIO, format!("source: {range}")));

@@ -139,6 +139,7 @@ fn the_last_commit_is_made_however_busy_the_end_is() {
             sim.sleep(Duration::from_millis(30)).await;
             clone.write(63 * 4096, &[8; 4096]).await.unwrap();
             clone.stop().await.unwrap();
+            sim.sleep(Duration::from_millis(100)).await;
             let error = clone.coordinator.commit().await.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Shutdown);
         });

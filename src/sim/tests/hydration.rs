@@ -167,15 +167,19 @@ fn copies_on_demand_do_not_keep_batches_out() {
 fn hydration_gives_way_to_clients() {
     let setup = Setup { size: 48 << 20, region_size: 64 << 10, shards: 1, regions_per_zone: 4096, ..setup() };
     scenario_of(&setup, content(setup.size), 0..1, |clone| async move {
-        clone.sim.sleep(Duration::from_millis(5)).await;
-        assert!(clone.devices.source.in_flight_bytes() > 8 << 20, "a deep pipeline without clients");
+        clone.devices.source.latency_us.set((5_000, 10_000));
+        clone.sim.sleep(Duration::from_millis(20)).await;
+        let in_flight = clone.state.hydrating() << 16;
+        assert!((12 << 20..=16 << 20).contains(&in_flight), "a deep pipeline without clients: {in_flight}");
         let other = clone.clone();
         start(&clone, async move {
             loop {
                 other.read(0, 100).await.unwrap();
             }
         });
-        clone.sim.sleep(Duration::from_millis(20)).await;
+        // What is in flight already goes on, one copy in 30 for long.
+        clone.sim.sleep(Duration::from_millis(40)).await;
+        assert!(!clone.state.is_complete());
         for _ in 0..20 {
             assert!(clone.devices.source.in_flight_bytes() <= 3 << 20, "{}", clone.devices.source.in_flight_bytes());
             clone.sim.sleep(Duration::from_micros(300)).await;

@@ -262,7 +262,7 @@ fn simulate(seed: u64) -> u64 {
 
 #[test]
 fn clients_see_what_they_wrote_through_any_crash() {
-    for seed in seeds(0..80) {
+    for seed in seeds(0..40) {
         let _seed = Seed(seed);
         simulate(seed);
     }
