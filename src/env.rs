@@ -1,7 +1,6 @@
 //! The environment of the generic code: time, sleeping and spawning, on whatever executor drives it.
 
 pub mod glommio;
-pub mod heartbeat;
 
 use crate::io_frontend::request::LocalBoxFuture;
 use std::time::Duration;

@@ -3,7 +3,6 @@
 use bytes::Bytes;
 use hydrant::env::Env;
 use hydrant::env::glommio::GlommioEnv;
-use hydrant::env::heartbeat::Heartbeat;
 use hydrant::error::{Error, ErrorKind, Result};
 use hydrant::io_frontend::nbd::listen::{NbdAddress, bind, configure_accepted};
 use hydrant::io_frontend::nbd::{ConnectionStats, Exports, Limits, serve};
@@ -198,7 +197,6 @@ impl Server {
                 .run(async move {
                     let (log, ended, stop, in_flight_max, address) = shared;
                     let ring = Ring::start().unwrap();
-                    let heartbeat = Heartbeat::start().unwrap();
                     let volume = Rc::new(MemoryVolume {
                         data: RefCell::new(vec![0; setup.size as usize]),
                         delay: setup.delay,
@@ -213,7 +211,6 @@ impl Server {
                     assert_eq!(volume.in_flight.get(), 0, "serve returned before its requests ended");
                     assert_eq!(Rc::strong_count(&volume), 1, "a connection was not freed");
                     ring.shutdown().await;
-                    drop(heartbeat);
                     drop(bound.guard);
                     Totals { accepted: stats.accepted.get(), dropped: stats.dropped.get(), errors: stats.errors.get() }
                 })
