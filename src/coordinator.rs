@@ -48,6 +48,7 @@ pub struct Coordinator {
     env: Rc<dyn Env>,
     waiting: RefCell<Vec<oneshot::Sender<Result<()>>>>,
     wake: Notify,
+    ended: Cell<bool>,
     generation: Cell<Generation>,
     stats: Cell<CommitStats>,
 }
@@ -70,6 +71,7 @@ impl Coordinator {
             env,
             waiting: RefCell::default(),
             wake: Notify::default(),
+            ended: Cell::new(false),
             generation: Cell::new(generation),
             stats: Cell::default(),
         })
@@ -90,14 +92,17 @@ impl Coordinator {
         let mut stats = self.stats.get();
         stats.requests += 1;
         self.stats.set(stats);
+        let gone = || Error::new(ErrorKind::Shutdown, format!("clone '{}' is stopping", self.state.name));
+        if self.ended.get() {
+            return Err(gone());
+        }
         let (sender, receiver) = oneshot();
         self.waiting.borrow_mut().push(sender);
         self.wake.notify();
-        let gone = || Error::new(ErrorKind::Shutdown, format!("clone '{}' is stopping", self.state.name));
         receiver.await.unwrap_or_else(|| Err(gone()))
     }
 
-    /// Serves commits until the clone stops. One task.
+    /// Serves commits until [`Self::end`]. One task.
     pub async fn run(self: Rc<Self>) {
         let ticker = Rc::downgrade(&self);
         let env = self.env.clone();
@@ -105,7 +110,7 @@ impl Coordinator {
             loop {
                 env.sleep(COMMIT_INTERVAL).await;
                 let Some(coordinator) = ticker.upgrade() else { return };
-                if coordinator.state.is_stopping() {
+                if coordinator.ended.get() {
                     return;
                 }
                 if coordinator.state.is_dirty() {
@@ -116,7 +121,7 @@ impl Coordinator {
         loop {
             self.wake.notified().await;
             let waiting = std::mem::take(&mut *self.waiting.borrow_mut());
-            if waiting.is_empty() && self.state.is_stopping() {
+            if waiting.is_empty() && self.ended.get() {
                 return;
             }
             let result = self.commit_once().await;
@@ -129,8 +134,9 @@ impl Coordinator {
         }
     }
 
-    /// Ends [`Self::run`] once nobody waits. The clone must be marked as stopping.
+    /// Ends [`Self::run`] once nobody waits; further commits are refused.
     pub fn end(&self) {
+        self.ended.set(true);
         self.wake.notify();
     }
 
