@@ -6,5 +6,11 @@
 mod harness;
 
 mod clones;
+mod control;
+mod discard;
 mod load;
 mod restart;
+mod signals;
+mod source_faults;
+mod space;
+mod views;

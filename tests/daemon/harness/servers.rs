@@ -1,9 +1,9 @@
 //! nbdkit as a source: stopped, killed and started again at will, on one socket.
 
 use super::Bench;
-use super::tools::{command, wait_for};
+use super::tools::{PATH, wait_for};
 use std::net::{TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -12,31 +12,33 @@ pub struct Nbdkit {
     socket: PathBuf,
     port: Option<u16>,
     pid_file: PathBuf,
+    env: Vec<(String, PathBuf)>,
     child: Option<Child>,
 }
 
 impl Nbdkit {
     /// On a unix socket; `args` as on its command line, separated by blanks.
     pub fn start(bench: &Bench, args: &str) -> Self {
-        let mut server = Self {
-            socket: bench.socket("source"),
-            port: None,
-            pid_file: bench.socket("source.pid"),
-            child: None,
-        };
+        Self::start_with(bench, args, &[])
+    }
+
+    /// With variables in its environment, which its plugin may look at.
+    pub fn start_with(bench: &Bench, args: &str, env: &[(&str, &Path)]) -> Self {
+        let mut server = Self::at(bench, None);
+        server.env = env.iter().map(|(name, value)| (name.to_string(), value.into())).collect();
         server.again(args);
         server
+    }
+
+    fn at(bench: &Bench, port: Option<u16>) -> Self {
+        let (socket, pid_file) = (bench.socket("source"), bench.socket("source.pid"));
+        Self { socket, port, pid_file, env: Vec::new(), child: None }
     }
 
     /// On a port of 127.0.0.1.
     pub fn start_tcp(bench: &Bench, args: &str) -> Self {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let mut server = Self {
-            socket: bench.socket("source"),
-            port: Some(port),
-            pid_file: bench.socket("source.pid"),
-            child: None,
-        };
+        let mut server = Self::at(bench, Some(port));
         server.again(args);
         server
     }
@@ -51,7 +53,7 @@ impl Nbdkit {
             None => nbdkit.arg("-U").arg(&self.socket),
         };
         nbdkit.args(args.split_ascii_whitespace()).stdin(Stdio::null());
-        nbdkit.env("PATH", command("true").get_envs().find_map(|(k, v)| (k == "PATH").then_some(v)).flatten().unwrap());
+        nbdkit.env("PATH", PATH).envs(self.env.iter().map(|(name, value)| (name, value)));
         // Its chatter about clients that went away helps nobody.
         self.child = Some(nbdkit.stderr(Stdio::null()).spawn().unwrap());
         // It writes the file when it is ready to accept.
