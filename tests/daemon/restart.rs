@@ -45,7 +45,12 @@ fn killed_in_the_middle_it_has_what_was_flushed() {
         fs::write(&expected, bytes).unwrap();
     }
     let daemon = bench.clone_of(server.uri()).start();
-    let found = nbdsh(&daemon.uri(), &format!("h = connect(); expected = open({expected:?}, 'rb').read()\nfor at in range(0, len(expected), 1 << 20):\n  want = expected[at:at + (1 << 20)]; assert h.pread(len(want), at) == want, at\nprint('same')"));
+    let found = nbdsh(
+        &daemon.uri(),
+        &format!(
+            "h = connect(); expected = open({expected:?}, 'rb').read()\nfor at in range(0, len(expected), 1 << 20):\n  want = expected[at:at + (1 << 20)]; assert h.pread(len(want), at) == want, at\nprint('same')"
+        ),
+    );
     assert_eq!(found.trim(), "same");
     daemon.wait_hydrated();
     daemon.stop();
