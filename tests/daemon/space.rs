@@ -79,17 +79,14 @@ fn a_full_destination_survives_a_restart() {
     assert_same(&destination, &fs::read(&source).unwrap());
 }
 
-/// Metadata that can't be written: nothing is promised any more, but what is there can be read.
 #[test]
-fn a_limit_on_the_size_of_files_is_an_error_like_any_other() {
-    need!("setpriv", "prlimit");
+fn a_limit_on_the_size_of_files_is_told_at_the_start() {
+    need!("root", "setpriv", "prlimit");
     let bench = Bench::new();
     let source = bench.random("source", 8 * MIB);
-    let daemon = bench.clone_of(&source).limit("--fsize=8388608").args("--no-hydration").start();
-    nbdsh(&daemon.uri(), "h = connect(); h.pwrite(b'x' * 65536, 0); h.flush()");
-    daemon.stop();
-    let bench = Bench::new();
-    let source = bench.random("source", 8 * MIB);
-    bench.clone_of(&source).limit("--fsize=4194304").refused(&["destination", "File too large"]);
+    bench.clone_of(&source).limit("--fsize=4194304").refused(&["destination", "may only write 4MiB", "ulimit -f"]);
     assert!(!bench.copy().exists() && !bench.meta().exists());
+    let daemon = bench.clone_of(&source).limit("--fsize=8388608").start();
+    daemon.wait_hydrated();
+    daemon.stop();
 }
