@@ -242,9 +242,21 @@ fn fio_verifies_what_it_wrote_while_the_clone_hydrates() {
     let before = daemon.status().hydrated_regions;
     // Half of the device is left alone. Every block that fio wrote is read back and verified.
     let job = [
-        "--name=load", "--ioengine=nbd", &uri, "--rw=randrw", "--rwmixread=30", "--bsrange=512-96k",
-        "--blockalign=512", "--size=16M", "--io_size=12M", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1",
-        "--do_verify=1", "--randseed=7", "--fsync=32",
+        "--name=load",
+        "--ioengine=nbd",
+        &uri,
+        "--rw=randrw",
+        "--rwmixread=30",
+        "--bsrange=512-96k",
+        "--blockalign=512",
+        "--size=16M",
+        "--io_size=12M",
+        "--iodepth=16",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--do_verify=1",
+        "--randseed=7",
+        "--fsync=32",
     ];
     run("fio", &job);
     assert!(before < 512, "it was still hydrating");
@@ -268,9 +280,28 @@ fn nbdcopy_and_qemu_read_the_source_at_once() {
     run("qemu-img", &["compare", "-f", "raw", "-F", "raw", &daemon.uri(), out.to_str().unwrap()]);
     // Reading has hydrated it.
     daemon.wait_hydrated();
-    let commands = ["-f", "raw", "-c", "write -P 0x77 100k 3k", "-c", "read -P 0x77 100k 3k", "-c", "flush", "-c",
-        "discard 8M 1M", "-c", "write -z 4M 64k", "-c", "read -P 0 4M 64k", "-c", "aio_write -P 9 12M 1M", "-c",
-        "aio_flush", "-c", "read -P 9 12M 1M"];
+    let commands = [
+        "-f",
+        "raw",
+        "-c",
+        "write -P 0x77 100k 3k",
+        "-c",
+        "read -P 0x77 100k 3k",
+        "-c",
+        "flush",
+        "-c",
+        "discard 8M 1M",
+        "-c",
+        "write -z 4M 64k",
+        "-c",
+        "read -P 0 4M 64k",
+        "-c",
+        "aio_write -P 9 12M 1M",
+        "-c",
+        "aio_flush",
+        "-c",
+        "read -P 9 12M 1M",
+    ];
     let said = run("qemu-io", &[&commands[..], &[&daemon.uri()]].concat());
     assert!(!said.contains("failed"), "{said}");
     daemon.stop();

@@ -32,7 +32,10 @@ fn a_client_that_stays_does_not_hold_up_the_end() {
     let daemon = bench.clone_of(&source).start();
     let uri = daemon.uri();
     let client = std::thread::spawn(move || {
-        nbdsh(&uri, "h = connect()\nprint('here', flush=True)\ntry:\n  while True: h.pread(4096, 0)\nexcept nbd.Error: pass")
+        nbdsh(
+            &uri,
+            "h = connect()\nprint('here', flush=True)\ntry:\n  while True: h.pread(4096, 0)\nexcept nbd.Error: pass",
+        )
     });
     wait_for("a client", Duration::from_secs(10), || daemon.status().io.reads > 10);
     let start = Instant::now();
@@ -49,7 +52,9 @@ fn a_second_signal_ends_it_at_once() {
     let mut daemon = bench.clone_of(server.uri()).args("--no-hydration --shards 2").start();
     let uri = daemon.uri();
     server.freeze(true);
-    let reader = std::thread::spawn(move || nbdsh(&uri, "h = connect()\ntry: h.pread(1, 8 << 20)\nexcept nbd.Error: print('gone')"));
+    let reader = std::thread::spawn(move || {
+        nbdsh(&uri, "h = connect()\ntry: h.pread(1, 8 << 20)\nexcept nbd.Error: print('gone')")
+    });
     wait_for("a read", Duration::from_secs(10), || daemon.status().io.reads == 1);
     daemon.signal("TERM");
     daemon.wait_log("a second signal ends at once");

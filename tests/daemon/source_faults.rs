@@ -9,7 +9,10 @@ fn failing(bench: &Bench, size: &str) -> (Nbdkit, std::path::PathBuf) {
     let broken = bench.path("broken");
     let server = Nbdkit::start(
         bench,
-        &format!("--filter=error pattern {size} error-pread=EIO error-pread-rate=100% error-pread-file={}", broken.display()),
+        &format!(
+            "--filter=error pattern {size} error-pread=EIO error-pread-rate=100% error-pread-file={}",
+            broken.display()
+        ),
     );
     (server, broken)
 }
@@ -116,7 +119,9 @@ def pread(h, buf, offset, flags):
     let region = 5_000_000 / 65536 * 65536;
     nbdsh(
         &daemon.uri(),
-        &format!("h = connect(); h.pread(8 << 20 >> 1, 0); fails(errno.EIO, lambda: h.pread(1, 5_000_000)); h.pread(4096, {region})"),
+        &format!(
+            "h = connect(); h.pread(8 << 20 >> 1, 0); fails(errno.EIO, lambda: h.pread(1, 5_000_000)); h.pread(4096, {region})"
+        ),
     );
     // Overwriting it heals it.
     nbdsh(&daemon.uri(), &format!("h = connect(); h.pwrite(b'n' * 65536, {region}); h.flush()"));
@@ -175,7 +180,10 @@ fn reads_fail_when_the_source_stays_away_too_long() {
     let daemon = bench.clone_of(server.uri()).args("--no-hydration --source-timeout 1").start();
     server.kill();
     let start = Instant::now();
-    nbdsh(&daemon.uri(), "h = connect(); fails(errno.EIO, lambda: h.pread(1, 0)); fails(errno.EIO, lambda: h.pwrite(b'x', 0))");
+    nbdsh(
+        &daemon.uri(),
+        "h = connect(); fails(errno.EIO, lambda: h.pread(1, 0)); fails(errno.EIO, lambda: h.pwrite(b'x', 0))",
+    );
     let waited = start.elapsed();
     assert!((Duration::from_secs(1)..Duration::from_secs(8)).contains(&waited), "{waited:?}");
     server.again(args);
