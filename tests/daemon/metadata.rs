@@ -12,14 +12,23 @@ fn dump_and_check_say_what_a_clone_is_like() {
     let bench = Bench::new();
     let source = bench.random("source", 8 * MIB);
     let daemon = bench.clone_of(&source).args("--no-hydration").start();
-    nbdsh(&daemon.uri(), "h = connect(); h.pwrite(b'x' * 131072, 65536); h.pwrite(b'x' * 65536, 127 * 65536); h.flush()");
+    nbdsh(
+        &daemon.uri(),
+        "h = connect(); h.pwrite(b'x' * 131072, 65536); h.pwrite(b'x' * 65536, 127 * 65536); h.flush()",
+    );
     daemon.stop();
     let path = bench.meta();
     let path = path.to_str().unwrap();
     let before = fs::read(path).unwrap();
     let (status, text) = meta(&["dump", path]);
     assert_eq!(status, 0, "{text}");
-    for part in ["state           active", "hydrated 1..=2", "hydrated 127..=127", "regions         128", "region size     64KiB"] {
+    for part in [
+        "state           active",
+        "hydrated 1..=2",
+        "hydrated 127..=127",
+        "regions         128",
+        "region size     64KiB",
+    ] {
         assert!(text.contains(part), "{part}: {text}");
     }
     let (_, text) = meta(&["dump", "--json", path]);
@@ -34,7 +43,10 @@ fn dump_and_check_say_what_a_clone_is_like() {
     daemon.wait_hydrated();
     daemon.stop();
     let (_, text) = meta(&["dump", path]);
-    assert!(text.contains("state           complete") && text.contains("(100.0 %)") && text.contains("hydrated 0..=127"), "{text}");
+    assert!(
+        text.contains("state           complete") && text.contains("(100.0 %)") && text.contains("hydrated 0..=127"),
+        "{text}"
+    );
 }
 
 #[test]

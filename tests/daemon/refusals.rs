@@ -50,7 +50,9 @@ fn things_that_are_no_devices() {
     let (dir, fifo) = (bench.path("dir"), bench.path("fifo"));
     fs::create_dir(&dir).unwrap();
     run("mkfifo", &[&fifo]);
-    for (path, what) in [(dir.as_path(), "a directory"), (&fifo, "a FIFO"), (Path::new("/dev/null"), "a character device")] {
+    for (path, what) in
+        [(dir.as_path(), "a directory"), (&fifo, "a FIFO"), (Path::new("/dev/null"), "a character device")]
+    {
         refused(&bench, &bench.clone_of(path), &["source", what, "name a regular file or a block device"]);
         refused(&bench, &bench.clone_of(&source).destination(path), &["destination", what]);
         refused(&bench, &bench.clone_of(&source).metadata(path), &["metadata", what]);
@@ -180,7 +182,8 @@ fn damaged_metadata_are_refused_naming_the_sector() {
     let command = used(&bench, "");
     let good = fs::read(bench.meta()).unwrap();
     let check = |json: &[&str]| {
-        let mut words = vec!["meta", "check", bench.meta().to_str().unwrap()].into_iter().map(String::from).collect::<Vec<_>>();
+        let mut words =
+            vec!["meta", "check", bench.meta().to_str().unwrap()].into_iter().map(String::from).collect::<Vec<_>>();
         words.extend(json.iter().map(|word| word.to_string()));
         let output = std::process::Command::new(env!("CARGO_BIN_EXE_hydrant")).args(words).output().unwrap();
         (output.status.code().unwrap(), String::from_utf8(output.stdout).unwrap())
@@ -249,7 +252,12 @@ fn devices_in_use_by_another_clone() {
     // A destination that is being written is no source, and a source that is being read is no destination.
     let third = bench.clone_of(bench.copy()).name("third").destination(bench.path("c")).metadata(bench.path("d"));
     third.refused(&["source", "in use by"]);
-    bench.clone_of(bench.random("e", MIB)).name("third").destination(&source).metadata(bench.path("d")).refused(&["destination", "in use by"]);
+    bench
+        .clone_of(bench.random("e", MIB))
+        .name("third")
+        .destination(&source)
+        .metadata(bench.path("d"))
+        .refused(&["destination", "in use by"]);
     // Two clones of one source are fine.
     let other = bench.clone_of(&source).name("other").destination(bench.path("f")).metadata(bench.path("g")).start();
     other.wait_hydrated();

@@ -82,7 +82,8 @@ fn what_one_connection_wrote_another_one_flushes() {
     // The writes of many connections to the zones of all shards and across them, the flush on one of them; and FUA of
     // one write alone.
     let zone = ZONE as usize;
-    let places: Vec<usize> = vec![5, zone - 100_000, zone + 1_000_001, 2 * zone - 1, 3 * zone - 300_000, 2 * zone + 700_000];
+    let places: Vec<usize> =
+        vec![5, zone - 100_000, zone + 1_000_001, 2 * zone - 1, 3 * zone - 300_000, 2 * zone + 700_000];
     nbdsh(
         &daemon.uri(),
         &format!(
