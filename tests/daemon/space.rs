@@ -1,6 +1,7 @@
 //! A destination that has no space left.
 
 use super::harness::*;
+use hydrant::control::api::{HydrationState, Status};
 use std::fs;
 
 /// A destination of 32 MiB on a file system with about 12 MiB of space; the file `filler` has the rest.
@@ -20,8 +21,9 @@ fn hydration_pauses_when_the_destination_is_full_and_goes_on_when_there_is_space
     let daemon = bench.clone_of(&source).destination(&destination).start();
     daemon.wait_event("hydration pauses");
     assert!(daemon.log().contains("No space left on device"), "{}", daemon.log());
-    let status = daemon.wait_status("failing", |s| s.hydration.state == hydrant::control::api::HydrationState::Failing);
-    assert!(status.hydrated_regions > 50 && !status.is_complete(), "{status:#?}");
+    let is_paused = |s: &Status| s.hydration.state == HydrationState::Failing && s.hydrating_regions == 0;
+    let status = daemon.wait_status("paused", |status| is_paused(status) && status.hydrated_regions > 0);
+    assert!(!status.is_complete());
     assert_eq!(status.metadata.mode.to_string(), "rw");
     // Reads of all of it, from source and destination; writes get the right error, and corrupt nothing.
     let checked = nbdsh(

@@ -1,7 +1,7 @@
 //! `hydrant clone` as a process.
 
 use super::Bench;
-use super::tools::{PATH, wait_for};
+use super::tools::PATH;
 use hydrant::control::api::Status;
 use hydrant::control::client::Client;
 use std::ffi::{OsStr, OsString};
@@ -47,7 +47,6 @@ pub struct CloneCommand {
     name: String,
     runtime: PathBuf,
     args: Vec<OsString>,
-    env: Vec<(String, String)>,
     /// What runs it: a program and its arguments.
     wrapper: Vec<OsString>,
 }
@@ -61,7 +60,6 @@ impl CloneCommand {
             name: "vm".into(),
             runtime: bench.runtime(),
             args: Vec::new(),
-            env: Vec::new(),
             wrapper: Vec::new(),
         }
     }
@@ -86,10 +84,6 @@ impl CloneCommand {
     /// More arguments, separated by blanks.
     pub fn args(mut self, args: &str) -> Self {
         self.args.extend(args.split_ascii_whitespace().map(OsString::from));
-        self
-    }
-    pub fn env(mut self, name: &str, value: &str) -> Self {
-        self.env.push((name.into(), value.into()));
         self
     }
     /// Under a limit, in the words of prlimit(1), without the privilege to exceed it.
@@ -120,7 +114,7 @@ impl CloneCommand {
         }
         command.args(["clone", "--name", &self.name, "--source"]).arg(&self.source);
         command.arg("--destination").arg(&self.destination).arg("--metadata").arg(&self.metadata);
-        command.args(&self.args).envs(self.env.iter().cloned());
+        command.args(&self.args);
         command
     }
 
@@ -325,11 +319,6 @@ impl Daemon {
         self.child = None;
         self.readers.drain(..).for_each(|reader| reader.join().unwrap());
         (status, self.log())
-    }
-
-    /// Waits until it accepts no more than `connections` clients.
-    pub fn wait_connections(&self, connections: u32) {
-        wait_for("clients gone", STOP_TIME_MAX, || self.status().nbd.connections <= connections);
     }
 }
 
