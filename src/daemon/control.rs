@@ -153,10 +153,9 @@ impl Steering {
         if self.state().is_complete() {
             status.state = SourceState::Released;
         }
-        if let Some(source) = self.clone.nbd_source.as_ref().and_then(|source| source.upgrade()) {
-            if !source.state().is_connected() && status.state == SourceState::Connected {
-                status.state = SourceState::Lost;
-            }
+        let source = self.clone.nbd_source.as_ref().and_then(|source| source.upgrade());
+        if status.state == SourceState::Connected && source.is_some_and(|source| !source.state().is_connected()) {
+            status.state = SourceState::Lost;
         }
         status
     }
