@@ -5,6 +5,7 @@
 //! alone.
 
 use crate::bail;
+use crate::environment;
 use crate::error::{Error, ErrorKind, Result};
 use std::fs::{self, File, Permissions};
 use std::io;
@@ -106,12 +107,34 @@ fn remove_stale(path: &Path, address: &Address) -> Result<()> {
         },
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(what(error)),
+        // One that was killed is no more: the kernel only has not put away yet what it had in flight.
+        Ok(()) if listener_of(&probe).is_some_and(environment::is_gone) => match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(what(error)),
+            _ => Ok(()),
+        },
         // Connected, or its backlog is full (EAGAIN): somebody listens.
         _ => Err(Error::new(
             ErrorKind::InUse,
             format!("socket {} is in use by a running process: stop it, or use another path", path.display()),
         )),
     }
+}
+
+/// The process that listens at the other end of a connected socket.
+fn listener_of(connected: &OwnedFd) -> Option<u32> {
+    let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes, which the struct has; it is plain integers.
+    let result = unsafe {
+        libc::getsockopt(
+            connected.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut credentials).cast(),
+            &raw mut len,
+        )
+    };
+    (result == 0).then_some(credentials.pid).and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0)
 }
 
 /// A unix stream socket. `flags` is SOCK_NONBLOCK or 0.

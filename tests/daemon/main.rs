@@ -9,6 +9,8 @@ mod clones;
 mod control;
 mod discard;
 mod load;
+mod metadata;
+mod refusals;
 mod restart;
 mod signals;
 mod source_faults;

@@ -1,60 +1,44 @@
 //! A clone that was stopped or killed goes on where it stopped.
 
 use super::harness::*;
-use super::load::{mixed_source, seed, use_it};
+use super::load::{ZONE, kept, mixed_source, use_it};
 use std::fs;
+use std::os::unix::fs::FileExt;
 
-#[test]
-fn stopped_in_the_middle_it_goes_on_with_other_shards() {
-    need!("nbdkit", "nbdsh");
+/// Goes through several lives with another number of shards each, used in all of them, and ends as it should.
+fn lives(end: fn(Daemon)) {
     let bench = Bench::new();
-    let source = mixed_source(&bench, 24 * MIB + 4097);
-    let server = Nbdkit::start(&bench, &format!("-r --filter=delay file {} rdelay=10ms", source.display()));
-    let command = bench.clone_of(server.uri()).args("--hydration-threshold 2");
-    let (mut hydrated, mut expected) = (0, source.clone());
-    for (round, shards) in [2, 3, 1, 5].into_iter().enumerate() {
+    let source = mixed_source(&bench, 2 * ZONE + 5 * MIB + 4097);
+    let expected = kept(&bench, &source);
+    let server = Nbdkit::start(&bench, &format!("-r --filter=delay file {} rdelay=5ms", source.display()));
+    let command = bench.clone_of(server.uri()).args("--region-size 4KiB --hydration-threshold 8");
+    let mut hydrated = 0;
+    for shards in [2, 3, 1, 5] {
         let daemon = command.clone().args(&format!("--shards {shards}")).start();
         let status = daemon.status();
         assert!(status.hydrated_regions >= hydrated, "{} after {hydrated}", status.hydrated_regions);
-        let bytes = use_it(&bench, &daemon.uri(), &expected, seed(), 2, 25);
-        expected = bench.path(&format!("expected-{round}"));
-        fs::write(&expected, bytes).unwrap();
-        hydrated = daemon.status().hydrated_regions;
-        daemon.stop();
+        // Each client reads all that it knows, then ends with a flush.
+        use_it(&bench, &daemon.uri(), &expected, 2, 20);
+        nbdsh(&daemon.uri(), "connect().flush()");
+        hydrated = daemon.status().hydrated_regions.min(hydrated);
+        end(daemon);
     }
     let daemon = bench.clone_of(server.uri()).start();
     daemon.wait_hydrated();
     daemon.stop();
-    assert_same(&bench.copy(), &fs::read(&expected).unwrap());
+    assert_same_files(&bench.copy(), &expected);
+}
+
+#[test]
+fn stopped_in_the_middle_it_goes_on_with_other_shards() {
+    need!("nbdkit", "nbdsh");
+    lives(|daemon| _ = daemon.stop());
 }
 
 #[test]
 fn killed_in_the_middle_it_has_what_was_flushed() {
     need!("nbdkit", "nbdsh");
-    let bench = Bench::new();
-    let source = mixed_source(&bench, 24 * MIB + 4097);
-    let server = Nbdkit::start(&bench, &format!("-r --filter=delay file {} rdelay=10ms", source.display()));
-    let command = bench.clone_of(server.uri()).args("--hydration-threshold 2");
-    let mut expected = source.clone();
-    for (round, shards) in [3, 1, 2, 4].into_iter().enumerate() {
-        let daemon = command.clone().args(&format!("--shards {shards}")).start();
-        // Each client ends with a flush.
-        let bytes = use_it(&bench, &daemon.uri(), &expected, seed(), 2, 25);
-        daemon.kill9();
-        expected = bench.path(&format!("expected-{round}"));
-        fs::write(&expected, bytes).unwrap();
-    }
-    let daemon = bench.clone_of(server.uri()).start();
-    let found = nbdsh(
-        &daemon.uri(),
-        &format!(
-            "h = connect(); expected = open({expected:?}, 'rb').read()\nfor at in range(0, len(expected), 1 << 20):\n  want = expected[at:at + (1 << 20)]; assert h.pread(len(want), at) == want, at\nprint('same')"
-        ),
-    );
-    assert_eq!(found.trim(), "same");
-    daemon.wait_hydrated();
-    daemon.stop();
-    assert_same(&bench.copy(), &fs::read(&expected).unwrap());
+    lives(|daemon| _ = daemon.kill9());
 }
 
 /// No flush here: what survives may be old or new, block by block, but nothing else, and never a mixture of sources.
@@ -90,32 +74,41 @@ fn killed_under_load_every_block_is_old_or_new() {
 
 #[test]
 fn what_one_connection_wrote_another_one_flushes() {
-    need!("nbdkit", "nbdsh");
     let bench = Bench::new();
-    let server = Nbdkit::start(&bench, "--filter=delay pattern 16M rdelay=50ms");
-    let command = bench.clone_of(server.uri()).args("--no-hydration --shards 3 --region-size 4KiB");
+    let source = mixed_source(&bench, 3 * ZONE);
+    let expected = kept(&bench, &source);
+    let command = bench.clone_of(&source).args("--no-hydration --shards 3 --region-size 4KiB");
     let daemon = command.start();
-    // The writes of many connections on all shards, the flush on one of them; and FUA of one write alone.
+    // The writes of many connections to the zones of all shards and across them, the flush on one of them; and FUA of
+    // one write alone.
+    let zone = ZONE as usize;
+    let places: Vec<usize> =
+        vec![5, zone - 100_000, zone + 1_000_001, 2 * zone - 1, 3 * zone - 300_000, 2 * zone + 700_000];
     nbdsh(
         &daemon.uri(),
-        "hs = [connect() for _ in range(7)]
+        &format!(
+            r#"
+places = {places:?}
+hs = [connect() for _ in range(7)]
 assert all(h.can_multi_conn() for h in hs)
-for i, h in enumerate(hs):
-    h.pwrite(bytes([i + 1]) * 300_000, i * 1_000_001)
-hs[3].flush()
-hs[5].pwrite(b'fua', 15_000_000, flags=nbd.CMD_FLAG_FUA)
-os._exit(0)",
+for i, at in enumerate(places):
+    hs[i].pwrite(bytes([i + 1]) * 300_000, at)
+hs[6].flush()
+hs[5].pwrite(b"fua" * 10, 2 * {zone} - 15, flags=nbd.CMD_FLAG_FUA)
+os._exit(0)
+"#
+        ),
     );
     daemon.kill9();
-    let mut expected = pattern(16 * MIB);
-    for i in 0..7 {
-        expected[i * 1_000_001..][..300_000].fill(i as u8 + 1);
+    let file = fs::OpenOptions::new().write(true).open(&expected).unwrap();
+    for (i, at) in places.iter().enumerate() {
+        file.write_all_at(&vec![i as u8 + 1; 300_000], *at as u64).unwrap();
     }
-    expected[15_000_000..][..3].copy_from_slice(b"fua");
-    let daemon = bench.clone_of(server.uri()).args("--shards 2").start();
+    file.write_all_at(&b"fua".repeat(10), 2 * ZONE - 15).unwrap();
+    let daemon = bench.clone_of(&source).args("--shards 2").start();
     daemon.wait_hydrated();
     daemon.stop();
-    assert_same(&bench.copy(), &expected);
+    assert_same_files(&bench.copy(), &expected);
 }
 
 #[test]

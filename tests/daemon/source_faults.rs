@@ -1,6 +1,7 @@
 //! A source that fails, goes away, comes back, or comes back as another one.
 
 use super::harness::*;
+use hydrant::control::api::{HydrationState, SourceState};
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -70,7 +71,7 @@ fn hydration_counts_what_fails_and_finishes_when_the_source_is_well_again() {
     let status = daemon.wait_status("failures", |status| status.hydration.failed_regions > 0);
     assert!(!status.is_complete());
     daemon.wait_event("hydration pauses");
-    let status = daemon.wait_status("failing", |s| s.hydration.state == hydrant::control::api::HydrationState::Failing);
+    let status = daemon.wait_status("failing", |s| s.hydration.state == HydrationState::Failing);
     assert!(status.hydration.failed_regions <= 32);
     std::thread::sleep(Duration::from_secs(1));
     assert!(daemon.log().lines().count() < 40, "the log is flooded: {}", daemon.log());
@@ -146,7 +147,7 @@ fn reads_wait_for_a_source_that_went_away_and_hydration_goes_on() {
         server.kill();
         daemon.wait_event("source lost");
         let status = daemon.status();
-        assert_eq!(status.source.state, hydrant::control::api::SourceState::Lost);
+        assert_eq!(status.source.state, SourceState::Lost);
         assert!(!status.is_complete());
         let uri = daemon.uri();
         let reader = std::thread::spawn(move || {

@@ -1,6 +1,7 @@
 //! A destination that has no space left.
 
 use super::harness::*;
+use hydrant::control::api::{HydrationState, Status};
 use std::fs;
 
 /// A destination of 32 MiB on a file system with about 12 MiB of space; the file `filler` has the rest.
@@ -20,8 +21,9 @@ fn hydration_pauses_when_the_destination_is_full_and_goes_on_when_there_is_space
     let daemon = bench.clone_of(&source).destination(&destination).start();
     daemon.wait_event("hydration pauses");
     assert!(daemon.log().contains("No space left on device"), "{}", daemon.log());
-    let status = daemon.wait_status("failing", |s| s.hydration.state == hydrant::control::api::HydrationState::Failing);
-    assert!(status.hydrated_regions > 50 && !status.is_complete(), "{status:#?}");
+    let is_paused = |s: &Status| s.hydration.state == HydrationState::Failing && s.hydrating_regions == 0;
+    let status = daemon.wait_status("paused", |status| is_paused(status) && status.hydrated_regions > 0);
+    assert!(!status.is_complete());
     assert_eq!(status.metadata.mode.to_string(), "rw");
     // Reads of all of it, from source and destination; writes get the right error, and corrupt nothing.
     let checked = nbdsh(
@@ -79,17 +81,14 @@ fn a_full_destination_survives_a_restart() {
     assert_same(&destination, &fs::read(&source).unwrap());
 }
 
-/// Metadata that can't be written: nothing is promised any more, but what is there can be read.
 #[test]
-fn a_limit_on_the_size_of_files_is_an_error_like_any_other() {
-    need!("setpriv", "prlimit");
+fn a_limit_on_the_size_of_files_is_told_at_the_start() {
+    need!("root", "setpriv", "prlimit");
     let bench = Bench::new();
     let source = bench.random("source", 8 * MIB);
-    let daemon = bench.clone_of(&source).limit("--fsize=8388608").args("--no-hydration").start();
-    nbdsh(&daemon.uri(), "h = connect(); h.pwrite(b'x' * 65536, 0); h.flush()");
-    daemon.stop();
-    let bench = Bench::new();
-    let source = bench.random("source", 8 * MIB);
-    bench.clone_of(&source).limit("--fsize=4194304").refused(&["destination", "File too large"]);
+    bench.clone_of(&source).limit("--fsize=4194304").refused(&["destination", "may only write 4MiB", "ulimit -f"]);
     assert!(!bench.copy().exists() && !bench.meta().exists());
+    let daemon = bench.clone_of(&source).limit("--fsize=8388608").start();
+    daemon.wait_hydrated();
+    daemon.stop();
 }

@@ -1,7 +1,7 @@
 //! `hydrant clone` as a process.
 
 use super::Bench;
-use super::tools::wait_for;
+use super::tools::PATH;
 use hydrant::control::api::Status;
 use hydrant::control::client::Client;
 use std::ffi::{OsStr, OsString};
@@ -26,6 +26,18 @@ fn hydrant(runtime: &Path) -> Command {
     command
 }
 
+/// Runs its arguments under a seccomp filter that makes io_uring_setup(2), number 425 everywhere, fail with EPERM.
+const WITHOUT_IO_URING: &str = r#"
+import ctypes, os, struct, sys
+code = [(0x20, 0, 0, 0), (0x15, 0, 1, 425), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7fff0000)]
+program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+fprog = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(program)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0    # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, fprog, 0, 0) == 0    # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+os.execv(sys.argv[1], sys.argv[1:])
+"#;
+
 /// A command line to be.
 #[derive(Clone)]
 pub struct CloneCommand {
@@ -35,8 +47,8 @@ pub struct CloneCommand {
     name: String,
     runtime: PathBuf,
     args: Vec<OsString>,
-    env: Vec<(String, String)>,
-    limits: Vec<String>,
+    /// What runs it: a program and its arguments.
+    wrapper: Vec<OsString>,
 }
 
 impl CloneCommand {
@@ -48,8 +60,7 @@ impl CloneCommand {
             name: "vm".into(),
             runtime: bench.runtime(),
             args: Vec::new(),
-            env: Vec::new(),
-            limits: Vec::new(),
+            wrapper: Vec::new(),
         }
     }
 
@@ -75,27 +86,35 @@ impl CloneCommand {
         self.args.extend(args.split_ascii_whitespace().map(OsString::from));
         self
     }
-    pub fn env(mut self, name: &str, value: &str) -> Self {
-        self.env.push((name.into(), value.into()));
-        self
-    }
     /// Under a limit, in the words of prlimit(1), without the privilege to exceed it.
     pub fn limit(mut self, limit: &str) -> Self {
-        self.limits.push(limit.into());
+        let before = ["setpriv", "--bounding-set=-sys_resource", "--inh-caps=-sys_resource", "prlimit", limit];
+        self.wrapper = before.map(OsString::from).to_vec();
+        self
+    }
+    /// Without root's privilege to open everything.
+    pub fn unprivileged(mut self) -> Self {
+        let drop = "set=-dac_override,-dac_read_search";
+        let before = ["setpriv", &format!("--bounding-{drop}"), "--inh-caps=-dac_override,-dac_read_search"];
+        self.wrapper = before.map(OsString::from).to_vec();
+        self
+    }
+    /// Where io_uring is forbidden.
+    pub fn without_io_uring(mut self) -> Self {
+        self.wrapper = ["/usr/bin/python3", "-c", WITHOUT_IO_URING].map(OsString::from).to_vec();
         self
     }
 
     fn command(&self) -> Command {
         let mut command = hydrant(&self.runtime);
-        if !self.limits.is_empty() {
+        if let Some((wrapper, args)) = self.wrapper.split_first() {
             let program = command.get_program().to_owned();
-            command = Command::new("setpriv");
-            command.args(["--bounding-set=-sys_resource", "--inh-caps=-sys_resource", "prlimit"]);
-            command.args(&self.limits).arg(program).env("XDG_RUNTIME_DIR", &self.runtime);
+            command = Command::new(wrapper);
+            command.args(args).arg(program).env("XDG_RUNTIME_DIR", &self.runtime).env("PATH", PATH);
         }
         command.args(["clone", "--name", &self.name, "--source"]).arg(&self.source);
         command.arg("--destination").arg(&self.destination).arg("--metadata").arg(&self.metadata);
-        command.args(&self.args).envs(self.env.iter().cloned());
+        command.args(&self.args);
         command
     }
 
@@ -300,11 +319,6 @@ impl Daemon {
         self.child = None;
         self.readers.drain(..).for_each(|reader| reader.join().unwrap());
         (status, self.log())
-    }
-
-    /// Waits until it accepts no more than `connections` clients.
-    pub fn wait_connections(&self, connections: u32) {
-        wait_for("clients gone", STOP_TIME_MAX, || self.status().nbd.connections <= connections);
     }
 }
 

@@ -25,7 +25,7 @@ impl Loop {
 /// A small file system of its own, mounted.
 pub struct FileSystem {
     pub mount: PathBuf,
-    _device: Option<Loop>,
+    device: Loop,
 }
 
 impl FileSystem {
@@ -36,7 +36,11 @@ impl FileSystem {
         run("mkfs.ext4", &["-q", "-m", "0", "-O", "^has_journal", device.path.to_str().unwrap()]);
         fs::create_dir_all(mount).unwrap();
         run("mount", &[&device.path, mount]);
-        Self { mount: mount.into(), _device: Some(device) }
+        Self { mount: mount.into(), device }
+    }
+    /// The block device under it.
+    pub fn device(&self) -> &Path {
+        &self.device.path
     }
 }
 

@@ -2,24 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// splitmix64: the same numbers for the same seed.
-pub struct Random(pub u64);
+struct Random(u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
-    }
-    /// Less than `bound`, which is not 0.
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
     }
 }
 
@@ -65,6 +61,35 @@ pub fn assert_same(path: &Path, expected: &[u8]) {
         some(&found),
         some(expected),
     );
+}
+
+/// Two files or devices must be the same as far as the second one goes; says where they are not.
+pub fn assert_same_files(path: &Path, expected: &Path) {
+    const CHUNK: u64 = 1 << 20;
+    let mut len = File::open(expected).and_then(|mut file| file.seek(SeekFrom::End(0))).unwrap();
+    let (mut found, mut wanted) = (File::open(path).unwrap(), File::open(expected).unwrap());
+    let (mut a, mut b) = (vec![0; CHUNK as usize], vec![0; CHUNK as usize]);
+    let mut at = 0;
+    while len > 0 {
+        let n = len.min(CHUNK) as usize;
+        found.read_exact(&mut a[..n]).unwrap_or_else(|e| panic!("{} at {at}: {e}", path.display()));
+        wanted.read_exact(&mut b[..n]).unwrap();
+        if a[..n] != b[..n] {
+            let first = (0..n).find(|i| a[*i] != b[*i]).unwrap();
+            let some = |bytes: &[u8]| bytes[first..n.min(first + 16)].to_vec();
+            let differ = (0..n).filter(|i| a[*i] != b[*i]).count();
+            panic!(
+                "{} and {} differ at {} ({differ} bytes in this MiB): {:02x?}, expected {:02x?}",
+                path.display(),
+                expected.display(),
+                at + first as u64,
+                some(&a),
+                some(&b)
+            );
+        }
+        at += n as u64;
+        len -= n as u64;
+    }
 }
 
 /// What a directory holds: path, size, time of the last change, a checksum of the content.

@@ -8,7 +8,7 @@ mod tools;
 
 pub use daemon::{CloneCommand, Daemon};
 pub use devices::{FileSystem, Loop};
-pub use images::{Random, allocated, assert_same, checksums, pattern, random_bytes, read_first};
+pub use images::{allocated, assert_same, assert_same_files, checksums, pattern, random_bytes, read_first};
 pub use servers::{Nbdkit, QemuNbd};
 pub use tools::{have, nbdsh, run, run_for_status, wait_for};
 
