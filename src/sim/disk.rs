@@ -280,6 +280,13 @@ impl State {
             versions.filter(|v| v.write == write).for_each(|v| v.completed = true);
         }
     }
+    fn forget(&mut self, sector: usize, seq: u64) {
+        let Some(versions) = self.cached.get_mut(&sector) else { return };
+        versions.retain(|v| v.seq > seq);
+        if versions.is_empty() {
+            self.cached.remove(&sector);
+        }
+    }
     fn make_durable(&mut self, sector: usize, seq: u64) {
         let Some(versions) = self.cached.get_mut(&sector) else { return };
         let Some(at) = versions.iter().position(|v| v.seq == seq) else { return };
@@ -338,8 +345,13 @@ impl Disk for SimDisk {
                 let last = |versions: &Vec<Version>| versions.iter().rfind(|v| v.completed).map(|v| v.seq);
                 state.cached.iter().filter_map(|(sector, versions)| Some((*sector, last(versions)?))).collect()
             };
-            self.begin(Op::Flush).await?;
+            let begun = self.begin(Op::Flush).await;
             let mut state = self.state.borrow_mut();
+            if begun.is_err() {
+                // As Linux does: the data count as clean now. The next flush succeeds without them.
+                covered.into_iter().for_each(|(sector, seq)| state.forget(sector, seq));
+                return begun;
+            }
             covered.into_iter().for_each(|(sector, seq)| state.make_durable(sector, seq));
             Ok(())
         })
