@@ -48,6 +48,8 @@ pub struct Coordinator {
     env: Rc<dyn Env>,
     waiting: RefCell<Vec<oneshot::Sender<Result<()>>>>,
     wake: Notify,
+    ending: Cell<bool>,
+    ended: Cell<bool>,
     generation: Cell<Generation>,
     stats: Cell<CommitStats>,
 }
@@ -70,6 +72,8 @@ impl Coordinator {
             env,
             waiting: RefCell::default(),
             wake: Notify::default(),
+            ending: Cell::new(false),
+            ended: Cell::new(false),
             generation: Cell::new(generation),
             stats: Cell::default(),
         })
@@ -87,17 +91,20 @@ impl Coordinator {
 
     /// Returns when everything that was acknowledged before this call is durable.
     pub async fn commit(&self) -> Result<()> {
+        let gone = || Error::new(ErrorKind::Shutdown, format!("clone '{}' is stopping", self.state.name));
+        if self.ended.get() {
+            return Err(gone());
+        }
         let mut stats = self.stats.get();
         stats.requests += 1;
         self.stats.set(stats);
         let (sender, receiver) = oneshot();
         self.waiting.borrow_mut().push(sender);
         self.wake.notify();
-        let gone = || Error::new(ErrorKind::Shutdown, format!("clone '{}' is stopping", self.state.name));
         receiver.await.unwrap_or_else(|| Err(gone()))
     }
 
-    /// Serves commits until the clone stops. One task.
+    /// Serves commits until [`Self::end`]. One task.
     pub async fn run(self: Rc<Self>) {
         let ticker = Rc::downgrade(&self);
         let env = self.env.clone();
@@ -105,7 +112,7 @@ impl Coordinator {
             loop {
                 env.sleep(COMMIT_INTERVAL).await;
                 let Some(coordinator) = ticker.upgrade() else { return };
-                if coordinator.state.is_stopping() {
+                if coordinator.ending.get() {
                     return;
                 }
                 if coordinator.state.is_dirty() {
@@ -116,21 +123,26 @@ impl Coordinator {
         loop {
             self.wake.notified().await;
             let waiting = std::mem::take(&mut *self.waiting.borrow_mut());
-            if waiting.is_empty() && self.state.is_stopping() {
-                return;
+            if waiting.is_empty() {
+                if self.ending.get() {
+                    self.ended.set(true);
+                    return;
+                }
+                // The wake of somebody whom the commit before this one has served already.
+                if !self.state.is_dirty() {
+                    continue;
+                }
             }
             let result = self.commit_once().await;
             for sender in waiting {
                 sender.send(result.clone());
             }
-            if !self.waiting.borrow().is_empty() {
-                self.wake.notify();
-            }
         }
     }
 
-    /// Ends [`Self::run`] once nobody waits. The clone must be marked as stopping.
+    /// Ends [`Self::run`] once nobody waits; later commits fail.
     pub fn end(&self) {
+        self.ending.set(true);
         self.wake.notify();
     }
 
@@ -143,7 +155,8 @@ impl Coordinator {
         let clone = self.state.id;
         let calls = dirty.iter().map(|shard| self.mesh.call(*shard, ShardRequest::Snapshot { clone })).collect();
         for (shard, reply) in dirty.iter().zip(join_all(calls).await) {
-            match reply? {
+            // What this shard's dirty flag stood for is lost to later commits: none may succeed.
+            match reply.map_err(|error| self.degrade(error))? {
                 ShardReply::Zones(zones) => snapshots.push((*shard, zones)),
                 other => unreachable!("zones answer a snapshot, not {other:?}"),
             }
@@ -171,7 +184,7 @@ impl Coordinator {
                 .map(|(shard, zones)| self.mesh.call(shard, ShardRequest::Committed { clone, zones }))
                 .collect();
             for reply in join_all(calls).await {
-                reply?;
+                reply.map_err(|error| self.degrade(error))?;
             }
         }
         let mut stats = self.stats.get();

@@ -7,7 +7,7 @@
 //! again with a doubling delay.
 
 use crate::units::{RegionIndex, RegionRange};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 /// First delay after a failure; doubles up to [`BACKOFF_MAX`].
@@ -18,6 +18,11 @@ pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
 pub const FAILURES_IN_A_ROW_MAX: u32 = 16;
 /// Regions that clients asked for ahead of the background; more are left to the cursor.
 pub const URGENT_MAX: usize = 1024;
+
+/// Regions due for another try that are looked at in one go while clients hold them.
+const BUSY_DUE_MAX: usize = 16;
+/// A region that is being tried again is not due.
+const NEVER: Duration = Duration::MAX;
 
 /// What the scheduler needs to know of a region map.
 pub trait Unhydrated {
@@ -51,6 +56,10 @@ pub struct HydrationSched {
     cursor: RegionIndex,
     urgent: VecDeque<RegionIndex>,
     failures: BTreeMap<RegionIndex, Failure>,
+    /// The same regions by time, without those that are being tried.
+    due: BTreeSet<(Duration, RegionIndex)>,
+    /// How many of them have failed alone.
+    failed_alone: u64,
     batches_in_flight: u64,
     failures_in_a_row: u32,
     pauses_in_a_row: u32,
@@ -62,13 +71,13 @@ fn backoff(attempts: u32) -> Duration {
 }
 
 impl HydrationSched {
-    /// Decides. `batch_max` is in regions (at least 1); `busy` tells whether some operation holds the region.
+    /// Decides. `batch_max` is in regions (at least 1); `busy` tells whether some operation holds any of the regions.
     pub fn next(
         &mut self,
         map: &impl Unhydrated,
         now: Duration,
         batch_max: u64,
-        busy: &dyn Fn(RegionIndex) -> bool,
+        busy: &dyn Fn(RegionRange) -> bool,
     ) -> Next {
         if let Some(until) = self.paused_until {
             if now < until {
@@ -77,24 +86,20 @@ impl HydrationSched {
             self.paused_until = None;
         }
         while let Some(region) = self.urgent.pop_front() {
-            if !map.is_hydrated(region) && !busy(region) {
+            if !map.is_hydrated(region) && !busy(RegionRange::single(region)) {
                 return self.start(RegionRange::single(region));
             }
         }
-        let due = self.failures.iter().find(|(_, failure)| failure.not_before <= now).map(|(region, _)| *region);
-        if let Some(region) = due {
-            if map.is_hydrated(region) {
-                self.failures.remove(&region);
-                return self.next(map, now, batch_max, busy);
-            }
-            if !busy(region) {
-                // Not due again while this try runs.
-                self.failures.get_mut(&region).expect("just found").not_before = Duration::MAX;
-                return self.start(RegionRange::single(region));
-            }
+        if let Some(region) = self.next_due(map, now, busy) {
+            return self.start(RegionRange::single(region));
         }
         while let Some(run) = map.next_unhydrated(self.cursor, batch_max.max(1)) {
-            let held_back = |region: &RegionIndex| self.failures.contains_key(region) || busy(*region);
+            if self.failures.range(run.first()..run.end()).next().is_none() && !busy(run) {
+                self.cursor = run.end();
+                return self.start(run);
+            }
+            let held_back =
+                |region: &RegionIndex| self.failures.contains_key(region) || busy(RegionRange::single(*region));
             let Some(first) = run.iter().find(|r| !held_back(r)) else {
                 self.cursor = run.end();
                 continue;
@@ -106,14 +111,65 @@ impl HydrationSched {
         // The end of a pass. What is left is in flight, held by clients, or failing.
         self.cursor = RegionIndex(0);
         if map.next_unhydrated(RegionIndex(0), 1).is_none() {
+            self.all_hydrated();
             return Next::Done;
         }
         if self.batches_in_flight > 0 {
             return Next::WaitForBatch;
         }
-        let earliest = self.failures.values().map(|f| f.not_before).min();
         let soon = now + BACKOFF_MIN / 10;
-        Next::WaitUntil(earliest.filter(|t| *t != Duration::MAX).map_or(soon, |t| t.max(soon)))
+        Next::WaitUntil(self.due.first().map_or(soon, |(earliest, _)| soon.max(*earliest)))
+    }
+
+    /// Nothing is left to do: clients have overwritten what could not be copied.
+    pub fn all_hydrated(&mut self) {
+        self.failures.clear();
+        self.due.clear();
+        self.failed_alone = 0;
+        self.paused_until = None;
+    }
+
+    /// A region whose delay is over and that nobody holds; it is being tried from now on.
+    fn next_due(
+        &mut self,
+        map: &impl Unhydrated,
+        now: Duration,
+        busy: &dyn Fn(RegionRange) -> bool,
+    ) -> Option<RegionIndex> {
+        let (mut from, mut looks) = ((Duration::ZERO, RegionIndex(0)), 0);
+        while looks < BUSY_DUE_MAX {
+            let (at, region) = *self.due.range(from..=(now, RegionIndex(u64::MAX))).next()?;
+            if map.is_hydrated(region) {
+                self.forget(region);
+            } else if busy(RegionRange::single(region)) {
+                (from, looks) = ((at, RegionIndex(region.0 + 1)), looks + 1);
+            } else {
+                self.set_due(region, NEVER);
+                return Some(region);
+            }
+        }
+        None
+    }
+
+    fn set_due(&mut self, region: RegionIndex, at: Duration) {
+        let Some(failure) = self.failures.get_mut(&region) else { return };
+        let before = std::mem::replace(&mut failure.not_before, at);
+        self.due.remove(&(before, region));
+        if at != NEVER {
+            self.due.insert((at, region));
+        }
+    }
+
+    fn forget(&mut self, region: RegionIndex) {
+        if let Some(failure) = self.failures.remove(&region) {
+            self.due.remove(&(failure.not_before, region));
+            self.failed_alone -= u64::from(failure.attempts > 0);
+        }
+    }
+
+    /// Those of the batch's regions that have failed before.
+    fn failed_in(&self, batch: RegionRange) -> Vec<RegionIndex> {
+        self.failures.range(batch.first()..batch.end()).map(|(region, _)| *region).collect()
     }
 
     fn start(&mut self, batch: RegionRange) -> Next {
@@ -141,9 +197,7 @@ impl HydrationSched {
     /// A batch has ended without being tried (its regions turned out to be hydrated or held).
     pub fn skipped(&mut self, batch: RegionRange) {
         self.batches_in_flight -= 1;
-        for (_, failure) in self.failures.range_mut(batch.first()..batch.end()) {
-            failure.not_before = Duration::ZERO;
-        }
+        self.failed_in(batch).into_iter().for_each(|region| self.set_due(region, Duration::ZERO));
     }
 
     /// A batch is hydrated.
@@ -151,12 +205,7 @@ impl HydrationSched {
         self.batches_in_flight -= 1;
         self.failures_in_a_row = 0;
         self.pauses_in_a_row = 0;
-        if !self.failures.is_empty() {
-            let healed: Vec<_> = self.failures.range(batch.first()..batch.end()).map(|(r, _)| *r).collect();
-            for region in healed {
-                self.failures.remove(&region);
-            }
-        }
+        self.failed_in(batch).into_iter().for_each(|region| self.forget(region));
     }
 
     /// A batch could not be copied because of some of its data. Returns whether this paused hydration.
@@ -164,9 +213,11 @@ impl HydrationSched {
         self.batches_in_flight -= 1;
         let single = batch.count() == 1;
         for region in batch.iter() {
-            let failure = self.failures.entry(region).or_insert(Failure { attempts: 0, not_before: now });
-            failure.not_before = if single { now + backoff(failure.attempts) } else { now };
-            failure.attempts += u32::from(single);
+            let failure = self.failures.entry(region).or_insert(Failure { attempts: 0, not_before: NEVER });
+            let due = if single { now + backoff(failure.attempts) } else { now };
+            self.failed_alone += u64::from(single && failure.attempts == 0);
+            failure.attempts = failure.attempts.saturating_add(u32::from(single));
+            self.set_due(region, due);
         }
         self.failures_in_a_row += 1;
         if self.failures_in_a_row < FAILURES_IN_A_ROW_MAX {
@@ -194,14 +245,14 @@ impl HydrationSched {
     pub fn retry_now(&mut self) {
         self.paused_until = None;
         self.pauses_in_a_row = 0;
-        for failure in self.failures.values_mut().filter(|f| f.not_before != Duration::MAX) {
-            failure.not_before = Duration::ZERO;
+        for (_, region) in std::mem::take(&mut self.due) {
+            self.set_due(region, Duration::ZERO);
         }
     }
 
     /// Regions whose copy has failed alone at least once and that are not hydrated yet.
     pub fn failed_regions(&self) -> u64 {
-        self.failures.values().filter(|f| f.attempts > 0).count() as u64
+        self.failed_alone
     }
 
     pub fn is_paused(&self) -> bool {
@@ -272,6 +323,26 @@ mod tests {
         assert!(matches!(sched.next(&map, Duration::ZERO, 4, &|_| false), Next::Batch(_)));
     }
 
+    /// Thousands that failed and were overwritten by clients meanwhile: forgotten one by one, not one call deeper each.
+    #[test]
+    fn any_number_of_failures_heals() {
+        let mut map = Bits(vec![false; 100_000]);
+        let mut sched = HydrationSched::default();
+        for region in 0..100_000 {
+            sched.batches_in_flight += 1;
+            sched.failed(RegionRange::single(RegionIndex(region)), Duration::ZERO);
+        }
+        assert_eq!(sched.failed_regions(), 100_000);
+        map.0[..99_999].fill(true);
+        sched.retry_now();
+        let last = Next::Batch(RegionRange::single(RegionIndex(99_999)));
+        assert_eq!(sched.next(&map, Duration::from_secs(100), 1, &|_| false), last);
+        assert_eq!(sched.failed_regions(), 1);
+        map.0[99_999] = true;
+        assert_eq!(sched.next(&map, Duration::from_secs(100), 1, &|_| false), Next::Done);
+        assert_eq!(sched.failed_regions(), 0);
+    }
+
     proptest! {
         /// Whatever fails, is busy or is hydrated by clients meanwhile: batches hold only unhydrated, free,
         /// adjacent regions that are not in another batch, and in the end everything is hydrated.
@@ -303,7 +374,7 @@ mod tests {
                     }
                 }
                 let held = in_flight.clone();
-                match sched.next(&map, now, batch_max, &|r| held.iter().any(|b| b.contains(r))) {
+                match sched.next(&map, now, batch_max, &|r| r.iter().any(|r| held.iter().any(|b| b.contains(r)))) {
                     Next::Batch(batch) => {
                         prop_assert!(batch.count() <= batch_max);
                         prop_assert!(batch.iter().all(|r| !map.0[r.0 as usize] && !held.iter().any(|b| b.contains(r))));

@@ -35,6 +35,8 @@ pub mod net;
 pub mod ring;
 pub mod runtime_dir;
 pub mod shard;
+#[cfg(test)]
+mod sim;
 pub mod source;
 pub mod units;
 pub mod unix_socket;

@@ -4,7 +4,7 @@
 //! Nothing here is `Send`: between shards, requests go over channels.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::rc::Rc;
@@ -136,7 +136,8 @@ impl Drop for Permit {
 #[derive(Default)]
 pub struct Notify {
     pending: Cell<bool>,
-    waiting: RefCell<Vec<Waker>>,
+    waiting: RefCell<BTreeMap<u64, Waker>>,
+    next_id: Cell<u64>,
     epoch: Cell<u64>,
 }
 
@@ -145,26 +146,43 @@ impl Notify {
         self.epoch.set(self.epoch.get() + 1);
         let waiting = std::mem::take(&mut *self.waiting.borrow_mut());
         self.pending.set(waiting.is_empty());
-        waiting.into_iter().for_each(Waker::wake);
+        waiting.into_values().for_each(Waker::wake);
     }
 
-    /// Returns at once when a notification is pending.
+    /// Returns at once when a notification is pending. A wait may be given up: a notification that it would have
+    /// taken is not lost.
     pub async fn notified(&self) {
         if self.pending.take() {
             return;
         }
-        let epoch = self.epoch.get();
+        let id = self.next_id.replace(self.next_id.get() + 1);
+        let mut wait = Waiting { notify: self, id, epoch: self.epoch.get(), taken: false };
         poll_fn(|cx| {
-            if self.epoch.get() != epoch {
+            if self.epoch.get() != wait.epoch {
+                wait.taken = true;
                 return Poll::Ready(());
             }
-            let mut waiting = self.waiting.borrow_mut();
-            if !waiting.iter().any(|w| w.will_wake(cx.waker())) {
-                waiting.push(cx.waker().clone());
-            }
+            self.waiting.borrow_mut().insert(wait.id, cx.waker().clone());
             Poll::Pending
         })
         .await
+    }
+}
+
+/// A place in a [`Notify`]'s list.
+struct Waiting<'a> {
+    notify: &'a Notify,
+    id: u64,
+    epoch: u64,
+    taken: bool,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.notify.waiting.borrow_mut().remove(&self.id);
+        if !self.taken && self.notify.epoch.get() != self.epoch {
+            self.notify.pending.set(true);
+        }
     }
 }
 
@@ -247,6 +265,33 @@ pub async fn join_all<'a, T: 'a>(futures: Vec<Pin<Box<dyn Future<Output = T> + '
     .await
 }
 
+/// Drives the futures that `work` makes, at most `max` at a time, and returns their results in order. A future is
+/// made when it is its turn: what it looks at may have changed since `work` was put together.
+pub async fn join_some<F: Future>(work: impl Iterator<Item = F>, max: usize) -> Vec<F::Output> {
+    let mut work = work.fuse();
+    let mut running: Vec<(usize, Pin<Box<F>>)> = Vec::new();
+    let mut results: Vec<Option<F::Output>> = Vec::new();
+    poll_fn(|cx| {
+        let mut poll_one = |at: usize, future: &mut Pin<Box<F>>, results: &mut Vec<Option<F::Output>>| {
+            let Poll::Ready(value) = future.as_mut().poll(cx) else { return true };
+            results[at] = Some(value);
+            false
+        };
+        running.retain_mut(|(at, future)| poll_one(*at, future, &mut results));
+        while running.len() < max.max(1) {
+            let Some(future) = work.next() else { break };
+            let (at, mut future) = (results.len(), Box::pin(future));
+            results.push(None);
+            if poll_one(at, &mut future, &mut results) {
+                running.push((at, future));
+            }
+        }
+        if running.is_empty() { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+    results.into_iter().flatten().collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -296,6 +341,45 @@ mod tests {
             assert!(poll_once(&mut again).await.is_none());
             notify.notify();
             assert!(poll_once(&mut again).await.is_some());
+        });
+    }
+
+    #[test]
+    fn a_given_up_wait_leaves_its_notification_to_the_next() {
+        block_on(async {
+            let notify = Notify::default();
+            let mut gone = Box::pin(notify.notified());
+            assert!(poll_once(&mut gone).await.is_none());
+            drop(gone);
+            notify.notify();
+            notify.notified().await;
+            let mut late = Box::pin(notify.notified());
+            assert!(poll_once(&mut late).await.is_none());
+            notify.notify();
+            drop(late);
+            notify.notified().await;
+            assert!(notify.waiting.borrow().is_empty());
+        });
+    }
+
+    #[test]
+    fn join_some_keeps_to_its_limit_and_the_order() {
+        block_on(async {
+            let (running, most) = (Cell::new(0u32), Cell::new(0u32));
+            let work = (0..100u64).map(|i| {
+                let (running, most) = (&running, &most);
+                async move {
+                    running.set(running.get() + 1);
+                    most.set(most.get().max(running.get()));
+                    for _ in 0..i % 7 {
+                        futures_lite::future::yield_now().await;
+                    }
+                    running.set(running.get() - 1);
+                    i
+                }
+            });
+            assert_eq!(join_some(work, 8).await, (0..100).collect::<Vec<_>>());
+            assert_eq!(most.get(), 8);
         });
     }
 

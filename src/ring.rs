@@ -145,6 +145,7 @@ impl Ring {
         self.stopping.set(true);
         self.submit.notify();
         self.drive.stop();
+        // It stays the current ring: what tasks still start never completes, as they have no time left to run in.
     }
 
     /// Hands queued entries to the kernel and lets it run finished work.

@@ -40,6 +40,8 @@ impl Env for GlommioEnv {
         glommio::spawn_local(task).detach();
     }
     fn spawn_background(&self, task: LocalBoxFuture<'static, ()>) {
-        glommio::spawn_local_into(task, self.ring.background()).expect("the queue lives as long as the executor").detach();
+        glommio::spawn_local_into(task, self.ring.background())
+            .expect("the queue lives as long as the executor")
+            .detach();
     }
 }

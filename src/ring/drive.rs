@@ -64,7 +64,7 @@ impl Bell {
 }
 
 fn eventfd() -> io::Result<OwnedFd> {
-    // SAFETY: plain system call; the result is checked, and owned by nobody else.
+    // SAFETY: plain system call; the result is checked.
     match unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) } {
         fd if fd < 0 => Err(io::Error::last_os_error()),
         // SAFETY: just made, and owned by nobody else.
@@ -144,16 +144,15 @@ impl Ring {
             }
         })
         .detach();
-        let lowest = glommio::executor().create_task_queue(
-            glommio::Shares::Static(1),
-            glommio::Latency::NotImportant,
-            "ring",
-        );
+        let lowest =
+            glommio::executor().create_task_queue(glommio::Shares::Static(1), glommio::Latency::NotImportant, "ring");
         let ring = self.clone();
         glommio::spawn_local(async move { ring.probe_task(0).await }).detach();
         let (prober, driver) = (self.clone(), self.clone());
-        let started = glommio::spawn_local_into(async move { prober.probe_task(1).await }, self.background)
-            .and_then(|probe| Ok((probe, glommio::spawn_local_into(async move { driver.drive_task().await }, lowest)?)));
+        let started =
+            glommio::spawn_local_into(async move { prober.probe_task(1).await }, self.background).and_then(|probe| {
+                Ok((probe, glommio::spawn_local_into(async move { driver.drive_task().await }, lowest)?))
+            });
         let (probe, drive) = started.expect("the queues were just made");
         probe.detach();
         drive.detach();

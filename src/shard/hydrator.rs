@@ -29,6 +29,12 @@ pub fn automatic_batch_regions(geometry: &Geometry) -> u64 {
     (BATCH_BYTES >> geometry.region_size().shift()).max(1)
 }
 
+/// Whether other regions would fail as well.
+fn is_for_all(error: &Error) -> bool {
+    use ErrorKind::{Failed, NoSpace, ReadOnly, Shutdown, SourceChanged, SourceLost};
+    matches!(error.kind(), SourceLost | SourceChanged | NoSpace | ReadOnly | Failed | Shutdown)
+}
+
 /// What the source said of a stretch of the device.
 #[derive(Default)]
 struct Ahead {
@@ -59,16 +65,21 @@ impl CloneSlice {
             let now = self.env.now();
             let knobs = self.state.knobs();
             let threshold = knobs.threshold;
-            if !knobs.enabled || threshold == 0 || self.state.mode() != Mode::ReadWrite || self.pipeline_is_full(now) {
+            if !self.may_hydrate() || self.pipeline_is_full(now) {
                 self.wake.notified().await;
                 continue;
             }
+            // Copies on demand take from the threshold too: a batch gets what they leave, and never has to wait until
+            // there is room for all of it.
+            let room = threshold.saturating_sub(self.state.hydrating());
+            if room == 0 {
+                self.notified_or_after(THRESHOLD_RETRY).await;
+                continue;
+            }
             let automatic = automatic_batch_regions(&self.geometry);
-            let batch_max =
-                if knobs.batch_size == AUTOMATIC { automatic } else { knobs.batch_size.max(1) }.min(threshold);
+            let batch_max = if knobs.batch_size == AUTOMATIC { automatic } else { knobs.batch_size.max(1) }.min(room);
             let next = {
-                let busy =
-                    |region| !self.locks.is_free(self.geometry.bytes_of(RegionRange::single(region)), Hold::Exclusive);
+                let busy = |regions| !self.locks.is_free(self.geometry.bytes_of(regions), Hold::Exclusive);
                 self.sched.borrow_mut().next(&*self.map.borrow(), now, batch_max, &busy)
             };
             match next {
@@ -76,16 +87,12 @@ impl CloneSlice {
                     if !self.state.try_add_hydrating(batch.count(), threshold) {
                         self.sched.borrow_mut().skipped(batch);
                         self.sched.borrow_mut().back_to(batch.first());
-                        self.wake_after(THRESHOLD_RETRY);
-                        self.wake.notified().await;
+                        self.notified_or_after(THRESHOLD_RETRY).await;
                         continue;
                     }
                     self.launch(batch, &mut ahead).await;
                 }
-                Next::WaitUntil(until) => {
-                    self.wake_after(until.saturating_sub(now));
-                    self.wake.notified().await;
-                }
+                Next::WaitUntil(until) => self.notified_or_after(until.saturating_sub(now)).await,
                 Next::WaitForBatch => self.wake.notified().await,
                 Next::Done => self.wake.notified().await,
             }
@@ -99,14 +106,14 @@ impl CloneSlice {
         self.copies_in_flight.get() > 0 && self.copy_bytes_in_flight.get() >= limit
     }
 
-    fn wake_after(self: &Rc<Self>, delay: Duration) {
-        let (slice, sleep) = (Rc::downgrade(self), self.env.sleep(delay));
-        self.env.spawn_background(Box::pin(async move {
-            sleep.await;
-            if let Some(slice) = slice.upgrade() {
-                slice.wake.notify();
-            }
-        }));
+    /// Whether copies may be started at all.
+    fn may_hydrate(&self) -> bool {
+        let knobs = self.state.knobs();
+        knobs.enabled && knobs.threshold > 0 && self.state.mode() == Mode::ReadWrite && !self.state.is_stopping()
+    }
+
+    async fn notified_or_after(&self, delay: Duration) {
+        futures_lite::future::or(self.wake.notified(), self.env.sleep(delay)).await;
     }
 
     /// Starts the copy of a batch, which is counted as hydrating.
@@ -116,9 +123,19 @@ impl CloneSlice {
             Ok(extent) => extent,
             Err(error) => {
                 self.state.sub_hydrating(batch.count());
+                if self.uniform(batch) != Some(false) {
+                    return self.sched.borrow_mut().skipped(batch);
+                }
                 return self.batch_ended(batch, Err(error));
             }
         };
+        if !self.may_hydrate() {
+            // That was decided while the source was asked.
+            self.state.sub_hydrating(batch.count());
+            let mut sched = self.sched.borrow_mut();
+            sched.skipped(batch);
+            return sched.back_to(batch.first());
+        }
         let (batch, zero) = match extent {
             Some((range, state)) if state.zero => self.zero_run(batch, range),
             _ => (batch, false),
@@ -160,16 +177,8 @@ impl CloneSlice {
             Ok(()) => sched.succeeded(batch),
             Err(error) => {
                 let now = self.env.now();
-                let for_all = matches!(
-                    error.kind(),
-                    ErrorKind::SourceLost
-                        | ErrorKind::SourceChanged
-                        | ErrorKind::NoSpace
-                        | ErrorKind::ReadOnly
-                        | ErrorKind::Failed
-                );
                 let was_paused = sched.is_paused();
-                match for_all {
+                match is_for_all(&error) {
                     true => sched.failed_for_all(batch, now),
                     false => _ = sched.failed(batch, now),
                 }
@@ -198,7 +207,12 @@ impl CloneSlice {
         let Some(range) = ByteRange::between(start, zone_end.min(start + ALLOCATION_AHEAD_BYTES)) else {
             return Ok(None);
         };
-        let extents = self.source()?.allocation(range).await?;
+        let extents = match self.source()?.allocation(range).await {
+            Ok(extents) => extents,
+            Err(error) if is_for_all(&error) => return Err(error),
+            // Reads may work all the same: then all is data.
+            Err(_) => vec![Extent { len: range.len(), state: Allocation::DATA }],
+        };
         *ahead = Ahead { start, extents };
         Ok(ahead.at(start))
     }

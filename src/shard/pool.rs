@@ -34,10 +34,22 @@ type Outcome = Box<dyn Any + Send>;
 type Job = Box<dyn FnOnce(Rc<ShardContext>) -> LocalBoxFuture<'static, Outcome> + Send>;
 
 enum Wire {
-    Request { id: u64, request: ShardRequest },
-    Reply { id: u64, reply: Result<ShardReply> },
-    Job { id: u64, job: Job },
-    JobDone { id: u64, outcome: Outcome },
+    Request {
+        id: u64,
+        request: ShardRequest,
+    },
+    Reply {
+        id: u64,
+        reply: Result<ShardReply>,
+    },
+    Job {
+        id: u64,
+        job: Job,
+    },
+    JobDone {
+        id: u64,
+        outcome: Outcome,
+    },
     /// The last message of its sender.
     Closed,
 }

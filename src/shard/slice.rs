@@ -19,10 +19,10 @@ use crate::hydration_sched::{HydrationSched, Unhydrated};
 use crate::io_frontend::request::{
     Allocation, Completion, Extent, LocalBoxFuture, Request, RequestFlags, StatusExtents, push_extent,
 };
-use crate::local::{Notify, Semaphore, join_all};
+use crate::local::{Notify, Semaphore, join_some};
 use crate::meta::region_map::{RegionMap, ZoneSnapshot};
 use crate::source::Source;
-use crate::units::{ByteRange, CloneId, Geometry, RegionIndex, RegionRange, ShardIndex, ZoneIndex, is_aligned};
+use crate::units::{ByteRange, CloneId, Geometry, RegionIndex, RegionRange, ShardIndex, ZoneIndex};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -30,6 +30,9 @@ use std::time::Duration;
 
 /// Bytes of source data that one shard holds for one clone while copying: bounds memory.
 pub const COPY_MEMORY_BYTES: u64 = 32 << 20;
+
+/// Parts of one request that run at a time. One over patchy regions has thousands.
+const PARTS_AT_A_TIME: usize = 64;
 
 impl Runs for RegionMap {
     fn run_from(&self, region: RegionIndex, end: RegionIndex) -> (bool, RegionRange) {
@@ -124,6 +127,25 @@ enum Change {
     Trim(ZeroFlags),
 }
 
+/// Counts a client's request as in flight, also when its future is dropped.
+struct Foreground {
+    state: std::sync::Arc<CloneState>,
+    env: Rc<dyn Env>,
+}
+
+impl Foreground {
+    fn new(state: &std::sync::Arc<CloneState>, env: &Rc<dyn Env>) -> Self {
+        state.foreground_begins();
+        Self { state: state.clone(), env: env.clone() }
+    }
+}
+
+impl Drop for Foreground {
+    fn drop(&mut self) {
+        self.state.foreground_ends(self.env.now());
+    }
+}
+
 impl CloneSlice {
     pub fn new(parts: SliceParts) -> Rc<Self> {
         let SliceParts { state, map, destination, source, env, mesh } = parts;
@@ -173,9 +195,9 @@ impl CloneSlice {
 
     /// Carries out a client's request, all of it inside one zone of this shard.
     pub async fn execute(self: Rc<Self>, request: Request) -> Result<Completion> {
-        self.state.foreground_begins();
+        let in_foreground = Foreground::new(&self.state, &self.env);
         let result = self.clone().perform(request).await;
-        self.state.foreground_ends(self.env.now());
+        drop(in_foreground);
         if let Err(error) = &result {
             count(&self.counters.errors, 1);
             self.log_failure(error);
@@ -248,23 +270,27 @@ impl CloneSlice {
             return Ok(vec![self.read_destination(range).await?]);
         }
         let routes = plan_read(&self.geometry, &*self.map.borrow(), range);
-        let mut pieces: Vec<LocalBoxFuture<'_, Result<Vec<Bytes>>>> = Vec::with_capacity(routes.len());
-        for route in routes {
-            match route {
-                ReadRoute::Destination(bytes) => {
-                    pieces.push(Box::pin(async move { Ok(vec![self.read_destination(bytes).await?]) }))
-                }
-                ReadRoute::Source { regions, wanted } => {
-                    for unit in self.copy_units(regions) {
-                        let wanted =
-                            self.geometry.bytes_of(unit).intersection(wanted).expect("every region is touched");
-                        pieces.push(Box::pin(self.read_unhydrated(unit, wanted)));
-                    }
-                }
+        let units = routes.into_iter().flat_map(|route| {
+            let (whole, units) = match route {
+                ReadRoute::Destination(bytes) => (Some((None, bytes)), None),
+                ReadRoute::Source { regions, wanted } => (None, Some((self.copy_units(regions), wanted))),
+            };
+            let units = units.into_iter().flat_map(|(units, wanted)| {
+                units.map(move |unit| {
+                    let bytes = self.geometry.bytes_of(unit).intersection(wanted);
+                    (Some(unit), bytes.expect("every region is touched"))
+                })
+            });
+            whole.into_iter().chain(units)
+        });
+        let pieces = units.map(|(unit, wanted)| async move {
+            match unit {
+                None => Ok(vec![self.read_destination(wanted).await?]),
+                Some(unit) => self.read_unhydrated(unit, wanted).await,
             }
-        }
-        let mut data = Vec::with_capacity(pieces.len());
-        for piece in join_all(pieces).await {
+        });
+        let mut data = Vec::new();
+        for piece in join_some(pieces, PARTS_AT_A_TIME).await {
             data.extend(piece?);
         }
         Ok(data)
@@ -281,12 +307,12 @@ impl CloneSlice {
     /// Reads `wanted` of `regions`, a unit that was not hydrated when this was planned.
     async fn read_unhydrated(self: &Rc<Self>, regions: RegionRange, wanted: ByteRange) -> Result<Vec<Bytes>> {
         let bytes = self.geometry.bytes_of(regions);
-        if !self.is_kept(bytes, wanted) {
+        if !self.is_kept(bytes, wanted) && self.uniform(regions) == Some(false) {
             return self.read_past(regions, wanted).await;
         }
         let held = self.locks.hold(bytes, Hold::Exclusive).await;
         if self.uniform(regions) != Some(false) {
-            // Hydrated, some or all, while this waited: plan again. The recursion ends because bits only get set.
+            // Hydrated, some or all, since this was planned: plan again. The recursion ends because bits only get set.
             drop(held);
             let again: LocalBoxFuture<'_, _> = Box::pin(self.read(wanted));
             return again.await;
@@ -325,12 +351,20 @@ impl CloneSlice {
     /// Reads from the source without keeping the bytes: the regions are too large, or memory is short. They go to
     /// the front of the hydration queue. Must be called right after their bit was seen unset, without waiting.
     async fn read_past(&self, regions: RegionRange, wanted: ByteRange) -> Result<Vec<Bytes>> {
+        debug_assert_eq!(self.uniform(regions), Some(false));
         count(&self.counters.source_reads, 1);
         count(&self.counters.source_read_bytes, wanted.len());
-        let read = self.source()?;
+        let source = self.source()?;
         self.sched.borrow_mut().prioritise(regions.first());
         self.wake.notify();
-        Ok(vec![read.read(wanted).await?.into()])
+        match source.read(wanted).await {
+            Ok(data) => Ok(vec![data.into()]),
+            // Hydrated or overwritten meanwhile: the destination has an answer, and a newer one.
+            Err(_) if self.uniform(self.geometry.touched(wanted)) == Some(true) => {
+                Ok(vec![self.read_destination(wanted).await?])
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// What it takes to access `range` of the destination: whole blocks, up to the end of the disk.
@@ -383,22 +417,17 @@ impl CloneSlice {
             }
             other => other.clone(),
         };
-        let mut pieces: Vec<LocalBoxFuture<'_, Result<()>>> = Vec::with_capacity(routes.len());
-        for route in routes {
+        let part_of = &part_of;
+        let pieces = routes.into_iter().map(|route| async move {
             match route {
-                ChangeRoute::Destination(bytes) => {
-                    pieces.push(Box::pin(self.change_destination(bytes, part_of(bytes))))
-                }
+                ChangeRoute::Destination(bytes) => self.change_destination(bytes, part_of(bytes)).await,
                 ChangeRoute::Whole(regions) => {
-                    let bytes = self.geometry.bytes_of(regions);
-                    pieces.push(Box::pin(self.change_whole(regions, part_of(bytes))));
+                    self.change_whole(regions, part_of(self.geometry.bytes_of(regions))).await
                 }
-                ChangeRoute::Part { region, range } => {
-                    pieces.push(Box::pin(self.change_part(region, range, part_of(range))))
-                }
+                ChangeRoute::Part { region, range } => self.change_part(region, range, part_of(range)).await,
             }
-        }
-        join_all(pieces).await.into_iter().collect()
+        });
+        join_some(pieces, PARTS_AT_A_TIME).await.into_iter().collect()
     }
 
     /// A change of hydrated bytes.
@@ -571,6 +600,7 @@ impl CloneSlice {
                 push_extent(&mut extents.hydrated, bytes.len(), hydrated);
             }
         }
+        let mut source = self.source().ok();
         'routes: for route in routes {
             let (bytes, hydrated) = match route {
                 ReadRoute::Destination(bytes) => (bytes, true),
@@ -581,12 +611,19 @@ impl CloneSlice {
                 if extents.allocation.len() >= EXTENTS_MAX {
                     break 'routes;
                 }
-                let found = match (hydrated, self.source()) {
-                    (false, Ok(source)) => source.allocation(rest).await,
-                    _ => self.destination.allocation(self.outer(rest)).await.map(|e| clip(e, self.outer(rest), rest)),
+                let found = match (hydrated, &source) {
+                    (false, None) => Ok(Vec::new()),
+                    (false, Some(asked)) => asked.allocation(rest).await.inspect_err(|_| source = None),
+                    (true, _) => {
+                        self.destination.allocation(self.outer(rest)).await.map(|e| clip(e, self.outer(rest), rest))
+                    }
                 };
-                // Not knowing is no failure: "data" is always a right answer.
-                let found = found.unwrap_or_else(|_| vec![Extent { len: rest.len(), state: Allocation::DATA }]);
+                // Not knowing is no failure: "data" is always a right answer. A lost source is not asked again: each
+                // question waits for it.
+                let mut found = found.unwrap_or_default();
+                if found.is_empty() {
+                    found.push(Extent { len: rest.len(), state: Allocation::DATA });
+                }
                 for extent in found {
                     let len = extent.len.min(bytes.end() - at);
                     push_extent(&mut extents.allocation, len, extent.state);
@@ -609,6 +646,7 @@ impl CloneSlice {
     pub fn release(&self) {
         self.map.borrow_mut().release();
         self.source.borrow_mut().take();
+        self.sched.borrow_mut().all_hydrated();
         self.wake.notify();
     }
     /// Settings have changed, or the source is back.
@@ -634,6 +672,5 @@ fn clip(extents: Vec<Extent<Allocation>>, outer: ByteRange, inner: ByteRange) ->
         push_extent(&mut clipped, bytes.map_or(0, |bytes| bytes.len()), extent.state);
         at += extent.len;
     }
-    debug_assert!(is_aligned(outer.start(), 512));
     clipped
 }

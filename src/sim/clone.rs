@@ -1,0 +1,278 @@
+//! A whole clone in simulation, put together as the daemon does it.
+
+use super::disk::SimDisk;
+use super::executor::Sim;
+use super::mesh::{Net, SimMesh};
+use super::source::SimSource;
+use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs};
+use crate::coordinator::Coordinator;
+use crate::disk::Disk;
+use crate::env::Env;
+use crate::error::Result;
+use crate::io_frontend::request::{Completion, Request, RequestFlags, StatusExtents, Volume};
+use crate::meta::codec::{self, SourceFingerprint, Superblock, metadata_size_needed};
+use crate::meta::region_map::RegionMap;
+use crate::meta::store::Store;
+use crate::shard::dispatch::Dispatcher;
+use crate::shard::slice::{CloneSlice, SliceParts, SliceStats};
+use crate::shard::{COORDINATOR, Mesh, ShardRequest};
+use crate::source::Source;
+use crate::source::remote::RemoteSource;
+use crate::units::{ByteRange, CloneId, Generation, Geometry, RegionSize, ShardIndex};
+use bytes::Bytes;
+use std::rc::Rc;
+use std::sync::Arc;
+
+const ID: CloneId = CloneId(0);
+/// What the destination holds before the clone: no read may ever show it.
+pub const OLD_DESTINATION: u8 = 0xee;
+
+/// What a clone is made with.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    pub size: u64,
+    pub region_size: u64,
+    pub regions_per_zone: u64,
+    pub shards: u16,
+    pub block: u32,
+    /// By how many bytes the destination is larger than the clone.
+    pub excess: u64,
+    pub discard_passdown: bool,
+    pub hydration: bool,
+    pub threshold: u64,
+    pub batch_size: u64,
+    /// Only shard 0 has the source.
+    pub remote_source: bool,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            size: 64 << 10,
+            region_size: 4096,
+            regions_per_zone: 64,
+            shards: 1,
+            block: 512,
+            excess: 0,
+            discard_passdown: true,
+            hydration: false,
+            threshold: AUTOMATIC,
+            batch_size: AUTOMATIC,
+            remote_source: false,
+        }
+    }
+}
+
+impl Setup {
+    pub fn geometry(&self) -> Geometry {
+        Geometry::new(self.size, RegionSize::new(self.region_size).unwrap(), self.regions_per_zone).unwrap()
+    }
+}
+
+/// What survives a clone's end.
+#[derive(Clone)]
+pub struct Devices {
+    pub source: Rc<SimSource>,
+    pub destination: Rc<SimDisk>,
+    pub metadata: Rc<SimDisk>,
+}
+
+impl Devices {
+    pub fn new(sim: &Sim, setup: &Setup, content: Vec<u8>) -> Self {
+        assert_eq!(content.len() as u64, setup.size);
+        let old = vec![OLD_DESTINATION; (setup.size + setup.excess) as usize];
+        let metadata = vec![0; metadata_size_needed(&setup.geometry()) as usize];
+        Self {
+            source: SimSource::new(sim, content),
+            destination: SimDisk::new(sim, old, setup.block),
+            metadata: SimDisk::new(sim, metadata, 512),
+        }
+    }
+
+    /// The power fails, and is back.
+    pub fn crash(&self, sim: &Sim) -> Self {
+        sim.kill_all();
+        let again = |disk: &SimDisk| {
+            let new = SimDisk::new(sim, disk.crash_image(), disk.info().block);
+            new.can_zero.set(disk.can_zero.get());
+            new.latency_us.set(disk.latency_us.get());
+            new
+        };
+        Self { source: self.source.clone(), destination: again(&self.destination), metadata: again(&self.metadata) }
+    }
+}
+
+/// A running clone.
+pub struct SimClone {
+    pub sim: Sim,
+    pub geometry: Geometry,
+    pub devices: Devices,
+    pub state: Arc<CloneState>,
+    pub net: Rc<Net>,
+    pub meshes: Vec<Rc<SimMesh>>,
+    pub dispatchers: Vec<Rc<Dispatcher>>,
+    pub coordinator: Rc<Coordinator>,
+}
+
+impl SimClone {
+    /// Formats the metadata, or goes on from what they hold.
+    pub async fn start(sim: &Sim, setup: &Setup, devices: &Devices) -> Result<Rc<Self>> {
+        let geometry = setup.geometry();
+        let metadata: Rc<dyn Disk> = devices.metadata.clone();
+        let (store, zones, generation) = match Store::open(metadata.clone()).await? {
+            Some(opened) => (opened.store, opened.zones, opened.generation),
+            None => {
+                let superblock = Superblock {
+                    uuid: [7; 16],
+                    geometry,
+                    source: SourceFingerprint { size: geometry.size(), samples: 0, digest: [0; 16] },
+                    destination_id: [0; 16],
+                    state: codec::CloneState::Active,
+                    generation: Generation(0),
+                    created_unix_s: 0,
+                };
+                (Store::format(metadata, superblock).await?, Vec::new(), Generation(0))
+            }
+        };
+        let knobs =
+            HydrationKnobs { enabled: setup.hydration, threshold: setup.threshold, batch_size: setup.batch_size };
+        let state = Arc::new(CloneState::new(ID, "sim".into(), geometry, setup.shards, setup.discard_passdown, knobs));
+        let complete = store.superblock().state == codec::CloneState::Complete;
+        let net = Net::new(sim, setup.shards);
+        let env: Rc<dyn Env> = Rc::new(sim.clone());
+        let mut maps: Vec<RegionMap> =
+            (0..setup.shards).map(|shard| RegionMap::new(geometry, setup.shards, ShardIndex(shard))).collect();
+        for (zone, bits) in zones {
+            maps[usize::from(geometry.owner_of(zone, setup.shards).0)].load_zone(zone, &bits);
+        }
+        let mut meshes = Vec::new();
+        let mut dispatchers = Vec::new();
+        for (me, map) in (0..setup.shards).map(ShardIndex).zip(maps) {
+            let mesh = SimMesh::new(&net, me);
+            let source: Rc<dyn Source> = match me == COORDINATOR || !setup.remote_source {
+                true => devices.source.clone(),
+                false => Rc::new(RemoteSource::new(ID, COORDINATOR, geometry.size(), mesh.clone())),
+            };
+            state.add_hydrated(map.hydrated_count());
+            let slice = CloneSlice::new(SliceParts {
+                state: state.clone(),
+                map,
+                destination: devices.destination.clone(),
+                source: Some(source),
+                env: env.clone(),
+                mesh: mesh.clone(),
+            });
+            net.shard(me).attach(slice);
+            dispatchers.push(Dispatcher::new(state.clone(), net.shard(me).clone(), mesh.clone()));
+            meshes.push(mesh);
+        }
+        if complete {
+            assert!(state.is_all_hydrated(), "complete, but regions are missing");
+            state.set_complete();
+            for shard in 0..setup.shards {
+                meshes[0].call(ShardIndex(shard), ShardRequest::Release { clone: ID }).await?;
+            }
+        }
+        let coordinator = Coordinator::new(
+            state.clone(),
+            store,
+            generation,
+            devices.destination.clone(),
+            meshes[0].clone(),
+            env.clone(),
+        );
+        net.shard(COORDINATOR).attach_coordinator(ID, coordinator.clone());
+        sim.spawn(coordinator.clone().run());
+        if state.is_all_hydrated() && !complete {
+            coordinator.commit().await?;
+        }
+        for shard in 0..setup.shards {
+            sim.spawn(net.shard(ShardIndex(shard)).slice(ID)?.hydrate());
+        }
+        let (sim, devices) = (sim.clone(), devices.clone());
+        Ok(Rc::new(Self { sim, geometry, devices, state, net, meshes, dispatchers, coordinator }))
+    }
+
+    pub fn slice(&self, shard: u16) -> Rc<CloneSlice> {
+        self.net.shard(ShardIndex(shard)).slice(ID).unwrap()
+    }
+
+    pub fn stats(&self) -> SliceStats {
+        let mut sum = SliceStats::default();
+        (0..self.net.shards()).for_each(|shard| sum += self.slice(shard).stats());
+        sum
+    }
+
+    /// Hands a request to the frontend of one shard.
+    pub async fn submit(&self, via: usize, request: Request) -> Result<Completion> {
+        self.dispatchers[via % self.dispatchers.len()].clone().submit(request).await
+    }
+
+    pub async fn read(&self, start: u64, len: u64) -> Result<Vec<u8>> {
+        self.read_via(0, ByteRange::new(start, len).unwrap()).await
+    }
+    pub async fn read_via(&self, via: usize, range: ByteRange) -> Result<Vec<u8>> {
+        match self.submit(via, Request::Read(range)).await? {
+            Completion::Data(pieces) => Ok(pieces.concat()),
+            other => panic!("{other:?} answers a read"),
+        }
+    }
+    pub async fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
+        self.write_flags(offset, data, RequestFlags::empty()).await
+    }
+    pub async fn write_flags(&self, offset: u64, data: &[u8], flags: RequestFlags) -> Result<()> {
+        let data = Bytes::copy_from_slice(data);
+        self.submit(0, Request::Write { offset, data, flags }).await.map(|_| ())
+    }
+    pub async fn trim(&self, start: u64, len: u64) -> Result<()> {
+        let range = ByteRange::new(start, len).unwrap();
+        self.submit(0, Request::Trim { range, flags: RequestFlags::empty() }).await.map(|_| ())
+    }
+    pub async fn write_zeroes(&self, start: u64, len: u64, flags: RequestFlags) -> Result<()> {
+        let range = ByteRange::new(start, len).unwrap();
+        self.submit(0, Request::WriteZeroes { range, flags }).await.map(|_| ())
+    }
+    pub async fn flush(&self) -> Result<()> {
+        self.submit(0, Request::Flush).await.map(|_| ())
+    }
+    pub async fn cache(&self, start: u64, len: u64) -> Result<()> {
+        self.submit(0, Request::Cache(ByteRange::new(start, len).unwrap())).await.map(|_| ())
+    }
+    pub async fn status(&self, start: u64, len: u64) -> Result<StatusExtents> {
+        match self.submit(0, Request::Status(ByteRange::new(start, len).unwrap())).await? {
+            Completion::Status(extents) => Ok(extents),
+            other => panic!("{other:?} answers a status request"),
+        }
+    }
+
+    /// As the control interface does after a change of settings.
+    pub fn wake(&self) {
+        for shard in 0..self.net.shards() {
+            let wake = self.meshes[0].call(ShardIndex(shard), ShardRequest::Wake { clone: ID });
+            self.sim.spawn(async move { _ = wake.await });
+        }
+    }
+    pub fn enable_hydration(&self, enabled: bool) {
+        self.state.set_hydration_enabled(enabled);
+        self.wake();
+    }
+
+    /// Waits until everything is hydrated and that is durable.
+    pub async fn completed(&self) {
+        while !self.state.is_complete() {
+            self.sim.sleep(std::time::Duration::from_millis(5)).await;
+        }
+    }
+
+    /// As the daemon ends: drain, commit, detach.
+    pub async fn stop(&self) -> Result<()> {
+        self.state.set_stopping();
+        for shard in 0..self.net.shards() {
+            self.meshes[0].call(ShardIndex(shard), ShardRequest::Drain { clone: ID }).await?;
+        }
+        let committed = self.coordinator.commit().await;
+        self.coordinator.end();
+        (0..self.net.shards()).for_each(|shard| self.net.shard(ShardIndex(shard)).detach(ID));
+        committed
+    }
+}

@@ -1,0 +1,374 @@
+//! A disk with a volatile cache.
+//!
+//! A write reaches the cache in two parts, at random moments between its start and its end. After a crash every
+//! 512-byte sector holds what was last flushed or any later version, each sector for itself; writes that were in
+//! flight may have reached any of their sectors. A flush covers what had completed when it began.
+
+use super::executor::Sim;
+use crate::disk::{Disk, DiskInfo, ZeroFlags};
+use crate::dma_buf::DmaBuf;
+use crate::error::{Error, ErrorKind, Result};
+use crate::io_frontend::request::{Allocation, Extent, LocalBoxFuture, push_extent};
+use crate::units::ByteRange;
+use bytes::Bytes;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+const SECTOR: usize = 512;
+/// How often a held-up operation looks again.
+const GATE_POLL: Duration = Duration::from_micros(50);
+
+/// What was asked of the disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Op {
+    Read(ByteRange),
+    Write { range: ByteRange, fua: bool },
+    Zero { range: ByteRange, flags: ZeroFlags },
+    Flush,
+}
+
+impl Op {
+    pub fn range(&self) -> Option<ByteRange> {
+        match self {
+            Op::Read(range) | Op::Write { range, .. } | Op::Zero { range, .. } => Some(*range),
+            Op::Flush => None,
+        }
+    }
+    pub fn is_change(&self) -> bool {
+        matches!(self, Op::Write { .. } | Op::Zero { .. })
+    }
+}
+
+/// Content of a sector after one write.
+struct Version {
+    seq: u64,
+    write: u64,
+    completed: bool,
+    data: Vec<u8>,
+}
+
+/// A write between its start and its end.
+struct Flight {
+    offset: u64,
+    data: Bytes,
+    /// How many of its sectors have reached the cache.
+    applied: usize,
+}
+
+#[derive(Default)]
+struct State {
+    live: Vec<u8>,
+    durable: Vec<u8>,
+    /// Versions newer than the durable one, oldest first.
+    cached: BTreeMap<usize, Vec<Version>>,
+    in_flight: BTreeMap<u64, Flight>,
+    next: u64,
+    log: Vec<(Duration, Op)>,
+    fault: Option<Box<dyn FnMut(&Op) -> Option<i32>>>,
+    gate: Option<Box<dyn Fn(&Op) -> bool>>,
+    running: u64,
+    running_max: u64,
+}
+
+pub struct SimDisk {
+    sim: Sim,
+    info: DiskInfo,
+    state: RefCell<State>,
+    /// Bounds of the time one operation takes, in microseconds.
+    pub latency_us: Cell<(u64, u64)>,
+    /// Whether it can zero by itself.
+    pub can_zero: Cell<bool>,
+}
+
+impl SimDisk {
+    pub fn new(sim: &Sim, image: Vec<u8>, block: u32) -> Rc<Self> {
+        Rc::new(Self {
+            sim: sim.clone(),
+            info: DiskInfo { size: image.len() as u64, block },
+            state: RefCell::new(State { durable: image.clone(), live: image, ..State::default() }),
+            latency_us: Cell::new((5, 200)),
+            can_zero: Cell::new(true),
+        })
+    }
+
+    /// What a read of everything would return now.
+    pub fn image(&self) -> Vec<u8> {
+        self.state.borrow().live.clone()
+    }
+
+    /// Operations so far, with the time each was asked for.
+    pub fn log(&self) -> Vec<(Duration, Op)> {
+        self.state.borrow().log.clone()
+    }
+    pub fn clear_log(&self) {
+        self.state.borrow_mut().log.clear();
+    }
+    pub fn flushes(&self) -> usize {
+        self.state.borrow().log.iter().filter(|(_, op)| *op == Op::Flush).count()
+    }
+    pub fn changes(&self) -> usize {
+        self.state.borrow().log.iter().filter(|(_, op)| op.is_change()).count()
+    }
+
+    /// The most reads and changes that were going on at once.
+    pub fn running_max(&self) -> u64 {
+        self.state.borrow().running_max
+    }
+
+    /// Fails operations for which `fault` returns an errno.
+    pub fn set_fault(&self, fault: impl FnMut(&Op) -> Option<i32> + 'static) {
+        self.state.borrow_mut().fault = Some(Box::new(fault));
+    }
+    pub fn clear_fault(&self) {
+        self.state.borrow_mut().fault = None;
+    }
+    /// Holds operations up for which `gate` returns true, before anything of them happens.
+    pub fn set_gate(&self, gate: impl Fn(&Op) -> bool + 'static) {
+        self.state.borrow_mut().gate = Some(Box::new(gate));
+    }
+    pub fn clear_gate(&self) {
+        self.state.borrow_mut().gate = None;
+    }
+
+    /// What is on the medium after power failed now.
+    pub fn crash_image(&self) -> Vec<u8> {
+        let mut state = self.state.borrow_mut();
+        // Nothing, everything, or each sector for itself; the same for what was in flight.
+        let (cached_how, flight_how) = self.sim.draw(|rng| (rng.below(4), rng.below(4)));
+        let in_flight = std::mem::take(&mut state.in_flight);
+        for (write, Flight { offset, data, applied }) in in_flight {
+            for part in sectors(offset as usize, data.len()).split_off(applied) {
+                let lands = match flight_how {
+                    0 => false,
+                    1 => true,
+                    _ => self.sim.draw(|rng| rng.one_in(2)),
+                };
+                if lands {
+                    let at = part.start - offset as usize;
+                    state.apply(write, part.start, &data[at..at + part.len()]);
+                }
+            }
+        }
+        let mut image = state.durable.clone();
+        for (sector, versions) in &state.cached {
+            let pick = match cached_how {
+                0 => 0,
+                1 => versions.len(),
+                _ => self.sim.draw(|rng| rng.below(versions.len() as u64 + 1)) as usize,
+            };
+            if let Some(version) = pick.checked_sub(1).map(|i| &versions[i]) {
+                image[sector * SECTOR..sector * SECTOR + version.data.len()].copy_from_slice(&version.data);
+            }
+        }
+        image
+    }
+
+    fn check(&self, range: ByteRange) {
+        let (block, size) = (u64::from(self.info.block), self.info.size);
+        assert!(range.start().is_multiple_of(block) && range.end() <= size, "{range:?} of {size}, block {block}");
+        assert!(range.end().is_multiple_of(block) || range.end() == size, "{range:?} of {size}, block {block}");
+    }
+
+    async fn begin(&self, op: Op) -> Result<()> {
+        if let Some(range) = op.range() {
+            self.check(range);
+        }
+        self.state.borrow_mut().log.push((self.sim.now(), op));
+        while self.state.borrow().gate.as_ref().is_some_and(|gate| gate(&op)) {
+            self.sim.sleep(GATE_POLL).await;
+        }
+        self.delay().await;
+        let errno = self.state.borrow_mut().fault.as_mut().and_then(|fault| fault(&op));
+        match errno {
+            Some(errno) => Err(Error::io(errno, format!("simulated {op:?}"))),
+            None => Ok(()),
+        }
+    }
+
+    async fn delay(&self) {
+        let (low, high) = self.latency_us.get();
+        let us = self.sim.draw(|rng| if rng.one_in(50) { 10 * high } else { rng.between(low, high) });
+        self.sim.sleep(Duration::from_micros(us)).await;
+    }
+
+    async fn put(&self, op: Op, offset: u64, data: Bytes, fua: bool) -> Result<()> {
+        let _running = Running::new(&self.state);
+        let write = {
+            let mut state = self.state.borrow_mut();
+            let write = state.next;
+            state.next += 1;
+            state.in_flight.insert(write, Flight { offset, data: data.clone(), applied: 0 });
+            write
+        };
+        let begun = self.begin(op).await;
+        let parts = sectors(offset as usize, data.len());
+        let cut = self.sim.draw(|rng| rng.below(parts.len() as u64 + 1)) as usize;
+        let apply = |part: &std::ops::Range<usize>| {
+            let at = part.start - offset as usize;
+            let mut state = self.state.borrow_mut();
+            state.apply(write, part.start, &data[at..at + part.len()]);
+            state.in_flight.get_mut(&write).expect("it is in flight").applied += 1;
+        };
+        parts[..cut].iter().for_each(apply);
+        if let Err(error) = begun {
+            // A failed write may have written anything of its data.
+            self.state.borrow_mut().complete(write);
+            return Err(error);
+        }
+        self.delay().await;
+        parts[cut..].iter().for_each(apply);
+        self.delay().await;
+        let mut state = self.state.borrow_mut();
+        state.complete(write);
+        if fua {
+            for part in parts {
+                let sector = part.start / SECTOR;
+                let seq = state.cached.get(&sector).and_then(|v| v.iter().rfind(|v| v.write == write)).map(|v| v.seq);
+                if let Some(seq) = seq {
+                    state.make_durable(sector, seq);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Counts an operation as going on.
+struct Running<'a>(&'a RefCell<State>);
+impl<'a> Running<'a> {
+    fn new(state: &'a RefCell<State>) -> Self {
+        let mut counts = state.borrow_mut();
+        counts.running += 1;
+        counts.running_max = counts.running_max.max(counts.running);
+        Self(state)
+    }
+}
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.borrow_mut().running -= 1;
+    }
+}
+
+/// A range of bytes cut at sector boundaries.
+fn sectors(offset: usize, len: usize) -> Vec<std::ops::Range<usize>> {
+    let mut parts = Vec::new();
+    let (mut at, end) = (offset, offset + len);
+    while at < end {
+        let stop = end.min((at / SECTOR + 1) * SECTOR);
+        parts.push(at..stop);
+        at = stop;
+    }
+    parts
+}
+
+impl State {
+    fn apply(&mut self, write: u64, at: usize, data: &[u8]) {
+        self.live[at..at + data.len()].copy_from_slice(data);
+        let sector = at / SECTOR;
+        let end = self.live.len().min((sector + 1) * SECTOR);
+        let content = self.live[sector * SECTOR..end].to_vec();
+        let seq = self.next;
+        self.next += 1;
+        self.cached.entry(sector).or_default().push(Version { seq, write, completed: false, data: content });
+    }
+    fn complete(&mut self, write: u64) {
+        let Some(Flight { offset, data, .. }) = self.in_flight.remove(&write) else { return };
+        for part in sectors(offset as usize, data.len()) {
+            let versions = self.cached.get_mut(&(part.start / SECTOR)).into_iter().flatten();
+            versions.filter(|v| v.write == write).for_each(|v| v.completed = true);
+        }
+    }
+    fn forget(&mut self, sector: usize, seq: u64) {
+        let Some(versions) = self.cached.get_mut(&sector) else { return };
+        versions.retain(|v| v.seq > seq);
+        if versions.is_empty() {
+            self.cached.remove(&sector);
+        }
+    }
+    fn make_durable(&mut self, sector: usize, seq: u64) {
+        let Some(versions) = self.cached.get_mut(&sector) else { return };
+        let Some(at) = versions.iter().position(|v| v.seq == seq) else { return };
+        let data = &versions[at].data;
+        self.durable[sector * SECTOR..sector * SECTOR + data.len()].copy_from_slice(data);
+        versions.drain(..=at);
+        if versions.is_empty() {
+            self.cached.remove(&sector);
+        }
+    }
+}
+
+impl Disk for SimDisk {
+    fn info(&self) -> DiskInfo {
+        self.info
+    }
+
+    fn read(&self, range: ByteRange) -> LocalBoxFuture<'_, Result<DmaBuf>> {
+        Box::pin(async move {
+            let _running = Running::new(&self.state);
+            self.begin(Op::Read(range)).await?;
+            let mut buf = DmaBuf::new(range.len() as usize);
+            let parts = sectors(range.start() as usize, range.len() as usize);
+            let cut = self.sim.draw(|rng| rng.below(parts.len() as u64 + 1)) as usize;
+            for (i, part) in parts.into_iter().enumerate() {
+                if i == cut {
+                    self.delay().await;
+                }
+                let at = part.start - range.start() as usize;
+                buf[at..at + part.len()].copy_from_slice(&self.state.borrow().live[part]);
+            }
+            self.delay().await;
+            Ok(buf)
+        })
+    }
+
+    fn write(&self, offset: u64, data: Bytes, fua: bool) -> LocalBoxFuture<'_, Result<()>> {
+        let range = ByteRange::new(offset, data.len() as u64).expect("a write is not empty");
+        Box::pin(self.put(Op::Write { range, fua }, offset, data, fua))
+    }
+
+    fn zero(&self, range: ByteRange, flags: ZeroFlags) -> LocalBoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            if flags.contains(ZeroFlags::FAST_ONLY) && !self.can_zero.get() {
+                return Err(Error::new(ErrorKind::NotSupported, format!("no fast way to zero {range}")));
+            }
+            let zeros = Bytes::from(vec![0; range.len() as usize]);
+            self.put(Op::Zero { range, flags }, range.start(), zeros, false).await
+        })
+    }
+
+    fn flush(&self) -> LocalBoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let covered: Vec<(usize, u64)> = {
+                let state = self.state.borrow();
+                let last = |versions: &Vec<Version>| versions.iter().rfind(|v| v.completed).map(|v| v.seq);
+                state.cached.iter().filter_map(|(sector, versions)| Some((*sector, last(versions)?))).collect()
+            };
+            let begun = self.begin(Op::Flush).await;
+            let mut state = self.state.borrow_mut();
+            if begun.is_err() {
+                // As Linux does: the data count as clean now. The next flush succeeds without them.
+                covered.into_iter().for_each(|(sector, seq)| state.forget(sector, seq));
+                return begun;
+            }
+            covered.into_iter().for_each(|(sector, seq)| state.make_durable(sector, seq));
+            Ok(())
+        })
+    }
+
+    fn allocation(&self, range: ByteRange) -> LocalBoxFuture<'_, Result<Vec<Extent<Allocation>>>> {
+        Box::pin(async move {
+            self.check(range);
+            self.delay().await;
+            let state = self.state.borrow();
+            let mut extents = Vec::new();
+            for part in sectors(range.start() as usize, range.len() as usize) {
+                let zero = state.live[part.clone()].iter().all(|b| *b == 0);
+                push_extent(&mut extents, part.len() as u64, if zero { Allocation::HOLE } else { Allocation::DATA });
+            }
+            extents.truncate(crate::disk::EXTENTS_MAX);
+            Ok(extents)
+        })
+    }
+}

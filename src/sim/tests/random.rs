@@ -1,0 +1,344 @@
+//! Random clients, faults of timing, crashes at random moments; the oracle judges every read and the end.
+
+use super::super::clone::{Devices, OLD_DESTINATION, Setup, SimClone};
+use super::super::disk::Op;
+use super::super::executor::Sim;
+use super::super::oracle::Oracle;
+use super::super::{Rng, seeds};
+use super::Seed;
+use crate::clone_state::AUTOMATIC;
+use crate::error::{Error, ErrorKind};
+use crate::io_frontend::request::{Completion, Request, RequestFlags};
+use crate::meta::codec;
+use crate::meta::store::Store;
+use crate::units::ByteRange;
+use bytes::Bytes;
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::Duration;
+
+fn random_setup(rng: &mut Rng) -> Setup {
+    let region_size = rng.pick(&[4096, 4096, 4096, 8192, 16384, 65536]);
+    let regions = rng.between(1, rng.clone().pick(&[48, 64, 160]).max(region_size >> 10) * 1024 / region_size);
+    let tail = rng.pick(&[0, 0, 1, 511, 512, 4095, region_size - 1]).min(region_size - 1);
+    let size = regions * region_size - tail;
+    let block = rng.pick(&[1, 512, 512, 4096]);
+    // A disk of whole blocks, or a file of any size.
+    let round = size.next_multiple_of(u64::from(block).max(512)) - size;
+    let excess = rng.pick(&[0, 0, round, round, round + 4096, 100, 5000]);
+    Setup {
+        size,
+        region_size,
+        regions_per_zone: rng.pick(&[1, 2, 3, 8, 64]),
+        shards: rng.between(1, 4) as u16,
+        block,
+        excess,
+        discard_passdown: !rng.one_in(4),
+        hydration: !rng.one_in(3),
+        threshold: rng.pick(&[AUTOMATIC, AUTOMATIC, 1, 2, 5, 16]),
+        batch_size: rng.pick(&[AUTOMATIC, AUTOMATIC, 1, 4, 0]),
+        remote_source: rng.one_in(3),
+    }
+}
+
+/// Data with holes of all kinds.
+pub fn random_content(rng: &mut Rng, size: u64) -> Vec<u8> {
+    let mut content = Vec::with_capacity(size as usize);
+    while (content.len() as u64) < size {
+        let len = rng.between(1, 20000).min(size - content.len() as u64) as usize;
+        match rng.below(3) {
+            0 => content.extend(std::iter::repeat_n(0, len)),
+            _ => content.extend((0..len).map(|_| 1 + rng.below(0xe0) as u8)),
+        }
+    }
+    content
+}
+
+fn random_range(rng: &mut Rng, setup: &Setup) -> ByteRange {
+    let grain = rng.pick(&[1, 1, 512, 4096, setup.region_size]);
+    let start = rng.below(setup.size) / grain * grain;
+    let max = rng.pick(&[1, 600, 5000, 4096, 3 * setup.region_size, setup.size]);
+    let len = rng.between(1, max).next_multiple_of(grain).min(setup.size - start);
+    ByteRange::new(start, len).unwrap()
+}
+
+struct Load {
+    clone: Rc<SimClone>,
+    setup: Setup,
+    oracle: Oracle,
+    /// Requests may fail for these reasons.
+    excuses: Rc<dyn Fn(&Error) -> bool>,
+    running: Cell<u32>,
+    requests_left: Cell<u32>,
+}
+
+impl Load {
+    async fn client(self: Rc<Self>) {
+        let sim = self.clone.sim.clone();
+        while let Some(left) = self.requests_left.get().checked_sub(1) {
+            self.requests_left.set(left);
+            self.request().await;
+            let pause = sim.draw(|rng| if rng.one_in(3) { rng.below(2000) } else { 0 });
+            sim.sleep(Duration::from_micros(pause)).await;
+        }
+        self.running.set(self.running.get() - 1);
+    }
+
+    fn judge<T>(&self, result: Result<T, Error>) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(error) if (self.excuses)(&error) => None,
+            Err(error) => panic!("no reason to fail: {error:?}"),
+        }
+    }
+
+    async fn request(&self) {
+        let (clone, oracle) = (&self.clone, &self.oracle);
+        let (kind, range, via, fua) = clone
+            .sim
+            .draw(|rng| (rng.below(100), random_range(rng, &self.setup), rng.below(8) as usize, rng.one_in(5)));
+        let flags = if fua { RequestFlags::FUA } else { RequestFlags::empty() };
+        match kind {
+            0..30 => {
+                let read = oracle.begin_read(range);
+                match self.judge(clone.read_via(via, range).await) {
+                    Some(data) => oracle.end_read(read, &data),
+                    None => oracle.abandon_read(read),
+                }
+            }
+            30..65 => {
+                let (change, data) = oracle.begin_change(range, false, false);
+                let write = Request::Write { offset: range.start(), data: Bytes::from(data), flags };
+                let done = self.judge(clone.submit(via, write).await).is_some();
+                oracle.end_change(change, done, fua);
+            }
+            65..73 => {
+                let (change, _) = oracle.begin_change(range, true, true);
+                let done = self.judge(clone.submit(via, Request::Trim { range, flags }).await).is_some();
+                oracle.end_change(change, done, fua);
+            }
+            73..82 => {
+                let fast = clone.sim.draw(|rng| rng.one_in(3));
+                let hole = clone.sim.draw(|rng| rng.one_in(2));
+                let mut flags = flags;
+                flags.set(RequestFlags::FAST_ZERO, fast);
+                flags.set(RequestFlags::NO_HOLE, !hole);
+                let (change, _) = oracle.begin_change(range, true, false);
+                let done = match clone.submit(via, Request::WriteZeroes { range, flags }).await {
+                    Err(error) if fast && error.kind() == ErrorKind::NotSupported => false,
+                    result => self.judge(result).is_some(),
+                };
+                oracle.end_change(change, done, fua);
+            }
+            82..89 => {
+                let begun = oracle.begin_flush();
+                if self.judge(clone.submit(via, Request::Flush).await).is_some() {
+                    oracle.end_flush(begun);
+                }
+            }
+            89..92 => {
+                self.judge(clone.submit(via, Request::Cache(range)).await);
+            }
+            92..96 => {
+                let read = oracle.begin_read(range);
+                if let Some(completion) = self.judge(clone.submit(via, Request::Status(range)).await) {
+                    self.check_status(read, range, completion);
+                }
+                oracle.abandon_read(read);
+            }
+            _ => {
+                let (what, number) = clone.sim.draw(|rng| (rng.below(3), rng.pick(&[0, 1, 3, 8, AUTOMATIC])));
+                match what {
+                    0 => clone.state.set_hydration_enabled(number % 2 == 0),
+                    1 => clone.state.set_hydration_threshold(number),
+                    _ => clone.state.set_hydration_batch_size(number),
+                }
+                clone.wake();
+            }
+        }
+    }
+
+    fn check_status(&self, read: usize, range: ByteRange, completion: Completion) {
+        let Completion::Status(extents) = completion else { panic!("{completion:?} answers a status request") };
+        let hydrated: u64 = extents.hydrated.iter().map(|e| e.len).sum();
+        let allocation: u64 = extents.allocation.iter().map(|e| e.len).sum();
+        assert!((1..=range.len()).contains(&hydrated), "{hydrated} of {range:?}");
+        assert!((1..=range.len()).contains(&allocation), "{allocation} of {range:?}");
+        let mut at = range.start();
+        for extent in extents.allocation {
+            if extent.state.zero {
+                self.oracle.check_zero(read, at, extent.len);
+            }
+            at += extent.len;
+        }
+    }
+}
+
+/// One life of a clone: from its start to a crash, a stop, or its completion.
+async fn read_all(clone: &SimClone, oracle: &Oracle) {
+    let range = clone.geometry.whole();
+    let read = oracle.begin_read(range);
+    oracle.end_read(read, &clone.read_via(1, range).await.unwrap());
+}
+
+/// What must hold of a completed clone.
+async fn check_completed(clone: &SimClone, setup: &Setup, oracle: &Oracle) {
+    assert_eq!(clone.state.hydrated(), clone.geometry.nr_regions());
+    for shard in 0..clone.net.shards() {
+        while clone.slice(shard).source().is_ok() {
+            clone.sim.sleep(Duration::from_millis(1)).await;
+        }
+    }
+    clone.flush().await.unwrap();
+    clone.stop().await.unwrap();
+    // A batch that clients came before may still be asking the source what is allocated.
+    while clone.state.hydrating() > 0 {
+        clone.sim.sleep(Duration::from_millis(1)).await;
+    }
+    let image = clone.devices.destination.image();
+    oracle.check_all(&image[..setup.size as usize]);
+    assert!(image[setup.size as usize..].iter().all(|b| *b == OLD_DESTINATION), "nothing behind the clone is touched");
+}
+
+/// Makes the devices fail now and then, as long as the clone lives.
+fn plague(sim: &Sim, devices: &Devices) {
+    let disk_fault = |bad_metadata: bool| {
+        let sim = sim.clone();
+        let (rare, flushes, full) =
+            sim.draw(|rng| (rng.between(20, 300), rng.one_in(3) || bad_metadata, rng.one_in(4)));
+        move |op: &Op| {
+            let hit = sim.draw(|rng| rng.one_in(rare));
+            let spared = *op == Op::Flush && !flushes;
+            (hit && !spared).then_some(if full && op.is_change() { libc::ENOSPC } else { libc::EIO })
+        }
+    };
+    if sim.draw(|rng| rng.one_in(2)) {
+        devices.destination.set_fault(disk_fault(false));
+    }
+    if sim.draw(|rng| rng.one_in(3)) {
+        devices.metadata.set_fault(disk_fault(true));
+    }
+    let source = devices.source.clone();
+    let size = source.content().len() as u64;
+    source.set_bad(sim.draw(|rng| {
+        let places = rng.pick(&[0, 0, 1, 5]);
+        (0..places).filter_map(|_| ByteRange::new(rng.below(size), 1)).collect()
+    }));
+    if sim.draw(|rng| rng.one_in(3)) {
+        source.patience.set(Duration::from_millis(20));
+        let sim = sim.clone();
+        sim.clone().spawn(async move {
+            loop {
+                let (off, on) = sim.draw(|rng| (rng.below(50_000), rng.below(60_000)));
+                sim.sleep(Duration::from_micros(on)).await;
+                source.lost.set(true);
+                sim.sleep(Duration::from_micros(off)).await;
+                source.lost.set(false);
+            }
+        });
+    }
+}
+
+fn heal(devices: &Devices) {
+    devices.destination.clear_fault();
+    devices.metadata.clear_fault();
+    devices.source.set_bad(Vec::new());
+    devices.source.lost.set(false);
+}
+
+fn simulate(seed: u64, failures: bool) -> u64 {
+    let sim = Sim::new(seed);
+    let mut setup = sim.draw(random_setup);
+    let content = sim.draw(|rng| random_content(rng, setup.size));
+    let oracle = Oracle::new(&content);
+    let mut devices = Devices::new(&sim, &setup, content);
+    devices.destination.can_zero.set(sim.draw(|rng| !rng.one_in(4)));
+    devices.source.knows_no_holes.set(sim.draw(|rng| rng.one_in(4)));
+    let lives = sim.draw(|rng| rng.between(1, 4));
+    let lives = lives + u64::from(failures);
+    for life in 0..lives {
+        heal(&devices);
+        let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
+        if life > 0 && sim.draw(|rng| rng.one_in(2)) {
+            sim.block_on(read_all(&clone, &oracle));
+            oracle.settle();
+        }
+        let last = life + 1 == lives;
+        let plagued = failures && !last;
+        if plagued {
+            plague(&sim, &devices);
+        }
+        let excuses: Rc<dyn Fn(&Error) -> bool> = Rc::new(move |error| {
+            use ErrorKind::{Io, NoSpace, ReadOnly, SourceLost};
+            plagued && matches!(error.kind(), Io | NoSpace | ReadOnly | SourceLost)
+        });
+        let clients = sim.draw(|rng| rng.between(1, 6)) as u32;
+        let load = Rc::new(Load {
+            clone: clone.clone(),
+            setup: setup.clone(),
+            oracle: oracle.clone(),
+            excuses: excuses.clone(),
+            running: Cell::new(clients),
+            requests_left: Cell::new(sim.draw(|rng| rng.between(5, 120)) as u32),
+        });
+        (0..clients).for_each(|_| sim.spawn(load.clone().client()));
+        let (ends_by_crash, after) = sim.draw(|rng| (!rng.one_in(4), rng.below(200_000)));
+        if !last && ends_by_crash {
+            sim.run_for(Duration::from_micros(after));
+            devices = devices.crash(&sim);
+            oracle.crash();
+        } else {
+            sim.block_on(async {
+                while load.running.get() > 0 {
+                    sim.sleep(Duration::from_millis(1)).await;
+                }
+                if last {
+                    clone.state.set_hydration_threshold(AUTOMATIC);
+                    clone.enable_hydration(true);
+                    clone.completed().await;
+                    read_all(&clone, &oracle).await;
+                    check_completed(&clone, &setup, &oracle).await;
+                } else {
+                    let begun = oracle.begin_flush();
+                    if load.judge(clone.stop().await).is_some() {
+                        oracle.end_flush(begun);
+                    }
+                }
+            });
+            // The daemon has ended, and then the power fails as well.
+            devices = devices.crash(&sim);
+            oracle.crash();
+        }
+        setup.shards = sim.draw(|rng| rng.between(1, 4)) as u16;
+        (setup.hydration, setup.remote_source) = sim.draw(|rng| (!rng.one_in(3), rng.one_in(3)));
+    }
+    sim.block_on(async {
+        let opened = Store::open(devices.metadata.clone()).await.unwrap().unwrap();
+        assert_eq!(opened.store.superblock().state, codec::CloneState::Complete);
+    });
+    oracle.check_all(&devices.destination.image()[..setup.size as usize]);
+    sim.schedule_hash()
+}
+
+#[test]
+fn clients_see_what_they_wrote_through_any_crash() {
+    for seed in seeds(0..40) {
+        let _seed = Seed(seed);
+        simulate(seed, false);
+    }
+}
+
+#[test]
+fn clients_see_what_they_wrote_beside_failing_devices() {
+    for seed in seeds(0..40) {
+        let _seed = Seed(seed);
+        simulate(seed, true);
+    }
+}
+
+#[test]
+fn the_same_seed_is_the_same_run() {
+    for seed in seeds(1000..1003) {
+        assert_eq!(simulate(seed, seed % 2 == 0), simulate(seed, seed % 2 == 0), "seed {seed}");
+    }
+}
