@@ -71,7 +71,7 @@ fn files_that_may_not_be_read_or_written() {
     let bench = Bench::new();
     let source = bench.random("source", MIB);
     let secret = bench.random("secret", MIB);
-    fs::set_permissions(&secret, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o000)).unwrap();
     let checked = |command: CloneCommand, words: &[&str]| {
         let line = command.unprivileged().refused(words);
         assert!(!bench.copy().exists() && !bench.meta().exists(), "{line}");
