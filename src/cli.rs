@@ -5,6 +5,7 @@
 use crate::config::{
     CloneName, NAME_LEN_MAX, OnHydrated, SHARDS_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT, SOURCE_TIMEOUT_SECONDS_MAX,
 };
+use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::units::RegionSize;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
@@ -45,6 +46,7 @@ pub enum Verb {
     Status(StatusArgs),
     Message(MessageArgs),
     Stop(StopArgs),
+    Meta(MetaArgs),
     Demo(DemoArgs),
 }
 
@@ -138,7 +140,7 @@ pub struct CloneArgs {
     /// By default the socket NAME.sock in $XDG_RUNTIME_DIR/hydrant or /run/hydrant. Unix sockets are for their owner only
     /// (mode 0600). With tcp everybody who can reach the port can read and write: there is no authentication.
     #[arg(long, value_name = "ADDRESS")]
-    pub nbd: Option<crate::io_frontend::nbd::listen::NbdAddress>,
+    pub nbd: Option<NbdAddress>,
 
     /// Path of the control socket [default: NAME.control beside the NBD default]
     ///
@@ -204,10 +206,10 @@ Sends one of dm-clone's messages to a running clone and returns when it is in fo
 
   enable_hydration        switch the background copy on
   disable_hydration       switch it off; what is in flight is finished
-  hydration_threshold N   the most regions being copied at a time; 0: automatic
-  hydration_batch_size N  how many adjacent regions are copied together, at most; 0: automatic
+  hydration_threshold N   the most regions being copied at a time; 0 stops the background copy
+  hydration_batch_size N  how many adjacent regions are copied together, at most; 0 means 1
 
-N is from 0 to 4294967295. Messages last until the daemon ends.")]
+N is from 0 to 4294967295. Without these two, hydrant finds its own numbers. Messages last until the daemon ends.")]
 #[command(after_long_help = "\
 Examples:
   hydrant message vm1 enable_hydration
@@ -239,6 +241,39 @@ pub struct StopArgs {
 
     #[command(flatten)]
     pub control: ControlArgs,
+}
+
+/// Look at the metadata of a clone that does not run; nothing is written
+#[derive(Args, Debug)]
+#[command(after_long_help = "\
+Examples:
+  hydrant meta check vm1.meta
+  hydrant meta dump --json vm1.meta")]
+pub struct MetaArgs {
+    #[command(subcommand)]
+    pub verb: MetaVerb,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum MetaVerb {
+    /// Say what the metadata is of, and everything that is wrong with it
+    ///
+    /// Exit status 1 when something is wrong.
+    Check(MetaPath),
+    /// Print the metadata, with every run of hydrated regions
+    ///
+    /// Runs are first and last region, inclusive. Damaged metadata is refused.
+    Dump(MetaPath),
+}
+
+#[derive(Args, Debug)]
+pub struct MetaPath {
+    /// The metadata: a file or a block device
+    pub path: PathBuf,
+
+    /// One line of JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// See it work: clone a small disk under load in a temporary directory and check every byte

@@ -89,9 +89,11 @@ async fn watch_signals(signals: OwnedFd, stop: Rc<Notify>) {
     let mut seen = 0;
     loop {
         let (result, _) = ring.read(&fd, DmaBuf::new(SIGINFO_BYTES), u64::MAX).await;
-        if let Err(error) = result {
-            log::error!("signals can't be read any more: {error}");
-            return;
+        match result {
+            Ok(_) => {}
+            // The executor is ending.
+            Err(error) if error.raw_os_error() == Some(libc::ECANCELED) => return,
+            Err(error) => return log::error!("signals can't be read any more: {error}"),
         }
         seen += 1;
         if seen > 1 {

@@ -34,7 +34,7 @@ const NAME: &str = "demo";
 /// Clients, each with one request in flight.
 const CLIENTS: u64 = 4;
 /// How long the load runs before the hydration begins, and after it has ended.
-const COLD_TIME: Duration = Duration::from_secs(1);
+const COLD_TIME: Duration = Duration::from_millis(300);
 const HYDRATED_TIME: Duration = Duration::from_secs(2);
 /// How long the hydration may take.
 const HYDRATION_TIME_MAX: Duration = Duration::from_secs(50);
@@ -214,7 +214,7 @@ impl Progress {
 /// What the clients measured.
 fn table(outcome: &Outcome, times: &Times, out: &mut dyn Write) -> Result<()> {
     let mut lines = vec![
-        "                     requests/s     read    write |   read p50       p99 |  write p50       p99 |  flush p50"
+        "                     requests/s        read       write |  read p50       p99 | write p50       p99 | flush p50"
             .to_owned(),
     ];
     for phase in Phase::ALL {
@@ -237,7 +237,7 @@ fn row(label: &str, measured: &Measured, time: Duration) -> String {
     let cell = |kind, quantile| measured.latency_us(kind, quantile).map_or("-".to_owned(), latency);
     let throughput = |bytes: u64| rate(bytes as f64 / seconds);
     format!(
-        "  {label:<18} {:>10.0} {:>8} {:>8} | {:>10} {:>9} | {:>10} {:>9} | {:>10}",
+        "  {label:<18} {:>10.0} {:>11} {:>11} | {:>9} {:>9} | {:>9} {:>9} | {:>9}",
         requests as f64 / seconds,
         throughput(measured.read_bytes),
         throughput(measured.write_bytes),

@@ -132,6 +132,17 @@ pub fn available_cpus() -> Result<Vec<usize>> {
     }
 }
 
+/// Whether a process has ended; it may still be waited for by its parent.
+pub fn is_gone(pid: u32) -> bool {
+    // proc_pid_stat(5): "PID (COMMAND) STATE ...", where the command may hold anything.
+    match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) => {
+            stat.rsplit(')').next().is_some_and(|rest| matches!(rest.trim_start().chars().next(), Some('Z' | 'X')))
+        }
+        Err(error) => error.kind() == io::ErrorKind::NotFound && std::path::Path::new("/proc/self/stat").exists(),
+    }
+}
+
 fn set_bits(mask: &[u64]) -> Vec<usize> {
     let bits = u64::BITS as usize;
     (0..mask.len() * bits).filter(|cpu| mask[cpu / bits] >> (cpu % bits) & 1 == 1).collect()
@@ -225,6 +236,23 @@ mod tests {
     fn missing_operations_are_named() {
         let error = check_operations(|code| code != opcode::Fallocate::CODE && code != opcode::Recv::CODE).unwrap_err();
         assert!(error.to_string().contains("lacks FALLOCATE, RECV: Linux"), "{error}");
+    }
+
+    #[test]
+    fn processes_that_are_gone() {
+        assert!(!is_gone(std::process::id()));
+        let mut child = Command::new("true").spawn().unwrap();
+        let start = std::time::Instant::now();
+        while !is_gone(child.id()) {
+            assert!(start.elapsed().as_secs() < 10, "it has ended, though nobody has waited for it");
+        }
+        let pid = child.id();
+        child.wait().unwrap();
+        assert!(is_gone(pid));
+        let mut child = Command::new("sleep").arg("100").spawn().unwrap();
+        assert!(!is_gone(child.id()));
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

@@ -2,31 +2,40 @@
 //!
 //! glommio drives the executor; this ring carries disk and socket I/O with our own buffers, flags (`RWF_DSYNC`)
 //! and operations (`FALLOCATE` with any mode) that glommio's files do not offer, at a fraction of their cost per
-//! operation. Two tasks serve it: one submits what a scheduler turn has queued with a single system call, one
-//! sleeps on an eventfd and reaps.
+//! operation. One task submits what a scheduler turn has queued with a single system call, another waits in the
+//! ring for completions when nothing else can run: [`drive`] has the rules.
 //!
 //! Invariants:
 //! * An operation owns what the kernel may touch (buffers, `msghdr`, the file) until its completion has been
 //!   reaped. A future that is dropped leaves it in its slot, so the kernel never sees freed memory.
 //! * Everything happens on the thread that made the ring.
 
-use glommio::io::BufferedFile;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use crate::local::Notify;
+use drive::Drive;
+pub use drive::{Bell, Sleep};
+
+mod drive;
+mod watch;
 
 /// Submission queue entries. More operations than this can be in flight: the queue is only passed through.
 const SQ_ENTRIES: u32 = 512;
 /// Completion queue entries; an overflow is kept by the kernel (IORING_FEAT_NODROP), this makes it rare.
 const CQ_ENTRIES: u32 = 4096;
+/// Shares of the background queue, beside the default queue's 1000: when both have work, the background gets a
+/// tenth of the processor; alone, all of it.
+const BACKGROUND_SHARES: usize = 100;
 
 thread_local! {
     static CURRENT: RefCell<Option<Rc<Ring>>> = const { RefCell::new(None) };
@@ -51,19 +60,26 @@ struct Inner {
 /// The ring of one executor.
 pub struct Ring {
     inner: RefCell<Inner>,
-    event: RawFd,
     submit: Notify,
     submit_pending: Cell<bool>,
+    closing: Cell<bool>,
     stopping: Cell<bool>,
     taskrun: bool,
+    background: glommio::TaskQueueHandle,
+    drive: Drive,
 }
 
 const NO_SLOT: usize = usize::MAX;
 
 impl Ring {
+    /// [`Ring::start_with`] a bell that nobody else knows.
+    pub fn start() -> io::Result<Rc<Ring>> {
+        Self::start_with(Bell::new()?)
+    }
+
     /// Makes the ring of the current glommio executor and starts its tasks. Call [`Ring::shutdown`] before the
     /// executor ends.
-    pub fn start() -> io::Result<Rc<Ring>> {
+    pub fn start_with(bell: Arc<Bell>) -> io::Result<Rc<Ring>> {
         // Kernels from 6.1 run completions only when asked for, on the submitting thread: fewer interruptions.
         let modern = IoUring::builder()
             .setup_single_issuer()
@@ -78,28 +94,29 @@ impl Ring {
             }
             Err(error) => return Err(error),
         };
-        // SAFETY: plain system call; the result is checked.
-        let event = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
-        if event < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: `event` was just made and is owned by nobody else; the file closes it.
-        let event_file = unsafe { BufferedFile::from_raw_fd(event) };
-        uring.submitter().register_eventfd(event)?;
+        let background = glommio::executor().create_task_queue(
+            glommio::Shares::Static(BACKGROUND_SHARES),
+            glommio::Latency::NotImportant,
+            "background",
+        );
         let ring = Rc::new(Ring {
             inner: RefCell::new(Inner { uring, slots: Vec::new(), free: NO_SLOT, in_flight: 0 }),
-            event,
             submit: Notify::default(),
             submit_pending: Cell::new(false),
+            closing: Cell::new(false),
             stopping: Cell::new(false),
             taskrun,
+            background,
+            drive: Drive::new(bell),
         });
         CURRENT.with(|current| *current.borrow_mut() = Some(ring.clone()));
-        let submitter = ring.clone();
-        glommio::spawn_local(async move { submitter.submit_task().await }).detach();
-        let reaper = ring.clone();
-        glommio::spawn_local(async move { reaper.reap_task(event_file).await }).detach();
+        ring.start_driving();
         Ok(ring)
+    }
+
+    /// The task queue for work that gives way to all other work.
+    pub fn background(&self) -> glommio::TaskQueueHandle {
+        self.background
     }
 
     /// The ring of this executor.
@@ -110,61 +127,27 @@ impl Ring {
         CURRENT.with(|current| current.borrow().clone()).expect("Ring::start was called on this executor")
     }
 
-    /// Ends the ring's tasks once nothing is in flight any more.
-    pub async fn shutdown(&self) {
-        // Bounded: what is in flight may be a receive that nobody will ever satisfy.
+    /// Cancels what only waits (receives, accepts), and ends the ring's tasks once nothing is in flight any more.
+    pub async fn shutdown(self: &Rc<Self>) {
+        self.closing.set(true);
+        let entry = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build();
+        // SAFETY: the operation points to nothing.
+        let (result, ()) = unsafe { self.operation(entry, ()) }.await;
+        if let Err(error) = result {
+            log::debug!("io_uring: nothing was cancelled: {error}");
+        }
+        // Bounded: a disk may never answer.
         for _ in 0..1000 {
             if self.inner.borrow().in_flight == 0 {
                 break;
             }
-            glommio::timer::sleep(std::time::Duration::from_millis(1)).await;
+            self.sleep(Duration::from_millis(1)).await;
         }
+        // Without a wait from here to the end of the executor's main task: nobody watches it any more.
         self.stopping.set(true);
         self.submit.notify();
-        let one = 1u64.to_ne_bytes();
-        // SAFETY: writes eight bytes of a live array to our own eventfd.
-        unsafe { libc::write(self.event, one.as_ptr().cast(), one.len()) };
-        CURRENT.with(|current| current.borrow_mut().take());
-    }
-
-    async fn submit_task(self: Rc<Self>) {
-        while !self.stopping.get() {
-            self.submit.notified().await;
-            self.submit_pending.set(false);
-            self.enter();
-            self.reap();
-        }
-    }
-
-    async fn reap_task(self: Rc<Self>, event_file: BufferedFile) {
-        while !self.stopping.get() {
-            if self.reap() > 0 {
-                // Let what was woken run, and submit, before looking again.
-                glommio::executor().yield_task_queue_now().await;
-                continue;
-            }
-            self.set_eventfd_enabled(true);
-            if self.reap() == 0 {
-                // The eventfd stays readable from any completion after the last read, so none is missed.
-                if let Err(error) = event_file.read_at(0, 8).await {
-                    log::error!("io_uring eventfd: {error}");
-                    std::process::abort();
-                }
-            }
-            self.set_eventfd_enabled(false);
-        }
-        let _ = event_file.close().await;
-    }
-
-    fn set_eventfd_enabled(&self, enabled: bool) {
-        let mut inner = self.inner.borrow_mut();
-        let cq = inner.uring.completion();
-        match enabled {
-            true => cq.enable_eventfd(),
-            false => cq.disable_eventfd(),
-        }
-        drop(cq);
-        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        self.drive.stop();
+        // It stays the current ring: what tasks still start never completes, as they have no time left to run in.
     }
 
     /// Hands queued entries to the kernel and lets it run finished work.
@@ -198,20 +181,50 @@ impl Ring {
         }
     }
 
+    /// Sleeps until there is a completion, at most for `timeout`. Submits what is queued, too.
+    fn wait(&self, timeout: Duration) {
+        let inner = self.inner.borrow();
+        let timespec = types::Timespec::from(timeout);
+        let args = types::SubmitArgs::new().timespec(&timespec);
+        match inner.uring.submitter().submit_with_args(1, &args) {
+            Ok(_) => {}
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => {}
+                _ => {
+                    log::error!("io_uring_enter: {error}");
+                    std::process::abort();
+                }
+            },
+        }
+    }
+
     fn request_submit(&self) {
         if !self.submit_pending.replace(true) {
             self.submit.notify();
         }
     }
 
-    /// Takes all completions there are; returns how many.
+    /// Takes the completions there are, and has the kernel finish what it holds back; returns how many.
+    ///
+    /// The flag may stay set with nothing held back (the kernel sets it after it has added the work, which may be
+    /// done by then), so it is no condition to loop on. What is left, of some twenty items at a time, is finished by
+    /// the next call or by [`Self::wait`].
     fn reap(&self) -> usize {
-        let mut inner = self.inner.borrow_mut();
-        if self.taskrun && inner.uring.submission().taskrun() {
-            drop(inner);
-            self.enter();
-            inner = self.inner.borrow_mut();
+        let mut count = 0;
+        loop {
+            if self.taskrun && self.inner.borrow_mut().uring.submission().taskrun() {
+                self.enter();
+            }
+            match self.drain() {
+                0 => return count,
+                more => count += more,
+            }
         }
+    }
+
+    /// Takes the completions that are in the queue.
+    fn drain(&self) -> usize {
+        let mut inner = self.inner.borrow_mut();
         let Inner { uring, slots, free, in_flight } = &mut *inner;
         let mut wakers: Vec<Waker> = Vec::new();
         let mut released: Vec<Slot> = Vec::new();

@@ -38,7 +38,17 @@ fn help_is_as_pinned() {
     let temp = tempfile::tempdir().unwrap();
     let golden = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/help");
     let write = std::env::var_os("HYDRANT_GOLDEN").is_some_and(|value| value == "write");
-    let verbs: &[&[&str]] = &[&[], &["clone"], &["status"], &["message"], &["stop"], &["demo"]];
+    let verbs: &[&[&str]] = &[
+        &[],
+        &["clone"],
+        &["status"],
+        &["message"],
+        &["stop"],
+        &["meta"],
+        &["meta", "check"],
+        &["meta", "dump"],
+        &["demo"],
+    ];
     let mut expected_files: Vec<String> = Vec::new();
     let mut wrong = Vec::new();
     for verb in verbs {

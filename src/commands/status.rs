@@ -152,7 +152,10 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
             plural(io.errors, "error")
         ),
     )?;
-    line("copied", format!("{} of {} read from the source", size(io.hydrated_bytes), size(io.source_read_bytes)))?;
+    line(
+        "copied",
+        format!("{} hydrated by copying; {} read from the source", size(io.hydrated_bytes), size(io.source_read_bytes)),
+    )?;
     if let Some(event) = &status.last_event {
         line("events", format!("{}, the last: {event}", count(status.event_nr)))?;
     }
@@ -390,7 +393,7 @@ vm1: 16GiB, 262144 regions of 64KiB
   nbd          nbd+unix:///vm1?socket=/run/hydrant/vm1.sock; 2 clients
   I/O          1234 reads (5.0 MiB), 56 writes (1.5 MiB), 7 flushes
                1 trim (1.0 GiB), 0 write zeroes (0 B), 0 errors
-  copied       7.0 GiB of 8.0 GiB read from the source
+  copied       7.0 GiB hydrated by copying; 8.0 GiB read from the source
   events       2, the last: source lost
   daemon       pid 4711, version 0.1.0, 2 shards, up 1h 2m
 ";

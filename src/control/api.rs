@@ -304,9 +304,9 @@ impl Status {
 pub enum Message {
     EnableHydration,
     DisableHydration,
-    /// The most regions in flight; 0 is automatic.
+    /// The most regions in flight; 0 stops the background copy.
     HydrationThreshold(u32),
-    /// Regions copied together; 0 is automatic.
+    /// Regions copied together; 0 means 1.
     HydrationBatchSize(u32),
 }
 

@@ -23,6 +23,7 @@ use crate::source::nbd::{NbdSource, NbdSourceOptions, SourceEvent};
 use crate::source::remote::RemoteSource;
 use crate::source::uri::NbdUri;
 use crate::units::{CloneId, Generation, Geometry, ShardIndex, ZoneIndex};
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
@@ -34,9 +35,18 @@ pub struct ActiveClone {
     pub coordinator: Rc<Coordinator>,
     /// The coordinator's connection to an NBD source, while it is needed.
     pub nbd_source: Option<Weak<NbdSource>>,
+    /// How often it was lost and found; outlives it.
+    pub source_counts: Rc<SourceCounts>,
     pub metadata_blocks: u64,
     /// Open, so that they stay locked.
     _devices: [Device; 2],
+}
+
+/// How often an NBD source was lost, and found again.
+#[derive(Default)]
+pub struct SourceCounts {
+    pub losses: Cell<u64>,
+    pub reconnects: Cell<u64>,
 }
 
 /// Removes a file that was created, unless everything after it worked.
@@ -129,7 +139,8 @@ pub async fn activate(context: &Rc<ShardContext>, config: &CloneConfig, prepared
         },
     ));
     let complete = store.superblock().state == codec::CloneState::Complete;
-    let nbd_source = source.as_ref().and_then(|source| watch(context, source, &state));
+    let source_counts = Rc::<SourceCounts>::default();
+    let nbd_source = source.as_ref().and_then(|source| watch(context, source, &state, &source_counts));
     let local_source = source.as_ref().map(|source| source.source.clone());
     attach_slices(context, &state, &geometry, zones, &destination, source, local_source).await?;
     if complete {
@@ -156,19 +167,29 @@ pub async fn activate(context: &Rc<ShardContext>, config: &CloneConfig, prepared
         state,
         coordinator,
         nbd_source,
+        source_counts,
         metadata_blocks: metadata.size / codec::BLOCK_SIZE as u64,
         _devices: [destination, metadata],
     })
 }
 
 /// Turns what happens to an NBD source into events of the clone.
-fn watch(context: &Rc<ShardContext>, source: &OpenSource, state: &Arc<CloneState>) -> Option<Weak<NbdSource>> {
+fn watch(
+    context: &Rc<ShardContext>,
+    source: &OpenSource,
+    state: &Arc<CloneState>,
+    counts: &Rc<SourceCounts>,
+) -> Option<Weak<NbdSource>> {
     let OpenSourceKind::Nbd { source, .. } = &source.kind else { return None };
-    let (state, mesh, env) = (state.clone(), context.mesh.clone(), context.env.clone());
+    let (state, mesh, env, counts) = (state.clone(), context.mesh.clone(), context.env.clone(), counts.clone());
     source.on_event(move |event| match event {
-        SourceEvent::Lost(error) => state.event(format!("source lost: {error}")),
+        SourceEvent::Lost(error) => {
+            counts.losses.set(counts.losses.get() + 1);
+            state.event(format!("source lost: {error}"));
+        }
         SourceEvent::Changed(error) => state.event(format!("source changed, nothing more is read from it: {error}")),
         SourceEvent::Found => {
+            counts.reconnects.set(counts.reconnects.get() + 1);
             state.event("source found again");
             for shard in 0..mesh.shards() {
                 let wake = mesh.call(ShardIndex(shard), ShardRequest::Wake { clone: state.id });

@@ -148,16 +148,14 @@ impl Steering {
 
     fn source(&self) -> SourceStatus {
         let mut status = SourceStatus { spec: self.config.source.clone(), ..Default::default() };
+        status.losses = self.clone.source_counts.losses.get();
+        status.reconnects = self.clone.source_counts.reconnects.get();
         if self.state().is_complete() {
             status.state = SourceState::Released;
         }
-        if let Some(source) = self.clone.nbd_source.as_ref().and_then(|source| source.upgrade()) {
-            let now = source.state();
-            status.losses = now.losses;
-            status.reconnects = now.reconnects;
-            if !now.is_connected() && status.state == SourceState::Connected {
-                status.state = SourceState::Lost;
-            }
+        let source = self.clone.nbd_source.as_ref().and_then(|source| source.upgrade());
+        if status.state == SourceState::Connected && source.is_some_and(|source| !source.state().is_connected()) {
+            status.state = SourceState::Lost;
         }
         status
     }

@@ -4,7 +4,7 @@
 //! [`crate::io_frontend::nbd::proto`].
 
 use crate::bail;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::nbd::proto::{
     ClientFlags, ClientOption, Command, ExportInfo, GREETING_LEN, HandshakeFlags, Info, InfoRequest,
     OPTION_REPLY_HEADER_LEN, OptionCode, OptionReply, OptionReplyHeader, ReplyHeader, RequestHeader, SIMPLE_REPLY_LEN,
@@ -30,9 +30,10 @@ pub struct NbdClient {
 }
 
 fn failed(error: io::Error) -> Error {
-    let timed_out = matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut);
-    let text = if timed_out { "NBD connection: no answer in time" } else { "NBD connection" };
-    Error::from_io(error, text)
+    if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) {
+        return Error::new(ErrorKind::Io, format!("NBD connection: no answer within {} s", ANSWER_TIME_MAX.as_secs()));
+    }
+    Error::from_io(error, "NBD connection")
 }
 
 impl NbdClient {
@@ -75,7 +76,7 @@ impl NbdClient {
 
     pub fn read(&mut self, offset: u64, out: &mut [u8]) -> Result<()> {
         self.ask(Command::READ, offset, out.len(), &[])?;
-        self.socket.read_exact(out).map_err(failed)
+        self.socket.read_exact(out).map_err(|error| failed(error).within(format!("READ at offset {offset}")))
     }
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
         self.ask(Command::WRITE, offset, data.len(), data)
@@ -101,8 +102,9 @@ impl NbdClient {
         };
         let mut message = RequestHeader { flags: 0, command, cookie: self.cookie, offset, len }.encode().to_vec();
         message.extend_from_slice(data);
-        self.socket.write_all(&message).map_err(failed)?;
-        match ReplyHeader::decode(&receive::<SIMPLE_REPLY_LEN>(&mut self.socket)?)? {
+        let named = |error: Error| error.within(format!("{command} of {len} bytes at offset {offset}"));
+        self.socket.write_all(&message).map_err(|error| named(failed(error)))?;
+        match ReplyHeader::decode(&receive::<SIMPLE_REPLY_LEN>(&mut self.socket).map_err(named)?)? {
             Some((ReplyHeader::Simple(reply), _)) if reply.cookie == self.cookie => match reply.error {
                 None => Ok(()),
                 Some(error) => bail!(Io, "{command} of {len} bytes at offset {offset}: the clone answers {error}"),

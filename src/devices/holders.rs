@@ -5,6 +5,7 @@
 
 use super::sysfs::{Node, Sysfs, parse_device_number};
 use super::{DeviceId, show, sys};
+use crate::environment;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
@@ -150,17 +151,25 @@ pub(super) fn locked_backing(sysfs: &Sysfs, id: &DeviceId) -> Option<String> {
 /// (proc_locks(5)), which has no owner for locks of open files; `None` when it can't be known.
 pub(super) fn lock_holder(dev: u64, ino: u64, exclusive_only: bool) -> Option<String> {
     // The table is no snapshot: a lock that is there may be missing from it when others go while it is read.
-    let find = || {
-        let table = fs::read_to_string("/proc/locks").ok()?;
-        table.lines().find_map(|line| parse_lock(line, dev, ino, exclusive_only))
-    };
-    let pid = (0..LOCKS_READ_MAX).find_map(|_| find())?;
+    let pid = (0..LOCKS_READ_MAX).find_map(|_| lock_holders(dev, ino, exclusive_only).into_iter().next())?;
     let command = fs::read_to_string(format!("/proc/{pid}/comm")).ok();
     Some(match command {
         _ if pid == std::process::id() => "this process for another clone".into(),
         Some(command) => format!("process {pid} ({})", command.trim_end().escape_debug()),
         None => format!("process {pid}"),
     })
+}
+
+/// Whether there are locks on the file, all of processes that have ended.
+pub(super) fn is_lock_of_the_gone(dev: u64, ino: u64) -> bool {
+    let holders = lock_holders(dev, ino, false);
+    !holders.is_empty() && holders.into_iter().all(environment::is_gone)
+}
+
+/// The processes that hold locks on a file, as far as the table of the kernel has them.
+fn lock_holders(dev: u64, ino: u64, exclusive_only: bool) -> Vec<u32> {
+    let table = fs::read_to_string("/proc/locks").unwrap_or_default();
+    table.lines().filter_map(|line| parse_lock(line, dev, ino, exclusive_only)).collect()
 }
 
 /// The process of a line of `/proc/locks`: `1: FLOCK  ADVISORY  WRITE 1234 fe:00:5678 0 EOF`.

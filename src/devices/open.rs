@@ -14,12 +14,17 @@ use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// udev takes a short shared lock on a block device while it probes it: try so often...
 const BLOCK_LOCK_TRIES_MAX: u32 = 20;
 /// ... with this much time between.
 const BLOCK_LOCK_PAUSE: Duration = Duration::from_millis(50);
+/// A process that was killed lets go of its files a moment after it is gone, when the kernel has ended what its
+/// io_uring had in flight. Whoever starts it again at once waits for that, at most so long...
+const GONE_WAIT_MAX: Duration = Duration::from_secs(10);
+/// ... and looks again after this.
+const GONE_PAUSE: Duration = Duration::from_millis(10);
 /// Smallest logical block, in bytes.
 const BLOCK_MIN: u64 = 512;
 
@@ -127,7 +132,17 @@ pub fn set_size(device: &mut Device, size: u64) -> Result<()> {
 }
 
 fn open(role: Role, path: &Path, options: &OpenOptions) -> Result<File> {
-    options.open(path).map_err(|e| {
+    let deadline = Instant::now() + GONE_WAIT_MAX;
+    let opened = loop {
+        match options.open(path) {
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => match fs::metadata(path) {
+                Ok(stat) if may_wait_for_the_gone(&stat, deadline) => {}
+                _ => break Err(e),
+            },
+            opened => break opened,
+        }
+    };
+    opened.map_err(|e| {
         if e.raw_os_error() == Some(libc::EBUSY) {
             let stat = fs::metadata(path).ok();
             let by = stat.and_then(|stat| holders::lock_holder(stat.dev(), stat.ino(), true));
@@ -136,6 +151,15 @@ fn open(role: Role, path: &Path, options: &OpenOptions) -> Result<File> {
         }
         Error::from_io(e, label(role, path))
     })
+}
+
+/// Waits a little, and says so, when a lock on the file is left from a process that is gone.
+fn may_wait_for_the_gone(stat: &Metadata, deadline: Instant) -> bool {
+    let wait = Instant::now() < deadline && holders::is_lock_of_the_gone(stat.dev(), stat.ino());
+    if wait {
+        std::thread::sleep(GONE_PAUSE);
+    }
+    wait
 }
 
 fn check_type(role: Role, path: &Path, stat: &Metadata) -> Result<()> {
@@ -171,22 +195,24 @@ fn check_writable_block(role: Role, path: &Path) -> Result<()> {
 fn lock(role: Role, path: &Path, file: &File, stat: &Metadata) -> Result<()> {
     let exclusive = role != Role::Source;
     let tries = if exclusive && stat.file_type().is_block_device() { BLOCK_LOCK_TRIES_MAX } else { 1 };
-    let mut locked = false;
-    for attempt in 0..tries {
-        if attempt > 0 {
-            std::thread::sleep(BLOCK_LOCK_PAUSE);
-        }
+    let deadline = Instant::now() + GONE_WAIT_MAX;
+    let mut attempt = 1;
+    let locked = loop {
         match sys::try_flock(file, exclusive) {
-            Ok(true) => locked = true,
-            Ok(false) => continue,
+            Ok(true) => break true,
+            Ok(false) if may_wait_for_the_gone(stat, deadline) => {}
+            Ok(false) if attempt == tries => break false,
+            Ok(false) => {
+                attempt += 1;
+                std::thread::sleep(BLOCK_LOCK_PAUSE);
+            }
             // A file system without locks (some network ones): nothing protects there, and nothing can.
             Err(error) => {
                 log::warn!("{} can't be locked ({error}): see to it that nothing else uses it", label(role, path));
-                locked = true;
+                break true;
             }
         }
-        break;
-    }
+    };
     if !locked {
         let by = holders::lock_holder(stat.dev(), stat.ino(), !exclusive).unwrap_or_else(|| "another process".into());
         let why =

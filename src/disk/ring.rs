@@ -17,7 +17,6 @@ use bytes::{Buf, Bytes};
 use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 
 /// The longest single fallocate(2): bounds how long one occupies a kernel worker.
@@ -288,17 +287,12 @@ impl Disk for RingDisk {
             if self.is_block_device {
                 return Ok(vec![Extent { len: range.len(), state: Allocation::DATA }]);
             }
-            let fd = self.direct.clone();
-            let raw = fd.as_raw_fd();
-            // lseek(2) may read the file system's metadata: not on this thread. A panic must not leave the closure.
-            let job = move || catch_unwind(AssertUnwindSafe(|| file_allocation(raw, range)));
-            let answer = glommio::executor().spawn_blocking(job).await;
-            drop(fd);
-            match answer {
-                Ok(Ok(extents)) => Ok(extents),
-                Ok(Err(error)) => Err(self.failed("find the data of", range, error)),
-                Err(_) => Err(self.failed("find the data of", range, io::Error::other("internal error"))),
-            }
+            // lseek(2) may read the file system's metadata: not on this thread.
+            let answer = match self.direct.try_clone() {
+                Ok(fd) => self.ring.blocking(move || file_allocation(fd.as_raw_fd(), range)).await,
+                Err(error) => Err(error),
+            };
+            answer.and_then(|extents| extents).map_err(|error| self.failed("find the data of", range, error))
         })
     }
 }

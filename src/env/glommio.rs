@@ -2,32 +2,24 @@
 
 use super::Env;
 use crate::io_frontend::request::LocalBoxFuture;
-use glommio::{Latency, Shares, TaskQueueHandle};
+use crate::ring::Ring;
+use std::rc::Rc;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// The moment that [`Env::now`] counts from: one for all executors, so that shards can compare their times.
 static START: OnceLock<Instant> = OnceLock::new();
 
-/// Shares of the background queue, beside the default queue's 1000: when both have work, the background gets a
-/// tenth of the processor; alone, all of it.
-const BACKGROUND_SHARES: usize = 100;
-
 /// Time and tasks of the current glommio executor.
 pub struct GlommioEnv {
-    background: TaskQueueHandle,
+    ring: Rc<Ring>,
 }
 
 impl GlommioEnv {
-    /// Call on the executor that it is to serve.
+    /// Call on the executor that it is to serve, after [`Ring::start`].
     pub fn new() -> Self {
-        let background = glommio::executor().create_task_queue(
-            Shares::Static(BACKGROUND_SHARES),
-            Latency::NotImportant,
-            "background",
-        );
         START.get_or_init(Instant::now);
-        Self { background }
+        Self { ring: Ring::current() }
     }
 }
 
@@ -42,12 +34,14 @@ impl Env for GlommioEnv {
         START.get_or_init(Instant::now).elapsed()
     }
     fn sleep(&self, duration: Duration) -> LocalBoxFuture<'static, ()> {
-        Box::pin(glommio::timer::sleep(duration))
+        Box::pin(self.ring.sleep(duration))
     }
     fn spawn(&self, task: LocalBoxFuture<'static, ()>) {
         glommio::spawn_local(task).detach();
     }
     fn spawn_background(&self, task: LocalBoxFuture<'static, ()>) {
-        glommio::spawn_local_into(task, self.background).expect("the queue lives as long as the executor").detach();
+        glommio::spawn_local_into(task, self.ring.background())
+            .expect("the queue lives as long as the executor")
+            .detach();
     }
 }

@@ -1,33 +1,31 @@
-//! The pool: one glommio executor per shard, pinned to its CPU, and the channels between them.
+//! The pool: one glommio executor per shard, pinned to its CPU, and the mailboxes between them.
 //!
-//! Between each ordered pair of shards there is one shared channel. All ends connect in the same global order, so
-//! the connecting can't deadlock. A message is a request, its answer, or (for assembly: sockets, files) a job to
-//! run there. What waits to be sent stands in a local queue; it is bounded by what clients and copies have in
-//! flight.
+//! Each shard has one mailbox, which the others post to; posting wakes a shard that sleeps. A message is a request,
+//! its answer, or (for assembly: sockets, files) a job to run there. Mailboxes are bounded by what clients and copies
+//! have in flight. From one shard to another messages stay in order, and the last one says that there are no more.
 
-use super::{Mesh, Shard, ShardReply, ShardRequest};
+use super::{COORDINATOR, Mesh, Shard, ShardReply, ShardRequest};
 use crate::env::Env;
 use crate::env::glommio::GlommioEnv;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::LocalBoxFuture;
-use crate::local::{Queue, oneshot};
-use crate::ring::Ring;
+use crate::local::oneshot;
+use crate::ring::{Bell, Ring};
 use crate::units::ShardIndex;
-use glommio::channels::shared_channel::{self, SharedReceiver, SharedSender};
 use glommio::{LocalExecutorBuilder, Placement, PoolPlacement};
 use std::any::Any;
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Messages in one channel; more wait in the sender's queue.
-const CHANNEL_MESSAGES: usize = 256;
 /// Memory that glommio registers for its own files, which the data path does not use. In bytes.
 const IO_MEMORY_BYTES: usize = 256 << 10;
-/// How long a timer may wait behind runnable tasks.
-const PREEMPT_TIMER: Duration = Duration::from_millis(1);
+/// How long one task queue may run while others wait. Not much shorter: glommio then more often sleeps beside
+/// runnable tasks, see [`crate::ring`].
+const PREEMPT_TIMER: Duration = Duration::from_millis(5);
 
 /// What a job returns, on its way back.
 type Outcome = Box<dyn Any + Send>;
@@ -35,10 +33,44 @@ type Outcome = Box<dyn Any + Send>;
 type Job = Box<dyn FnOnce(Rc<ShardContext>) -> LocalBoxFuture<'static, Outcome> + Send>;
 
 enum Wire {
-    Request { id: u64, request: ShardRequest },
-    Reply { id: u64, reply: Result<ShardReply> },
-    Job { id: u64, job: Job },
-    JobDone { id: u64, outcome: Outcome },
+    Request {
+        id: u64,
+        request: ShardRequest,
+    },
+    Reply {
+        id: u64,
+        reply: Result<ShardReply>,
+    },
+    Job {
+        id: u64,
+        job: Job,
+    },
+    JobDone {
+        id: u64,
+        outcome: Outcome,
+    },
+    /// The last message of its sender.
+    Closed,
+}
+
+/// What other shards have sent and this one has not yet taken.
+struct Mailbox {
+    messages: Mutex<VecDeque<(ShardIndex, Wire)>>,
+    bell: Arc<Bell>,
+}
+
+impl Mailbox {
+    fn post(&self, from: ShardIndex, wire: Wire) {
+        self.lock().push_back((from, wire));
+        self.bell.ring();
+    }
+    fn take(&self) -> VecDeque<(ShardIndex, Wire)> {
+        std::mem::take(&mut self.lock())
+    }
+    fn lock(&self) -> MutexGuard<'_, VecDeque<(ShardIndex, Wire)>> {
+        // Nothing that could panic runs under the lock.
+        self.messages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// How the pool runs.
@@ -57,14 +89,16 @@ pub struct ShardContext {
     pub env: Rc<dyn Env>,
 }
 
-/// The channels of one shard.
+/// The way from one shard to the others.
 pub struct ChannelMesh {
     me: ShardIndex,
     shards: u16,
     shard: Rc<Shard>,
-    outgoing: BTreeMap<u16, Rc<Queue<Wire>>>,
+    mailboxes: Arc<[Mailbox]>,
     pending: RefCell<HashMap<u64, oneshot::Sender<Result<ShardReply>>>>,
     jobs: RefCell<HashMap<u64, oneshot::Sender<Outcome>>>,
+    /// Shards that may still send something.
+    open_senders: RefCell<Vec<ShardIndex>>,
     next_id: Cell<u64>,
     hops: Cell<u64>,
 }
@@ -72,7 +106,7 @@ pub struct ChannelMesh {
 impl ChannelMesh {
     fn send(&self, to: ShardIndex, wire: Wire) {
         self.hops.set(self.hops.get() + 1);
-        self.outgoing[&to.0].push(wire);
+        self.mailboxes[usize::from(to.0)].post(self.me, wire);
     }
 
     /// Messages sent to other shards so far.
@@ -111,6 +145,31 @@ impl ChannelMesh {
         })
     }
 
+    /// Says to all others that this shard sends no more.
+    fn close(&self) {
+        for to in (0..self.shards).map(ShardIndex).filter(|to| *to != self.me) {
+            self.send(to, Wire::Closed);
+        }
+    }
+
+    /// Takes messages until `done` is true of the shards that may still send some.
+    async fn receive_until(
+        self: &Rc<Self>,
+        context: &Rc<ShardContext>,
+        ring: &Ring,
+        done: impl Fn(&[ShardIndex]) -> bool,
+    ) {
+        while !done(&self.open_senders.borrow()) {
+            let messages = self.mailboxes[usize::from(self.me.0)].take();
+            if messages.is_empty() {
+                ring.rung().await;
+            }
+            for (from, wire) in messages {
+                self.receive(context, from, wire);
+            }
+        }
+    }
+
     fn receive(self: &Rc<Self>, context: &Rc<ShardContext>, from: ShardIndex, wire: Wire) {
         match wire {
             Wire::Request { id, request } => {
@@ -139,6 +198,7 @@ impl ChannelMesh {
                     waiting.send(outcome);
                 }
             }
+            Wire::Closed => self.open_senders.borrow_mut().retain(|sender| *sender != from),
         }
     }
 }
@@ -165,15 +225,6 @@ impl Mesh for ChannelMesh {
     }
 }
 
-/// The channel ends of one shard, before its executor runs. Ordered by (from, to).
-#[derive(Default)]
-struct Ends(BTreeMap<(u16, u16), End>);
-
-enum End {
-    Sender(SharedSender<Wire>),
-    Receiver(SharedReceiver<Wire>),
-}
-
 /// Runs `main` on shard 0 of a new pool and returns what it returned, after all shards have ended.
 pub fn run<T, F, Fut>(options: &PoolOptions, main: F) -> Result<T>
 where
@@ -182,18 +233,16 @@ where
     Fut: Future<Output = T> + 'static,
 {
     let shards = options.cpus.len() as u16;
-    let mut ends: Vec<Ends> = (0..shards).map(|_| Ends::default()).collect();
-    for from in 0..shards {
-        for to in (0..shards).filter(|to| *to != from) {
-            let (sender, receiver) = shared_channel::new_bounded(CHANNEL_MESSAGES);
-            ends[usize::from(from)].0.insert((from, to), End::Sender(sender));
-            ends[usize::from(to)].0.insert((from, to), End::Receiver(receiver));
-        }
-    }
+    let mailbox = || {
+        let bell = Bell::new().map_err(|error| Error::from_io(error, "an eventfd can't be made"))?;
+        Ok(Mailbox { messages: Mutex::default(), bell })
+    };
+    let mailboxes: Arc<[Mailbox]> = (0..shards).map(|_| mailbox()).collect::<Result<_>>()?;
     let mut main = Some(main);
     let mut first = None;
     let mut others = Vec::new();
-    for (index, (ends, cpu)) in ends.into_iter().zip(&options.cpus).enumerate() {
+    for (index, cpu) in options.cpus.iter().enumerate() {
+        let mailboxes = mailboxes.clone();
         let me = ShardIndex(index as u16);
         let builder = LocalExecutorBuilder::new(Placement::Fixed(*cpu))
             .name(&format!("shard-{me}"))
@@ -205,10 +254,10 @@ where
             Error::new(ErrorKind::Environment, format!("executor of shard {me} on CPU {cpu} can't start: {error}"))
         };
         if let Some(main) = main.take() {
-            first = Some(builder.spawn(move || run_shard(me, shards, ends, main)).map_err(failed)?);
+            first = Some(builder.spawn(move || run_shard(me, shards, mailboxes, main)).map_err(failed)?);
         } else {
             let ended = |_: Rc<ShardContext>| std::future::pending::<()>();
-            others.push(builder.spawn(move || run_shard(me, shards, ends, ended)).map_err(failed)?);
+            others.push(builder.spawn(move || run_shard(me, shards, mailboxes, ended)).map_err(failed)?);
         }
     }
     let died = |error| Error::new(ErrorKind::Environment, format!("an executor died: {error}"));
@@ -219,72 +268,47 @@ where
     result.map(|result| result.expect("main was run to its end on shard 0"))
 }
 
-/// One shard's life. On shard 0 it ends when `main` does; elsewhere when shard 0 closes its channel.
-async fn run_shard<T: 'static, F, Fut>(me: ShardIndex, shards: u16, ends: Ends, main: F) -> Result<Option<T>>
+/// One shard's life. On shard 0 it ends when `main` does; elsewhere when shard 0 says that it sends no more.
+async fn run_shard<T: 'static, F, Fut>(
+    me: ShardIndex,
+    shards: u16,
+    mailboxes: Arc<[Mailbox]>,
+    main: F,
+) -> Result<Option<T>>
 where
     F: FnOnce(Rc<ShardContext>) -> Fut,
     Fut: Future<Output = T> + 'static,
 {
-    let ring =
-        Ring::start().map_err(|error| Error::from_io(error, format!("io_uring of shard {me} can't be set up")))?;
+    let ring = Ring::start_with(mailboxes[usize::from(me.0)].bell.clone())
+        .map_err(|error| Error::from_io(error, format!("io_uring of shard {me} can't be set up")))?;
     let shard = Rc::new(Shard::default());
-    let outgoing: BTreeMap<u16, Rc<Queue<Wire>>> =
-        (0..shards).filter(|to| *to != me.0).map(|to| (to, Rc::default())).collect();
     let mesh = Rc::new(ChannelMesh {
         me,
         shards,
         shard: shard.clone(),
-        outgoing: outgoing.clone(),
+        mailboxes,
         pending: RefCell::default(),
         jobs: RefCell::default(),
+        open_senders: RefCell::new((0..shards).map(ShardIndex).filter(|other| *other != me).collect()),
         next_id: Cell::new(0),
         hops: Cell::new(0),
     });
     let context = Rc::new(ShardContext { shard, mesh: mesh.clone(), env: Rc::new(GlommioEnv::new()) });
-
-    let mut receivers = Vec::new();
-    let mut senders = Vec::new();
-    for ((from, to), end) in ends.0 {
-        match end {
-            End::Sender(sender) => {
-                let (sender, queue) = (sender.connect().await, outgoing[&to].clone());
-                senders.push(glommio::spawn_local(async move {
-                    while let Some(wire) = queue.pop().await {
-                        if sender.send(wire).await.is_err() {
-                            break;
-                        }
-                    }
-                    sender.close();
-                }));
-            }
-            End::Receiver(receiver) => {
-                let (receiver, mesh, context) = (receiver.connect().await, mesh.clone(), context.clone());
-                receivers.push(glommio::spawn_local(async move {
-                    while let Some(wire) = receiver.recv().await {
-                        mesh.receive(&context, ShardIndex(from), wire);
-                    }
-                }));
-            }
-        }
-    }
-    let result = if me.0 == 0 { Some(main(context.clone()).await) } else { None };
-    if me.0 == 0 {
-        outgoing.values().for_each(|queue| queue.close());
-    } else {
-        // Shard 0's channel is the first: when it closes, the pool ends.
-        let mut receivers_iter = receivers.drain(..);
-        receivers_iter.next().expect("there is a channel from shard 0").await;
-        outgoing.values().for_each(|queue| queue.close());
-        for receiver in receivers_iter {
-            receiver.await;
-        }
-    }
-    for receiver in receivers {
+    let result = if me == COORDINATOR {
+        let (receiver_mesh, receiver_context, receiver_ring) = (mesh.clone(), context.clone(), ring.clone());
+        let receiver = glommio::spawn_local(async move {
+            receiver_mesh.receive_until(&receiver_context, &receiver_ring, <[ShardIndex]>::is_empty).await
+        });
+        let result = main(context.clone()).await;
+        mesh.close();
         receiver.await;
-    }
-    for sender in senders {
-        sender.await;
-    }
+        Some(result)
+    } else {
+        mesh.receive_until(&context, &ring, |open| !open.contains(&COORDINATOR)).await;
+        mesh.close();
+        mesh.receive_until(&context, &ring, <[ShardIndex]>::is_empty).await;
+        None
+    };
     ring.shutdown().await;
     Ok(result)
 }

@@ -103,7 +103,7 @@ impl MemoryVolume {
                     let state =
                         if holes[(piece.start() / 4096) as usize] { Allocation::HOLE } else { Allocation::DATA };
                     push_extent(&mut status.allocation, piece.len(), state);
-                    push_extent(&mut status.hydrated, piece.len(), (piece.start() / REGION) % 3 == 0);
+                    push_extent(&mut status.hydrated, piece.len(), (piece.start() / REGION).is_multiple_of(3));
                 }
                 Completion::Status(status)
             }
@@ -357,7 +357,7 @@ pub fn nbdsh(server: &Server, script: &str) {
         "uri = {:?}\nimport errno\n\
          def fails(number, call, *args, **kwargs):\n    \
              try:\n        call(*args, **kwargs)\n    \
-             except nbd.Error as error:\n        assert error.errnum == number, (error.errnum, number, error.string)\n        return\n    \
+             except nbd.Error as error:\n        assert number in (None, error.errnum), (error.errnum, number, error.string)\n        return\n    \
              raise AssertionError('should have failed: %r%r' % (call, args))\n",
         server.uri("disk")
     );

@@ -6,7 +6,7 @@
 use super::admit::Terms;
 use super::handshake::Contexts;
 use super::proto::{
-    AllocationFlags, ChunkFlags, CommandFlags, EXTENTS_PER_CHUNK_MAX, ErrorCode, RequestHeader, SimpleReply,
+    AllocationFlags, ChunkFlags, Command, CommandFlags, EXTENTS_PER_CHUNK_MAX, ErrorCode, RequestHeader, SimpleReply,
     StatusDescriptor, encode_block_status_chunk, encode_error_chunk, encode_none_chunk, encode_offset_data_head,
 };
 use crate::error::{Error, ErrorKind};
@@ -36,20 +36,27 @@ impl Outcome {
     /// What a volume's answer to `header` means for the client. A completion that does not fit the request is a
     /// broken volume: the client gets EIO, never wrong bytes.
     pub fn of(result: Result<Completion, Error>, header: &RequestHeader) -> Self {
-        match result {
-            Ok(Completion::Data(parts)) => {
+        let completion = match result {
+            Ok(completion) => completion,
+            Err(error) => return Self::Error { error: error_code(&error, header), message: error.to_string() },
+        };
+        match (header.command, completion) {
+            (Command::READ, Completion::Data(parts)) => {
                 let len: u64 = parts.iter().map(|part| part.len() as u64).sum();
                 if len != u64::from(header.len) {
                     return Self::broken(header, &format!("{len} bytes were read"));
                 }
                 Self::Data(parts)
             }
-            Ok(Completion::Status(status)) if status.allocation.is_empty() || status.hydrated.is_empty() => {
-                Self::broken(header, "no extents")
+            (Command::BLOCK_STATUS, Completion::Status(status)) => {
+                if !begins(&status.allocation) || !begins(&status.hydrated) {
+                    return Self::broken(header, "no extents");
+                }
+                Self::Status(status)
             }
-            Ok(Completion::Status(status)) => Self::Status(status),
-            Ok(Completion::Done) => Self::Done,
-            Err(error) => Self::Error { error: error_code(&error, header), message: error.to_string() },
+            (Command::READ | Command::BLOCK_STATUS, _) => Self::broken(header, "an answer without content"),
+            (_, Completion::Done) => Self::Done,
+            (_, Completion::Data(_) | Completion::Status(_)) => Self::broken(header, "an answer with content"),
         }
     }
 
@@ -59,6 +66,11 @@ impl Outcome {
         log::error!("nbd: {message}");
         Self::Error { error: ErrorCode::EIO, message }
     }
+}
+
+/// Whether there is a first extent, and it is not empty.
+fn begins<S>(extents: &[Extent<S>]) -> bool {
+    extents.first().is_some_and(|extent| extent.len > 0)
 }
 
 /// The protocol allows ENOTSUP only as the answer to a fast zero.

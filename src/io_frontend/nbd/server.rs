@@ -112,10 +112,11 @@ async fn handshake(
             }
             Step::Answer { consumed, send, next } => {
                 inbox.consume(consumed);
-                stream.send(vec![send.into()]).await.map_err(lost)?;
+                let sent = stream.send(vec![send.into()]).await.map_err(lost);
                 match next {
-                    Next::Continue => {}
-                    Next::Transmission(session) => return Ok(Some(session)),
+                    Next::Continue => sent?,
+                    Next::Transmission(session) => return sent.map(|()| Some(session)),
+                    // A client may close without waiting for the answer to its ABORT.
                     Next::Close => return Ok(None),
                 }
             }

@@ -1,0 +1,18 @@
+//! The real daemon, driven from outside with the clients and servers that people use.
+//!
+//! One binary, so that it is linked once. Each test makes what it needs in its own directories, and everything it
+//! started ends with it. A test whose tools are missing says so and passes, unless CI is set: then it fails.
+
+mod harness;
+
+mod clones;
+mod control;
+mod discard;
+mod load;
+mod metadata;
+mod refusals;
+mod restart;
+mod signals;
+mod source_faults;
+mod space;
+mod views;
