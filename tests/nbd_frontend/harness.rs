@@ -140,7 +140,7 @@ impl Volume for MemoryVolume {
                 *max = (*max).max(self.in_flight.get());
             }
             if !self.delay.is_zero() {
-                glommio::timer::sleep(self.delay).await;
+                Ring::current().sleep(self.delay).await;
             }
             self.in_flight.set(self.in_flight.get() - 1);
             self.apply(request)
@@ -191,7 +191,6 @@ impl Server {
         let thread = std::thread::spawn(move || {
             glommio::LocalExecutorBuilder::default()
                 .io_memory(1 << 20)
-                .preempt_timer(Duration::from_millis(1))
                 .make()
                 .unwrap()
                 .run(async move {
@@ -294,7 +293,7 @@ async fn accept_all(
     let (watch_latch, watch_listener) = (latch.clone(), listener.clone());
     let watcher = glommio::spawn_local(async move {
         while !stop.load(Ordering::SeqCst) {
-            glommio::timer::sleep(Duration::from_millis(2)).await;
+            Ring::current().sleep(Duration::from_millis(2)).await;
         }
         watch_latch.open();
         watch_listener.close();
