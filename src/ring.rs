@@ -27,6 +27,7 @@ use drive::Drive;
 pub use drive::{Bell, Sleep};
 
 mod drive;
+mod watch;
 
 /// Submission queue entries. More operations than this can be in flight: the queue is only passed through.
 const SQ_ENTRIES: u32 = 512;
@@ -142,6 +143,7 @@ impl Ring {
             }
             self.sleep(Duration::from_millis(1)).await;
         }
+        // Without a wait from here to the end of the executor's main task: nobody watches it any more.
         self.stopping.set(true);
         self.submit.notify();
         self.drive.stop();

@@ -15,6 +15,7 @@
 //! * Whoever rings the bell either finds the driver awake and about to look, or wakes it.
 
 use super::Ring;
+use super::watch::Watched;
 use crate::dma_buf::DmaBuf;
 use crate::local::{Notify, Semaphore};
 use std::cell::{Cell, RefCell};
@@ -35,29 +36,24 @@ const SLEEP_MAX: Duration = Duration::from_millis(500);
 const TASKS_OF_QUIET_ROUND: u64 = 3;
 /// Threads of [`Ring::blocking`] at a time; more jobs wait.
 const BLOCKING_THREADS_MAX: u64 = 4;
-/// glommio 0.9 sleeps in spite of runnable tasks, the driver among them, when its preemption timer fires between
-/// being armed and the first task, as happens when the thread loses its CPU just then. Whatever sleeps has a timer,
-/// so this bounds such a stall, instead of leaving it for ever.
-const HEARTBEAT: Duration = Duration::from_millis(5);
-
 /// Wakes a ring's executor from any thread.
 pub struct Bell {
     rung: AtomicBool,
-    /// The driver sleeps, or is about to look at `rung` for the last time before it does.
-    asleep: AtomicBool,
+    /// `asleep`: the driver sleeps, or is about to look at `rung` for the last time before it does.
+    watched: Arc<Watched>,
     event: OwnedFd,
 }
 
 impl Bell {
     pub fn new() -> io::Result<Arc<Bell>> {
-        Ok(Arc::new(Bell { rung: AtomicBool::new(false), asleep: AtomicBool::new(false), event: eventfd()? }))
+        Ok(Arc::new(Bell { rung: AtomicBool::new(false), watched: Arc::default(), event: eventfd()? }))
     }
 
     /// [`Ring::rung`] returns on the ring's executor, soon.
     pub fn ring(&self) {
         // Sequentially consistent, as in `sleep`: one of the two sees what the other has stored.
         self.rung.store(true, SeqCst);
-        if self.asleep.swap(false, SeqCst) {
+        if self.watched.asleep.swap(false, SeqCst) {
             signal(&self.event);
         }
     }
@@ -125,6 +121,7 @@ impl Drive {
     }
 
     pub fn stop(&self) {
+        self.bell.watched.end();
         self.probes.iter().for_each(Notify::notify);
         self.round_ended.notify();
     }
@@ -137,12 +134,16 @@ impl Ring {
         glommio::spawn_local(async move { ring.submit_task().await }).detach();
         let ring = self.clone();
         glommio::spawn_local(async move { ring.bell_task().await }).detach();
+        let watched = self.drive.bell.watched.clone();
+        watched.begin();
         let ring = self.clone();
-        glommio::spawn_local(async move {
-            while !ring.stopping.get() {
-                glommio::timer::sleep(HEARTBEAT).await;
+        glommio::spawn_local(std::future::poll_fn(move |cx| match ring.stopping.get() {
+            true => Poll::Ready(()),
+            false => {
+                watched.set_waker(cx.waker().clone());
+                Poll::Pending
             }
-        })
+        }))
         .detach();
         let lowest =
             glommio::executor().create_task_queue(glommio::Shares::Static(1), glommio::Latency::NotImportant, "ring");
@@ -183,6 +184,7 @@ impl Ring {
     async fn drive_task(self: Rc<Self>) {
         let mut found = true;
         while !self.stopping.get() {
+            self.drive.bell.watched.alive();
             // The count starts at zero again with every call.
             let executed = glommio::executor().executor_stats().tasks_executed();
             let woke = self.reap() > 0 || self.drive.deliver();
@@ -199,11 +201,11 @@ impl Ring {
     /// Sleeps until something completes, a timer is due or the bell rings; returns whether it woke anybody.
     fn sleep_in_ring(&self) -> bool {
         let bell = &self.drive.bell;
-        bell.asleep.store(true, SeqCst);
+        bell.watched.asleep.store(true, SeqCst);
         if !bell.rung.load(SeqCst) {
             self.wait(self.drive.sleep_max());
         }
-        bell.asleep.store(false, SeqCst);
+        bell.watched.asleep.store(false, SeqCst);
         let completed = self.reap() > 0;
         self.drive.deliver() || completed
     }

@@ -71,6 +71,7 @@ fn any_number_of_shards_works() {
 
 #[test]
 fn a_larger_destination_keeps_what_is_behind_the_clone() {
+    need!("nbdsh");
     let bench = Bench::new();
     let source = bench.random("source", 5 * MIB + 100);
     let destination = bench.filled("copy", 8 * MIB, 0xaa);
@@ -87,7 +88,7 @@ fn a_larger_destination_keeps_what_is_behind_the_clone() {
 
 #[test]
 fn loop_devices_of_both_block_sizes_are_sources_and_destinations() {
-    need!("loop", "losetup");
+    need!("loop", "losetup", "nbdsh");
     for block in [512, 4096] {
         let bench = Bench::new();
         let content = bench.random("source", 8 * MIB);

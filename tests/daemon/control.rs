@@ -108,6 +108,7 @@ fn bad_messages_are_refused_and_change_nothing() {
 
 #[test]
 fn status_is_for_people_and_for_machines() {
+    need!("nbdsh");
     let bench = Bench::new();
     let source = bench.random("source", 4 * MIB);
     let daemon = bench.clone_of(&source).args("--shards 2").start();
@@ -167,6 +168,7 @@ fn stop_drains_and_waits_for_the_end() {
 
 #[test]
 fn a_clone_may_exit_when_it_is_hydrated_and_the_last_client_is_gone() {
+    need!("nbdsh");
     let bench = Bench::new();
     let source = bench.random("source", 4 * MIB);
     // A client that connects before the clone is hydrated and stays after it.

@@ -11,7 +11,7 @@ const REGION: u64 = 64 * KIB;
 /// Here many copies are in flight each time, and regions are discarded and written behind them.
 #[test]
 fn a_write_after_a_discard_survives_the_copy_in_flight() {
-    need!("nbdkit");
+    need!("nbdkit", "nbdsh");
     let bench = Bench::new();
     let size = 16 * MIB;
     // All ways to bring a region in: by the background, a read, and CACHE.
@@ -100,7 +100,7 @@ wait(h, [c for _, c in waiting])
 
 #[test]
 fn trimmed_regions_are_not_copied_and_read_as_zeros_never_as_old_data() {
-    need!("nbdkit");
+    need!("nbdkit", "nbdsh");
     for passdown in ["", "--no-discard-passdown"] {
         let bench = Bench::new();
         // The last region is short.
@@ -144,6 +144,7 @@ h.flush()
 
 #[test]
 fn trims_of_hydrated_regions_free_space_unless_they_are_not_passed_down() {
+    need!("nbdsh");
     for (passdown, freed) in [("", true), ("--no-discard-passdown", false)] {
         let bench = Bench::new();
         let source = bench.random("source", 8 * MIB);
@@ -164,6 +165,7 @@ fn trims_of_hydrated_regions_free_space_unless_they_are_not_passed_down() {
 
 #[test]
 fn write_zeroes_moves_no_data_and_allocates_only_when_asked_to() {
+    need!("nbdsh");
     let bench = Bench::new();
     let source = bench.random("source", 32 * MIB);
     let daemon = bench.clone_of(&source).args("--no-hydration").start();
@@ -220,6 +222,7 @@ h.flush()
 
 #[test]
 fn a_fast_zero_that_would_be_slow_is_refused() {
+    need!("nbdsh");
     let bench = Bench::new();
     let source = bench.random("source", MIB);
     let daemon = bench.clone_of(&source).args("--no-hydration").start();
@@ -237,6 +240,7 @@ assert h.pread(4096, 4096) != bytes(4096)
 /// A region that is trimmed and then written in part shows zeros around it, wherever the old data would be.
 #[test]
 fn a_partial_write_into_a_trimmed_region_is_surrounded_by_zeros() {
+    need!("nbdsh");
     let bench = Bench::new();
     let source = bench.random("source", MIB);
     bench.filled("copy", MIB, 0xaa);

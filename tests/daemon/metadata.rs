@@ -9,6 +9,7 @@ fn meta(args: &[&str]) -> (i32, String) {
 
 #[test]
 fn dump_and_check_say_what_a_clone_is_like() {
+    need!("nbdsh");
     let bench = Bench::new();
     let source = bench.random("source", 8 * MIB);
     let daemon = bench.clone_of(&source).args("--no-hydration").start();

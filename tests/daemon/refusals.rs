@@ -71,7 +71,7 @@ fn files_that_may_not_be_read_or_written() {
     let bench = Bench::new();
     let source = bench.random("source", MIB);
     let secret = bench.random("secret", MIB);
-    fs::set_permissions(&secret, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o000)).unwrap();
     let checked = |command: CloneCommand, words: &[&str]| {
         let line = command.unprivileged().refused(words);
         assert!(!bench.copy().exists() && !bench.meta().exists(), "{line}");
@@ -141,6 +141,7 @@ fn a_destination_or_metadata_that_holds_something() {
 
 #[test]
 fn metadata_of_another_clone() {
+    need!("nbdsh");
     let bench = Bench::new();
     let command = used(&bench, "");
     let other = bench.filled("other", 2 * MIB, 7);
@@ -166,6 +167,7 @@ fn metadata_of_another_clone() {
 
 #[test]
 fn metadata_of_another_region_size() {
+    need!("nbdsh");
     let bench = Bench::new();
     let command = used(&bench, "");
     refused(&bench, &command.clone().args("--region-size 4KiB"), &["metadata", "regions of 64KiB", "4KiB was given"]);
@@ -178,6 +180,7 @@ fn metadata_of_another_region_size() {
 /// Every byte of the metadata matters: whichever is changed, it is noticed. (The unit tests try all of them.)
 #[test]
 fn damaged_metadata_are_refused_naming_the_sector() {
+    need!("nbdsh");
     let bench = Bench::new();
     let command = used(&bench, "");
     let good = fs::read(bench.meta()).unwrap();
@@ -220,6 +223,7 @@ fn damaged_metadata_are_refused_naming_the_sector() {
 
 #[test]
 fn metadata_of_an_unknown_version() {
+    need!("nbdsh");
     let bench = Bench::new();
     let command = used(&bench, "");
     let mut bytes = fs::read(bench.meta()).unwrap();
@@ -283,6 +287,7 @@ fn mounted_and_held_block_devices() {
 
 #[test]
 fn a_changed_source() {
+    need!("nbdsh");
     let bench = Bench::new();
     let command = used(&bench, "");
     let source = bench.path("source");
@@ -386,6 +391,7 @@ fn bad_words_on_the_command_line() {
 
 #[test]
 fn a_dry_run_says_what_would_be_done_and_changes_nothing() {
+    need!("nbdsh");
     let bench = Bench::new();
     let source = bench.random("source", MIB);
     let before = checksums(bench.dir());

@@ -74,6 +74,7 @@ fn killed_under_load_every_block_is_old_or_new() {
 
 #[test]
 fn what_one_connection_wrote_another_one_flushes() {
+    need!("nbdsh");
     let bench = Bench::new();
     let source = mixed_source(&bench, 3 * ZONE);
     let expected = kept(&bench, &source);
@@ -95,6 +96,7 @@ for i, at in enumerate(places):
     hs[i].pwrite(bytes([i + 1]) * 300_000, at)
 hs[6].flush()
 hs[5].pwrite(b"fua" * 10, 2 * {zone} - 15, flags=nbd.CMD_FLAG_FUA)
+hs[4].pwrite(b"fua" * 10, 50_000_001, flags=nbd.CMD_FLAG_FUA)
 os._exit(0)
 "#
         ),
@@ -105,6 +107,7 @@ os._exit(0)
         file.write_all_at(&vec![i as u8 + 1; 300_000], *at as u64).unwrap();
     }
     file.write_all_at(&b"fua".repeat(10), 2 * ZONE - 15).unwrap();
+    file.write_all_at(&b"fua".repeat(10), 50_000_001).unwrap();
     let daemon = bench.clone_of(&source).args("--shards 2").start();
     daemon.wait_hydrated();
     daemon.stop();

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 #[test]
 fn sigterm_and_sigint_end_it_in_order() {
+    need!("nbdsh");
     for signal in ["TERM", "INT"] {
         let bench = Bench::new();
         let source = bench.random("source", 4 * MIB);
@@ -27,6 +28,7 @@ fn sigterm_and_sigint_end_it_in_order() {
 
 #[test]
 fn a_client_that_stays_does_not_hold_up_the_end() {
+    need!("nbdsh");
     let bench = Bench::new();
     let source = bench.random("source", MIB);
     let daemon = bench.clone_of(&source).start();
@@ -46,7 +48,7 @@ fn a_client_that_stays_does_not_hold_up_the_end() {
 
 #[test]
 fn a_second_signal_ends_it_at_once() {
-    need!("nbdkit");
+    need!("nbdkit", "nbdsh");
     let bench = Bench::new();
     let server = Nbdkit::start(&bench, "pattern 16M");
     let mut daemon = bench.clone_of(server.uri()).args("--no-hydration --shards 2").start();
@@ -75,7 +77,7 @@ fn a_second_signal_ends_it_at_once() {
 
 #[test]
 fn a_source_that_hangs_does_not_hold_up_the_end_for_long() {
-    need!("nbdkit");
+    need!("nbdkit", "nbdsh");
     let bench = Bench::new();
     let server = Nbdkit::start(&bench, "--filter=delay pattern 16M rdelay=10ms");
     let mut daemon = bench.clone_of(server.uri()).args("--shards 2 --hydration-threshold 4").start();

@@ -20,7 +20,7 @@ fn failing(bench: &Bench, size: &str) -> (Nbdkit, std::path::PathBuf) {
 
 #[test]
 fn read_errors_reach_the_client_and_heal() {
-    need!("nbdkit");
+    need!("nbdkit", "nbdsh");
     let bench = Bench::new();
     let (server, broken) = failing(&bench, "4M");
     let daemon = bench.clone_of(server.uri()).args("--no-hydration").start();
@@ -86,7 +86,7 @@ fn hydration_counts_what_fails_and_finishes_when_the_source_is_well_again() {
 /// One bad sector keeps back its own region only, however large the batch that it was in.
 #[test]
 fn one_bad_sector_keeps_only_its_region_back() {
-    need!("nbdkit", "nbdsh");
+    need!("nbdkit", "nbdkit-plugin-python", "nbdsh");
     let bench = Bench::new();
     let script = bench.path("bad.py");
     fs::write(
@@ -135,7 +135,7 @@ def pread(h, buf, offset, flags):
 
 #[test]
 fn reads_wait_for_a_source_that_went_away_and_hydration_goes_on() {
-    need!("nbdkit");
+    need!("nbdkit", "nbdsh");
     // Several connections, and one for all shards.
     for filter in ["", "--filter=multi-conn "] {
         let mode = if filter.is_empty() { "" } else { " multi-conn-mode=disable" };
@@ -174,7 +174,7 @@ fn reads_wait_for_a_source_that_went_away_and_hydration_goes_on() {
 
 #[test]
 fn reads_fail_when_the_source_stays_away_too_long() {
-    need!("nbdkit");
+    need!("nbdkit", "nbdsh");
     let bench = Bench::new();
     let args = "pattern 4M";
     let mut server = Nbdkit::start(&bench, args);
@@ -197,7 +197,7 @@ fn reads_fail_when_the_source_stays_away_too_long() {
 
 #[test]
 fn a_source_that_comes_back_with_another_size_is_refused() {
-    need!("nbdkit");
+    need!("nbdkit", "nbdsh");
     let bench = Bench::new();
     let mut server = Nbdkit::start(&bench, "--filter=delay pattern 16M rdelay=10ms");
     let daemon = bench.clone_of(server.uri()).args("--hydration-threshold 1 --source-timeout 1 --shards 2").start();

@@ -4,7 +4,7 @@ use super::harness::*;
 
 #[test]
 fn block_status_draws_the_progress() {
-    need!("nbdinfo");
+    need!("nbdinfo", "nbdsh");
     let bench = Bench::new();
     let source = bench.random("source", 4 * MIB + 100);
     let daemon = bench.clone_of(&source).args("--no-hydration --shards 2").start();
@@ -36,7 +36,7 @@ fn block_status_draws_the_progress() {
 
 #[test]
 fn block_status_shows_holes_of_source_and_destination() {
-    need!("nbdinfo");
+    need!("nbdinfo", "nbdsh");
     let bench = Bench::new();
     let source = bench.random("source", 8 * MIB);
     run("fallocate", &["-p", "-o", "2MiB", "-l", "3MiB", source.to_str().unwrap()]);
@@ -55,7 +55,7 @@ fn block_status_shows_holes_of_source_and_destination() {
 
 #[test]
 fn cache_hydrates_ahead_of_the_background() {
-    need!("nbdkit");
+    need!("nbdkit", "nbdsh");
     let bench = Bench::new();
     let server = Nbdkit::start(&bench, "--filter=delay pattern 16M rdelay=5ms");
     let daemon = bench.clone_of(server.uri()).args("--no-hydration").start();
@@ -74,7 +74,7 @@ fn assert_same_part(bench: &Bench, start: usize, len: usize) {
 
 #[test]
 fn reads_of_unhydrated_regions_are_kept() {
-    need!("nbdkit");
+    need!("nbdkit", "nbdsh");
     let bench = Bench::new();
     let server = Nbdkit::start(&bench, "pattern 4M");
     let daemon = bench.clone_of(server.uri()).args("--no-hydration").start();
@@ -88,7 +88,7 @@ fn reads_of_unhydrated_regions_are_kept() {
 
 #[test]
 fn a_small_read_of_a_large_region_is_answered_first_and_its_region_comes_next() {
-    need!("nbdkit");
+    need!("nbdkit", "nbdsh");
     let bench = Bench::new();
     let server = Nbdkit::start(&bench, "--filter=delay pattern 64M rdelay=20ms");
     let daemon = bench.clone_of(server.uri()).args("--region-size 8MiB --hydration-threshold 1 --shards 1").start();
@@ -125,6 +125,7 @@ fn the_export_has_the_clones_name_and_the_empty_one() {
 
 #[test]
 fn requests_outside_of_the_device_are_refused_and_the_connection_lives() {
+    need!("nbdsh");
     let bench = Bench::new();
     let source = bench.random("source", MIB + 7);
     let daemon = bench.clone_of(&source).start();
@@ -148,6 +149,7 @@ assert len(h.pread(1, size - 1)) == 1
 
 #[test]
 fn tcp_serves_too() {
+    need!("nbdsh");
     let bench = Bench::new();
     let source = bench.random("source", MIB);
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -164,6 +166,7 @@ fn tcp_serves_too() {
 
 #[test]
 fn many_connections_are_served_at_a_time() {
+    need!("nbdsh");
     let bench = Bench::new();
     let source = bench.random("source", MIB);
     let daemon = bench.clone_of(&source).args("--shards 3").start();

@@ -18,6 +18,7 @@ pub fn have(what: &str) -> Result<(), String> {
     let found = match what {
         "root" => is_root(),
         "loop" => is_root() && Path::new("/dev/loop-control").exists(),
+        "nbdkit-plugin-python" => have("nbdkit").is_ok() && run_for_status("nbdkit", &["python", "--version"]).0 == 0,
         program => PATH.split(':').any(|dir| Path::new(dir).join(program).exists()),
     };
     if found { Ok(()) } else { Err(format!("needs {what}")) }
