@@ -28,7 +28,7 @@ const OPERATIONS: [(&str, u8); 10] = [
     ("SEND", opcode::Send::CODE),
     ("SENDMSG", opcode::SendMsg::CODE),
     ("ACCEPT", opcode::Accept::CODE),
-    ("TIMEOUT", opcode::Timeout::CODE),
+    ("TIMEOUT", opcode::Timeout::CODE), // glommio's own rings
     ("POLL_ADD", opcode::PollAdd::CODE),
 ];
 
@@ -40,6 +40,9 @@ pub fn check_io_uring() -> Result<()> {
         no_io_uring(e.raw_os_error().unwrap_or(0), disabled)
     };
     let ring = IoUring::new(TRIAL_ENTRIES).map_err(failed)?;
+    if !ring.params().is_feature_ext_arg() {
+        bail!(Environment, "the kernel's io_uring can't wait with a time limit: Linux 5.11 or later is needed");
+    }
     let mut probe = Probe::new();
     ring.submitter().register_probe(&mut probe).map_err(failed)?;
     check_operations(|code| probe.is_supported(code))
@@ -48,7 +51,7 @@ pub fn check_io_uring() -> Result<()> {
 fn check_operations(supported: impl Fn(u8) -> bool) -> Result<()> {
     let missing: Vec<&str> = OPERATIONS.iter().filter(|(_, code)| !supported(*code)).map(|(name, _)| *name).collect();
     if !missing.is_empty() {
-        bail!(Environment, "the kernel's io_uring lacks {}: Linux 5.8 or later is needed", missing.join(", "));
+        bail!(Environment, "the kernel's io_uring lacks {}: Linux 5.11 or later is needed", missing.join(", "));
     }
     Ok(())
 }
@@ -65,10 +68,10 @@ fn no_io_uring(errno: i32, disabled: u32) -> Error {
         (libc::EPERM | libc::EACCES, _) => "not permitted: a container's or service's seccomp profile or a security \
                                             module forbids the io_uring system calls, allow them there"
             .into(),
-        (libc::ENOSYS, _) => "the kernel does not have it, or a container's seccomp profile hides it: Linux 5.8 or \
+        (libc::ENOSYS, _) => "the kernel does not have it, or a container's seccomp profile hides it: Linux 5.11 or \
                               later with io_uring is needed"
             .into(),
-        (libc::EINVAL, _) => "the kernel's is too old: Linux 5.8 or later is needed".into(),
+        (libc::EINVAL, _) => "the kernel's is too old: Linux 5.11 or later is needed".into(),
         (libc::ENOMEM, _) => "no memory for it: raise the limit of locked memory (ulimit -l)".into(),
         _ => io::Error::from_raw_os_error(errno).to_string(),
     };

@@ -119,7 +119,7 @@ impl Ring {
         self.background
     }
 
-    /// The ring of this executor.
+    /// The ring of this executor, also after its shutdown.
     ///
     /// # Panics
     /// When [`Ring::start`] was not called on this thread.

@@ -23,9 +23,10 @@ use std::time::Duration;
 
 /// Memory that glommio registers for its own files, which the data path does not use. In bytes.
 const IO_MEMORY_BYTES: usize = 256 << 10;
-/// How long one task queue may run while others wait. Not much shorter: glommio then more often sleeps beside
-/// runnable tasks, see [`crate::ring`].
-const PREEMPT_TIMER: Duration = Duration::from_millis(5);
+/// How long one task queue may run while others wait: longer than any does, since what would keep it running comes
+/// from the ring, which is served when all queues are empty. Long, because a thread that loses its CPU for this time
+/// just when a turn begins is put to sleep by glommio beside runnable tasks; see [`crate::ring`].
+const PREEMPT_TIMER: Duration = Duration::from_secs(1);
 
 /// What a job returns, on its way back.
 type Outcome = Box<dyn Any + Send>;

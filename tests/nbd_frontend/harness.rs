@@ -140,7 +140,7 @@ impl Volume for MemoryVolume {
                 *max = (*max).max(self.in_flight.get());
             }
             if !self.delay.is_zero() {
-                glommio::timer::sleep(self.delay).await;
+                Ring::current().sleep(self.delay).await;
             }
             self.in_flight.set(self.in_flight.get() - 1);
             self.apply(request)
@@ -189,31 +189,26 @@ impl Server {
         let in_flight_max = Arc::new(Mutex::new(0));
         let shared = (log.clone(), Arc::clone(&ended), stop.clone(), in_flight_max.clone(), address.clone());
         let thread = std::thread::spawn(move || {
-            glommio::LocalExecutorBuilder::default()
-                .io_memory(1 << 20)
-                .preempt_timer(Duration::from_millis(1))
-                .make()
-                .unwrap()
-                .run(async move {
-                    let (log, ended, stop, in_flight_max, address) = shared;
-                    let ring = Ring::start().unwrap();
-                    let volume = Rc::new(MemoryVolume {
-                        data: RefCell::new(vec![0; setup.size as usize]),
-                        delay: setup.delay,
-                        log,
-                        holes: RefCell::new(vec![true; setup.size.div_ceil(4096) as usize]),
-                        in_flight: Cell::new(0),
-                        in_flight_max,
-                    });
-                    let stats = Rc::new(ConnectionStats::default());
-                    accept_all(bound.fd, address, volume.clone(), &setup, stats.clone(), stop, ended).await;
-                    assert_eq!((stats.connections.get(), stats.in_flight.get()), (0, 0));
-                    assert_eq!(volume.in_flight.get(), 0, "serve returned before its requests ended");
-                    assert_eq!(Rc::strong_count(&volume), 1, "a connection was not freed");
-                    ring.shutdown().await;
-                    drop(bound.guard);
-                    Totals { accepted: stats.accepted.get(), dropped: stats.dropped.get(), errors: stats.errors.get() }
-                })
+            glommio::LocalExecutorBuilder::default().io_memory(1 << 20).make().unwrap().run(async move {
+                let (log, ended, stop, in_flight_max, address) = shared;
+                let ring = Ring::start().unwrap();
+                let volume = Rc::new(MemoryVolume {
+                    data: RefCell::new(vec![0; setup.size as usize]),
+                    delay: setup.delay,
+                    log,
+                    holes: RefCell::new(vec![true; setup.size.div_ceil(4096) as usize]),
+                    in_flight: Cell::new(0),
+                    in_flight_max,
+                });
+                let stats = Rc::new(ConnectionStats::default());
+                accept_all(bound.fd, address, volume.clone(), &setup, stats.clone(), stop, ended).await;
+                assert_eq!((stats.connections.get(), stats.in_flight.get()), (0, 0));
+                assert_eq!(volume.in_flight.get(), 0, "serve returned before its requests ended");
+                assert_eq!(Rc::strong_count(&volume), 1, "a connection was not freed");
+                ring.shutdown().await;
+                drop(bound.guard);
+                Totals { accepted: stats.accepted.get(), dropped: stats.dropped.get(), errors: stats.errors.get() }
+            })
         });
         Self { address, log, ended, in_flight_max, stop, thread: Some(thread), _dir: dir }
     }
@@ -294,7 +289,7 @@ async fn accept_all(
     let (watch_latch, watch_listener) = (latch.clone(), listener.clone());
     let watcher = glommio::spawn_local(async move {
         while !stop.load(Ordering::SeqCst) {
-            glommio::timer::sleep(Duration::from_millis(2)).await;
+            Ring::current().sleep(Duration::from_millis(2)).await;
         }
         watch_latch.open();
         watch_listener.close();

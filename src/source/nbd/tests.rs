@@ -25,7 +25,6 @@ const TEST_TIME_MAX: Duration = Duration::from_secs(60);
 fn on_executor<F: Future<Output = ()> + 'static>(test: impl FnOnce(Rc<dyn Env>) -> F + Send + 'static) {
     LocalExecutorBuilder::default()
         .io_memory(256 << 10)
-        .preempt_timer(Duration::from_millis(1))
         .spawn(|| async move {
             let ring = Ring::start().unwrap();
             let env: Rc<dyn Env> = Rc::new(GlommioEnv::new());
