@@ -160,10 +160,10 @@ pub(super) fn lock_holder(dev: u64, ino: u64, exclusive_only: bool) -> Option<St
     })
 }
 
-/// Whether there are locks on the file, all of processes that have ended.
-pub(super) fn is_lock_of_the_gone(dev: u64, ino: u64) -> bool {
+/// Whether all processes that hold locks on the file have ended; `None` when nobody is seen to hold one.
+pub(super) fn are_lock_holders_gone(dev: u64, ino: u64) -> Option<bool> {
     let holders = lock_holders(dev, ino, false);
-    !holders.is_empty() && holders.into_iter().all(environment::is_gone)
+    (!holders.is_empty()).then(|| holders.into_iter().all(environment::is_gone))
 }
 
 /// The processes that hold locks on a file, as far as the table of the kernel has them.

@@ -23,7 +23,9 @@ const BLOCK_LOCK_PAUSE: Duration = Duration::from_millis(50);
 /// A process that was killed lets go of its files a moment after it is gone, when the kernel has ended what its
 /// io_uring had in flight. Whoever starts it again at once waits for that, at most so long...
 const GONE_WAIT_MAX: Duration = Duration::from_secs(10);
-/// ... and looks again after this.
+/// ... or so long for a lock that nobody is seen to have: it may have been let go of just now.
+const UNSEEN_WAIT_MAX: Duration = Duration::from_millis(200);
+/// Between two looks.
 const GONE_PAUSE: Duration = Duration::from_millis(10);
 /// Smallest logical block, in bytes.
 const BLOCK_MIN: u64 = 512;
@@ -132,11 +134,11 @@ pub fn set_size(device: &mut Device, size: u64) -> Result<()> {
 }
 
 fn open(role: Role, path: &Path, options: &OpenOptions) -> Result<File> {
-    let deadline = Instant::now() + GONE_WAIT_MAX;
+    let wait = WaitForTheGone::new();
     let opened = loop {
         match options.open(path) {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => match fs::metadata(path) {
-                Ok(stat) if may_wait_for_the_gone(&stat, deadline) => {}
+                Ok(stat) if wait.may_try_again(&stat) => {}
                 _ => break Err(e),
             },
             opened => break opened,
@@ -153,13 +155,29 @@ fn open(role: Role, path: &Path, options: &OpenOptions) -> Result<File> {
     })
 }
 
-/// Waits a little, and says so, when a lock on the file is left from a process that is gone.
-fn may_wait_for_the_gone(stat: &Metadata, deadline: Instant) -> bool {
-    let wait = Instant::now() < deadline && holders::is_lock_of_the_gone(stat.dev(), stat.ino());
-    if wait {
-        std::thread::sleep(GONE_PAUSE);
+/// A wait for a lock of a process that is gone.
+struct WaitForTheGone {
+    since: Instant,
+}
+
+impl WaitForTheGone {
+    fn new() -> Self {
+        Self { since: Instant::now() }
     }
-    wait
+
+    /// Waits a little; false when it is of no use: the lock is somebody's who lives, or this took too long.
+    fn may_try_again(&self, stat: &Metadata) -> bool {
+        let time_max = match holders::are_lock_holders_gone(stat.dev(), stat.ino()) {
+            Some(true) => GONE_WAIT_MAX,
+            Some(false) => return false,
+            None => UNSEEN_WAIT_MAX,
+        };
+        let may = self.since.elapsed() < time_max;
+        if may {
+            std::thread::sleep(GONE_PAUSE);
+        }
+        may
+    }
 }
 
 fn check_type(role: Role, path: &Path, stat: &Metadata) -> Result<()> {
@@ -195,12 +213,12 @@ fn check_writable_block(role: Role, path: &Path) -> Result<()> {
 fn lock(role: Role, path: &Path, file: &File, stat: &Metadata) -> Result<()> {
     let exclusive = role != Role::Source;
     let tries = if exclusive && stat.file_type().is_block_device() { BLOCK_LOCK_TRIES_MAX } else { 1 };
-    let deadline = Instant::now() + GONE_WAIT_MAX;
+    let wait = WaitForTheGone::new();
     let mut attempt = 1;
     let locked = loop {
         match sys::try_flock(file, exclusive) {
             Ok(true) => break true,
-            Ok(false) if may_wait_for_the_gone(stat, deadline) => {}
+            Ok(false) if wait.may_try_again(stat) => {}
             Ok(false) if attempt == tries => break false,
             Ok(false) => {
                 attempt += 1;

@@ -58,7 +58,8 @@ fn killed_under_load_every_block_is_old_or_new() {
                 "h = connect()\ntry:\n  while True:\n    h.pwrite(b'\\xee' * 4096, 4096 * random.randrange(4096))\nexcept nbd.Error: pass",
             )
         });
-        std::thread::sleep(std::time::Duration::from_millis(300 + 200 * round));
+        daemon.wait_status("writes", |status| status.io.writes > 100);
+        std::thread::sleep(std::time::Duration::from_millis(150 * round));
         daemon.kill9();
         writer.join().unwrap();
     }
