@@ -2,6 +2,9 @@
 //!
 //! The help texts are pinned by `tests/golden/help/`. Exit status: 0 done, 1 failed, 2 wrong usage.
 
+// The comments here are help texts: plain words, where [ and ] mean "optional".
+#![allow(rustdoc::broken_intra_doc_links)]
+
 use crate::config::{
     CloneName, NAME_LEN_MAX, OnHydrated, SHARDS_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT, SOURCE_TIMEOUT_SECONDS_MAX,
 };

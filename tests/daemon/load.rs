@@ -142,7 +142,7 @@ pub const ZONE: u64 = 30720 * 4096;
 /// of a large one.
 fn windows(size: u64) -> Vec<std::ops::Range<u64>> {
     if size <= ZONE {
-        return vec![0..size];
+        return std::iter::once(0..size).collect();
     }
     let borders = (0..=size / ZONE).map(|k| k * ZONE).chain([size]);
     borders.map(|at| at.saturating_sub(MIB)..size.min(at + MIB)).collect()
