@@ -126,7 +126,7 @@ fn paths(source: &Source) -> Vec<Vec<String>> {
 }
 
 /// Reads `a::b`, `a::{b, c::d}`; returns what is left.
-fn tree<'a>(text: &'a str, base: &[String], paths: &mut Vec<Vec<String>>) {
+fn tree(text: &str, base: &[String], paths: &mut Vec<Vec<String>>) {
     fn read<'a>(text: &'a str, base: &[String], paths: &mut Vec<Vec<String>>) -> &'a str {
         let text = text.trim_start();
         if let Some(mut inside) = text.strip_prefix('{') {
