@@ -41,6 +41,11 @@ impl Op {
     }
 }
 
+/// The errno that an operation is to fail with.
+type Fault = Box<dyn FnMut(&Op) -> Option<i32>>;
+/// Whether an operation is held up.
+type Gate = Box<dyn Fn(&Op) -> bool>;
+
 /// Content of a sector after one write.
 struct Version {
     seq: u64,
@@ -66,8 +71,8 @@ struct State {
     in_flight: BTreeMap<u64, Flight>,
     next: u64,
     log: Vec<(Duration, Op)>,
-    fault: Option<Box<dyn FnMut(&Op) -> Option<i32>>>,
-    gate: Option<Box<dyn Fn(&Op) -> bool>>,
+    fault: Option<Fault>,
+    gate: Option<Gate>,
     running: u64,
     running_max: u64,
 }

@@ -84,9 +84,6 @@ impl Sim {
     pub fn timers(&self) -> usize {
         self.0.timers.borrow().len()
     }
-    pub fn tasks(&self) -> usize {
-        self.0.tasks.borrow().len()
-    }
 
     pub fn spawn(&self, future: impl Future<Output = ()> + 'static) {
         let id = self.0.next_id.replace(self.0.next_id.get() + 1);

@@ -29,7 +29,6 @@ pub struct SimSource {
     pub refuses_allocation: Cell<bool>,
     bad: RefCell<Vec<ByteRange>>,
     reads: RefCell<Vec<ByteRange>>,
-    allocations: Cell<u64>,
     in_flight_bytes: Cell<u64>,
     in_flight_bytes_max: Cell<u64>,
 }
@@ -47,7 +46,6 @@ impl SimSource {
             refuses_allocation: Cell::new(false),
             bad: RefCell::default(),
             reads: RefCell::default(),
-            allocations: Cell::new(0),
             in_flight_bytes: Cell::new(0),
             in_flight_bytes_max: Cell::new(0),
         })
@@ -69,9 +67,6 @@ impl SimSource {
     }
     pub fn read_bytes(&self) -> u64 {
         self.reads.borrow().iter().map(|range| range.len()).sum()
-    }
-    pub fn allocations(&self) -> u64 {
-        self.allocations.get()
     }
     pub fn in_flight_bytes(&self) -> u64 {
         self.in_flight_bytes.get()
@@ -139,7 +134,6 @@ impl Source for SimSource {
 
     fn allocation(&self, range: ByteRange) -> LocalBoxFuture<'_, Result<Vec<Extent<Allocation>>>> {
         Box::pin(async move {
-            self.allocations.set(self.allocations.get() + 1);
             self.answer().await?;
             if self.refuses_allocation.get() {
                 return Err(Error::io(libc::EIO, format!("source: allocation of {range}")));

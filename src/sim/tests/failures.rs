@@ -2,7 +2,7 @@
 
 use super::super::clone::{Setup, SimClone};
 use super::super::disk::{Op, SimDisk};
-use super::{result, scenario, start};
+use super::{content, result, scenario, scenario_of, start};
 use crate::clone_state::Mode;
 use crate::error::ErrorKind;
 use crate::io_frontend::request::RequestFlags;
@@ -143,7 +143,7 @@ fn a_source_that_works_again_heals_by_itself() {
 fn a_lost_source_pauses_hydration_and_its_return_resumes_it() {
     for wakes in [true, false] {
         let setup = Setup { hydration: true, size: 640 * REGION, threshold: 8, ..setup() };
-        scenario(&setup, |clone| async move {
+        scenario_of(&setup, content(setup.size), 0..4, |clone| async move {
             clone.sim.sleep(Duration::from_millis(2)).await;
             clone.devices.source.lost.set(true);
             clone.sim.sleep(Duration::from_secs(60)).await;

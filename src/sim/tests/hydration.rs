@@ -121,7 +121,7 @@ fn zeros_that_the_source_does_not_tell_of_are_not_written() {
 #[test]
 fn clients_do_not_starve_hydration() {
     for (depth, threshold) in [(1, AUTOMATIC), (8, AUTOMATIC), (1, 1), (8, 16)] {
-        scenario_of(&Setup { threshold, ..setup() }, content(256 * REGION), 0..3, |clone| async move {
+        scenario_of(&Setup { threshold, ..setup() }, content(256 * REGION), 0..1, |clone| async move {
             clone.cache(0, REGION).await.unwrap();
             for _ in 0..depth {
                 let other = clone.clone();

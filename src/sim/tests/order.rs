@@ -97,6 +97,44 @@ fn a_whole_region_write_survives_the_copy_in_flight() {
     }
 }
 
+/// A copy, or a read that is kept, holds its region until its write has completed, not only while it reads.
+#[test]
+fn a_write_waits_for_the_write_of_the_copy() {
+    for by_read in [false, true] {
+        let setup = Setup { size: 16 * REGION, hydration: !by_read, ..Setup::default() };
+        for seed in seeds(0..20) {
+            let _seed = Seed(seed);
+            let sim = Sim::new(seed);
+            let devices = Devices::new(&sim, &setup, content(setup.size));
+            devices.destination.set_gate(|op| op.is_change());
+            let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
+            sim.block_on(async {
+                if by_read {
+                    clone.read(2 * REGION, 2 * REGION).await.unwrap();
+                }
+                while devices.destination.changes() == 0 {
+                    sim.sleep(Duration::from_micros(100)).await;
+                }
+                let (other, at) = (clone.clone(), 3 * REGION + 512);
+                let write = start(&clone, async move {
+                    other.write(at, &[7; 1024]).await.unwrap();
+                    other.flush().await.unwrap();
+                });
+                sim.sleep(Duration::from_millis(50)).await;
+                assert_eq!(devices.destination.changes(), 1, "nothing overtakes the copy");
+                devices.destination.clear_gate();
+                result(&clone, &write).await;
+            });
+            let devices = devices.crash(&sim);
+            let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
+            let mut expected = content(setup.size)[3 * 4096..4 * 4096].to_vec();
+            expected[512..1536].fill(7);
+            assert_eq!(sim.block_on(clone.read(3 * REGION, REGION)).unwrap(), expected);
+            sim.kill_all();
+        }
+    }
+}
+
 #[test]
 fn a_read_that_is_kept_does_not_undo_an_overwrite() {
     let setup = Setup { size: 16 * REGION, ..Setup::default() };
