@@ -32,6 +32,8 @@ use std::time::{Duration, Instant};
 
 /// How often the daemon looks whether it is done, and samples the rate of hydration.
 const WATCH_INTERVAL: Duration = Duration::from_millis(200);
+/// Who asked how it goes within this time is watching: `--on-hydrated exit` gives them the time to see the end.
+const WATCHER_WINDOW: Duration = Duration::from_secs(2);
 /// How long the end waits for copies in flight, say from a source that does not answer.
 const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// `struct signalfd_siginfo` of signalfd(2).
@@ -135,6 +137,7 @@ async fn live(context: Rc<ShardContext>, config: CloneConfig, signals: OwnedFd) 
         clients: clients.clone(),
         rate: RefCell::default(),
         started: Instant::now(),
+        last_asked: Cell::new(None),
         stop: stop.clone(),
     });
     let server = Server::start(control_socket, Rc::new(Handle(steering.clone())), context.env.clone());
@@ -177,10 +180,16 @@ async fn watch(steering: Rc<Steering>, done: Rc<Cell<bool>>) {
     let env = steering.context.env.clone();
     let state = steering.clone.state.clone();
     let region_bytes = state.geometry.region_size().bytes();
+    let mut complete_since: Option<Instant> = None;
     while !done.get() {
         steering.rate.borrow_mut().sample(env.now(), state.hydrated() * region_bytes);
         let exits = steering.config.on_hydrated == OnHydrated::Exit;
-        if exits && state.is_complete() && steering.clients.connections() == 0 {
+        if state.is_complete() && complete_since.is_none() {
+            complete_since = Some(Instant::now());
+        }
+        let watched = steering.last_asked.get().is_some_and(|asked| asked.elapsed() < WATCHER_WINDOW);
+        let seen = complete_since.is_some_and(|since| !watched || since.elapsed() >= WATCHER_WINDOW);
+        if exits && seen && steering.clients.connections() == 0 {
             log::info!("clone '{}': hydrated, and the last client is gone: ending", state.name);
             steering.stop.notify();
             return;

@@ -20,7 +20,7 @@ use crate::shard::pool::ShardContext;
 use crate::shard::slice::SliceStats;
 use crate::shard::{Mesh, ShardReply, ShardRequest};
 use crate::units::ShardIndex;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Instant;
 
@@ -32,6 +32,8 @@ pub struct Steering {
     pub clients: Rc<Clients>,
     pub rate: RefCell<Rate>,
     pub started: Instant,
+    /// When somebody last asked how it goes.
+    pub last_asked: Cell<Option<Instant>>,
     pub stop: Rc<Notify>,
 }
 
@@ -188,6 +190,7 @@ pub struct Handle(pub Rc<Steering>);
 impl Controlled for Handle {
     fn status(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<Vec<Status>>> {
         let checked = name.map_or(Ok(()), |name| self.0.check_name(name));
+        self.0.last_asked.set(Some(Instant::now()));
         let steering = self.0.clone();
         Box::pin(async move {
             checked?;

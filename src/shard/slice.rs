@@ -10,7 +10,7 @@ use super::inflight::Hold;
 use super::locks::Locks;
 use super::plan::{ChangeRoute, ReadRoute, Runs, plan_change, plan_read};
 use super::{COORDINATOR, Mesh, ShardReply, ShardRequest};
-use crate::clone_state::CloneState;
+use crate::clone_state::{CloneState, Mode};
 use crate::disk::{Disk, EXTENTS_MAX, ZeroFlags};
 use crate::dma_buf::DmaBuf;
 use crate::env::Env;
@@ -384,7 +384,7 @@ impl CloneSlice {
             match (change, direct) {
                 (Change::Data(data), true) => {
                     self.state.check_mode(true)?;
-                    self.write_destination(range, data, true).await?;
+                    self.write_durably(range, data).await?;
                     return Ok(Completion::Done);
                 }
                 (change, _) => self.change_destination(range, change).await?,
@@ -459,6 +459,16 @@ impl CloneSlice {
         let block = u64::from(info.block);
         let end = if range.end() == info.size { info.size } else { range.end() / block * block };
         ByteRange::between(range.start().next_multiple_of(block), end)
+    }
+
+    /// A write of hydrated bytes that is durable when it returns. A write that fails is its client's affair; but when
+    /// only its flush failed, writes that were acknowledged before it may be lost too, as after any failed flush.
+    async fn write_durably(&self, range: ByteRange, data: Bytes) -> Result<()> {
+        let Err(error) = self.write_destination(range, data.clone(), true).await else { return Ok(()) };
+        if self.write_destination(range, data, false).await.is_ok() {
+            self.state.degrade(Mode::ReadOnly, &error);
+        }
+        Err(error)
     }
 
     async fn write_destination(&self, range: ByteRange, data: Bytes, fua: bool) -> Result<()> {

@@ -151,6 +151,20 @@ fn watch_ends_when_the_clone_is_hydrated() {
 }
 
 #[test]
+fn watch_sees_the_end_of_a_clone_that_exits_when_hydrated() {
+    need!("nbdkit");
+    let bench = Bench::new();
+    let server = slow(&bench);
+    let mut daemon = bench.clone_of(server.uri()).args("--hydration-threshold 8 --on-hydrated exit").start();
+    let mut watch = daemon.hydrant(&["status", "vm", "--watch"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut text = String::new();
+    watch.stdout.take().unwrap().read_to_string(&mut text).unwrap();
+    assert!(watch.wait().unwrap().success(), "{text}");
+    let (status, log) = daemon.end_within(Duration::from_secs(10));
+    assert!(status.success(), "{log}");
+}
+
+#[test]
 fn stop_drains_and_waits_for_the_end() {
     need!("nbdkit");
     let bench = Bench::new();

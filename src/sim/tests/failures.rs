@@ -249,3 +249,20 @@ fn a_request_that_is_dropped_is_not_counted_for_ever() {
         assert_eq!((clone.state.hydrating(), clone.stats().in_flight), (0, 0));
     });
 }
+
+/// A direct FUA write whose data is written but not flushed has lost a flush like any other: writes acknowledged
+/// before it may be gone with it. One that can't be written at all is its client's affair alone.
+#[test]
+fn a_fua_write_that_fails_in_its_flush_makes_read_only() {
+    scenario(&setup(), |clone| async move {
+        clone.write_flags(0, &[1; 4096], RequestFlags::FUA).await.unwrap();
+        fail(&clone.devices.destination, Op::is_change);
+        assert!(clone.write_flags(0, &[2; 512], RequestFlags::FUA).await.is_err());
+        assert_eq!(clone.state.mode(), Mode::ReadWrite);
+        fail(&clone.devices.destination, |op| matches!(op, Op::Write { fua: true, .. }));
+        assert!(clone.write_flags(0, &[3; 512], RequestFlags::FUA).await.is_err());
+        assert_eq!(clone.state.mode(), Mode::ReadOnly);
+        clone.devices.destination.clear_fault();
+        assert!(clone.flush().await.is_err());
+    });
+}
