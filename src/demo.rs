@@ -1,7 +1,7 @@
 //! `hydrant demo`: the main job on an embedded default, with a verdict that was really checked.
 //!
-//! An image is made ([`place`]), a real daemon clones it ([`daemon`]), clients read and write all the while
-//! ([`load`], [`nbd_client`]), and at the end every byte of the destination is compared with what it must be
+//! An image is made (`place`), a real daemon clones it (`daemon`), clients read and write all the while
+//! (`load`, `nbd_client`), and at the end every byte of the destination is compared with what it must be
 //! ([`content`]). It trusts nothing that the daemon says: not its status, not its exit status.
 
 pub mod content;

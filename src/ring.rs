@@ -3,7 +3,7 @@
 //! glommio drives the executor; this ring carries disk and socket I/O with our own buffers, flags (`RWF_DSYNC`)
 //! and operations (`FALLOCATE` with any mode) that glommio's files do not offer, at a fraction of their cost per
 //! operation. One task submits what a scheduler turn has queued with a single system call, another waits in the
-//! ring for completions when nothing else can run: [`drive`] has the rules.
+//! ring for completions when nothing else can run: `drive` has the rules.
 //!
 //! Invariants:
 //! * An operation owns what the kernel may touch (buffers, `msghdr`, the file) until its completion has been
