@@ -19,7 +19,7 @@ pub const CONNECTIONS_MAX: u64 = 1024;
 /// Pause after accept failed for want of something (descriptors, memory).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long a stop waits for connections to drain.
-const DRAIN_MAX: Duration = Duration::from_secs(30);
+const DRAIN_MAX: Duration = Duration::from_secs(10);
 
 /// What one shard offers to the connections that it serves.
 #[derive(Default)]
