@@ -78,8 +78,6 @@ Examples:
   Check everything, change nothing:
       hydrant clone --dry-run ...")]
 pub struct CloneArgs {
-    // Doc comments here are the help texts: `[:PORT]` is no link.
-    #[allow(rustdoc::broken_intra_doc_links)]
     /// What to clone: a file, a block device or an NBD URI; never written
     ///
     /// NBD URIs are nbd://HOST[:PORT]/EXPORT and nbd+unix:///EXPORT?socket=PATH (port 10809 when none is given). A server
