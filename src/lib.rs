@@ -35,6 +35,7 @@ pub mod net;
 pub mod ring;
 pub mod runtime_dir;
 pub mod shard;
+pub mod signatures;
 #[cfg(test)]
 mod sim;
 pub mod source;

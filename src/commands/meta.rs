@@ -6,7 +6,8 @@
 use crate::bail;
 use crate::error::{Error, ErrorKind, Result};
 use crate::meta::check::{Finding, HydratedRuns, Report, Summary, check as check_image};
-use crate::meta::codec::{BLOCK_SIZE, Block, FORMAT_VERSION, SUPERBLOCK_COPIES, Superblock, identify};
+use crate::meta::codec::{BLOCK_SIZE, Block, FORMAT_VERSION, SUPERBLOCK_COPIES, Superblock};
+use crate::signatures::identify;
 use crate::units::ByteSize;
 use serde_json::{Map, Value, json};
 use std::fs::{File, OpenOptions};

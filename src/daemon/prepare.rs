@@ -6,7 +6,7 @@ use crate::devices::{self, Device, DeviceKind, Place, Role, Target};
 use crate::disk::Disk;
 use crate::disk::ring::{DiskParts, RingDisk};
 use crate::error::{Error, ErrorKind, Result};
-use crate::meta::codec::{CloneState, SUPERBLOCK_MAGIC, SourceFingerprint, geometry_for, metadata_size_needed};
+use crate::meta::codec::{CloneState, SourceFingerprint, geometry_for, metadata_size_needed};
 use crate::meta::commit::{Expected, Mismatch, Recovered, Recovery, mismatch_error, mismatches};
 use crate::meta::store::{Opened, Store, probe};
 use crate::shard::pool::ShardContext;
@@ -223,7 +223,7 @@ fn check_new(config: &CloneConfig, geometry: &Geometry, destination: &Target, me
 }
 
 fn refuse_contents(config: &CloneConfig, device: &Device) -> Result<()> {
-    let Some(what) = devices::contents(device, &SUPERBLOCK_MAGIC)? else { return Ok(()) };
+    let Some(what) = devices::contents(device)? else { return Ok(()) };
     if config.force {
         log::warn!("{} holds {what}: overwriting it, as --force says", device.label());
         return Ok(());

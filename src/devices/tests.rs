@@ -10,7 +10,6 @@ use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::process::Command;
 use tempfile::TempDir;
 
-const MAGIC: &[u8; 8] = b"hydrantM";
 const MIB: u64 = 1 << 20;
 
 fn file(directory: &TempDir, name: &str, size: u64) -> PathBuf {
@@ -221,7 +220,7 @@ fn create_and_size() {
     let stat = fs::metadata(&path).unwrap();
     assert_eq!((stat.len(), stat.mode() & 0o777, stat.blocks()), (5 * MIB + 1, 0o600, 0));
     assert_eq!(created.size, 5 * MIB + 1);
-    assert_eq!(contents(&created, MAGIC).unwrap(), None);
+    assert_eq!(contents(&created).unwrap(), None);
     refused(open_target(Role::Metadata, &path), ErrorKind::InUse, &["metadata", "locked by this process"]);
     refused(create(Role::Destination, &path, 1), ErrorKind::InUse, &["can't be created", "it exists by now"]);
     assert_eq!(fs::metadata(&path).unwrap().len(), 5 * MIB + 1);
@@ -231,7 +230,7 @@ fn create_and_size() {
     let empty = file(&directory, "empty", 0);
     let mut device = existing(Role::Metadata, &empty);
     assert_eq!(device.size, 0);
-    assert_eq!(contents(&device, MAGIC).unwrap(), None);
+    assert_eq!(contents(&device).unwrap(), None);
     set_size(&mut device, 3 * MIB).unwrap();
     assert_eq!((device.size, fs::metadata(&empty).unwrap().len()), (3 * MIB, 3 * MIB));
     refused(set_size(&mut device, 4 * MIB), ErrorKind::TooSmall, &["it is not empty"]);
@@ -355,7 +354,7 @@ fn contents_of_files() {
         let file = File::create(&path).unwrap();
         file.set_len(size).unwrap();
         file.write_all_at(bytes, offset).unwrap();
-        contents(&open_source(&path).unwrap(), MAGIC).unwrap()
+        contents(&open_source(&path).unwrap()).unwrap()
     };
     let is = |expected: &str, bytes: &[u8], offset: u64| {
         assert_eq!(holds(bytes, offset, MIB + 1).as_deref(), Some(expected));
@@ -365,7 +364,7 @@ fn contents_of_files() {
     is("data at offset 0", b"x", 0);
     is("data at offset 1048576", b"x", MIB);
     is("data at offset 77777", b"x", 77777);
-    is("hydrant metadata", MAGIC, 0);
+    is("hydrant metadata", &crate::meta::codec::SUPERBLOCK_MAGIC, 0);
     is("dm-clone metadata", &0x8af2_7f64u64.to_le_bytes(), 32);
     is("an xfs file system", b"XFSB", 0);
     is("a LUKS volume", b"LUKS\xba\xbe\0\x02", 0);
@@ -399,6 +398,6 @@ fn contents_of_files() {
             arguments.push("512M");
         }
         run(arguments[0], &arguments[1..]);
-        assert_eq!(contents(&open_source(&path).unwrap(), MAGIC).unwrap().as_deref(), Some(expected));
+        assert_eq!(contents(&open_source(&path).unwrap()).unwrap().as_deref(), Some(expected));
     }
 }

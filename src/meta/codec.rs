@@ -46,6 +46,7 @@
 
 use crate::bail;
 use crate::error::Result;
+use crate::signatures::identify;
 use crate::units::{ByteSize, Generation, Geometry, RegionIndex, RegionRange, RegionSize, ZoneIndex};
 use std::fmt;
 
@@ -313,32 +314,6 @@ impl<'a> UnverifiedSuperblock<'a> {
             created_unix_s: u64_at(block, CREATED_AT),
         })
     }
-}
-
-/// What the start of a device or file looks like, by the signatures that its makers document; `None` when it is
-/// none of those known here. `start` may have any length: 68 KiB are enough for all of them.
-pub fn identify(start: &[u8]) -> Option<&'static str> {
-    const SIGNATURES: [(usize, &[u8], &str); 16] = [
-        (0, &SUPERBLOCK_MAGIC, "hydrant metadata"),
-        (32, &0x8af2_7f64_u64.to_le_bytes(), "dm-clone metadata"),
-        (32, &27_022_010_u64.to_le_bytes(), "dm-thin metadata"),
-        (0, b"LUKS\xba\xbe", "a LUKS volume"),
-        (0, b"XFSB", "an xfs file system"),
-        (0, b"QFI\xfb", "a qcow2 image"),
-        (0, b"hsqs", "a squashfs image"),
-        (0, b"\x7fELF", "an ELF program"),
-        (3, b"NTFS    ", "an NTFS file system"),
-        (512, b"LABELONE", "an LVM physical volume"),
-        (1080, b"\x53\xef", "an ext2/ext3/ext4 file system"),
-        (4086, b"SWAPSPACE2", "swap space"),
-        (65600, b"_BHRfS_M", "a btrfs file system"),
-        (512, b"EFI PART", "a GPT partition table"),
-        (4096, b"EFI PART", "a GPT partition table"),
-        // Last: boot sectors of file systems carry it too.
-        (510, b"\x55\xaa", "a partition table or boot sector"),
-    ];
-    let found = SIGNATURES.iter().find(|(at, bytes, _)| start.get(*at..at + bytes.len()) == Some(*bytes));
-    found.map(|(_, _, name)| *name)
 }
 
 /// What is wrong with a bitmap sector.

@@ -10,7 +10,7 @@
 //! Error texts do not name the device: the caller knows its path and adds it (`Error::within`).
 
 use super::codec::{
-    BLOCK_SIZE, BadSector, Block, CloneState, SUPERBLOCK_COPIES, Superblock, UnverifiedSuperblock, ZoneCodec, identify,
+    BLOCK_SIZE, BadSector, Block, CloneState, SUPERBLOCK_COPIES, Superblock, UnverifiedSuperblock, ZoneCodec,
     metadata_size_needed, words_per_zone, zone_block,
 };
 use super::commit::{CopyFound, Recovered, Recovery, recover};
@@ -20,6 +20,7 @@ use crate::disk::Disk;
 use crate::dma_buf::DmaBuf;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::LocalBoxFuture;
+use crate::signatures::{SIGNATURES_END, identify};
 use crate::units::{ByteRange, ByteSize, Generation, ZoneIndex};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
@@ -32,8 +33,6 @@ use std::task::Poll;
 const BLOCKS_PER_IO_MAX: u64 = (1 << 20) / BLOCK_SIZE as u64;
 /// The most I/Os in flight; with [`BLOCKS_PER_IO_MAX`] it bounds the buffers to 16 MiB.
 const IO_IN_FLIGHT_MAX: usize = 16;
-/// How much of a device without our superblock is looked at to tell what it holds, in bytes.
-const IDENTIFY_BYTES: u64 = 68 << 10;
 
 /// The metadata of one clone, opened for commits. Lives on the coordinator shard.
 pub struct Store {
@@ -126,7 +125,7 @@ impl Drop for Operation<'_> {
 pub async fn probe(disk: &dyn Disk) -> Result<Recovery> {
     let verdict = recover([read_copy(disk, 0).await, read_copy(disk, 1).await]);
     if let Recovery::NeverFormatted = verdict
-        && let Some(range) = ByteRange::new(0, disk.info().size.min(IDENTIFY_BYTES))
+        && let Some(range) = ByteRange::new(0, disk.info().size.min(SIGNATURES_END))
         && let Some(what) = identify(&disk.read(range).await?)
     {
         return Ok(Recovery::Foreign(what));

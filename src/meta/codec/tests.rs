@@ -1,4 +1,5 @@
 use super::*;
+use crate::signatures::identify;
 use proptest::prelude::*;
 
 const GIB: u64 = 1 << 30;

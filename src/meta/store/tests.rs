@@ -331,7 +331,7 @@ fn other_content_and_sizes() {
     assert_eq!(open_error(vec![b'x'; 100]).0, ErrorKind::ForeignData);
     let mut ext4 = vec![0; 1 << 20];
     ext4[1080..1082].copy_from_slice(b"\x53\xef");
-    assert_eq!(open_error(ext4).1, "holds an ext2/ext3/ext4 file system, no metadata of hydrant");
+    assert_eq!(open_error(ext4).1, "holds an ext2 file system, no metadata of hydrant");
     let mut btrfs = vec![0; 1 << 20];
     btrfs[65600..65608].copy_from_slice(b"_BHRfS_M");
     assert_eq!(open_error(btrfs).1, "holds a btrfs file system, no metadata of hydrant");
