@@ -48,7 +48,7 @@ pub fn run(config: CloneConfig) -> Result<()> {
     let cpus = environment::available_cpus()?;
     let shards = config.shards.map_or(cpus.len().min(usize::from(crate::config::SHARDS_MAX)), usize::from);
     environment::check_memlock(shards as u16)?;
-    environment::raise_nofile()?;
+    environment::check_nofile(shards as u16)?;
     let signals = block_signals()?;
     abort_on_panic();
     let options = PoolOptions { cpus: cpus.iter().copied().cycle().take(shards).collect(), spin: Duration::ZERO };

@@ -18,6 +18,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::rc::Rc;
+use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -242,6 +243,9 @@ where
     let mut main = Some(main);
     let mut first = None;
     let mut others = Vec::new();
+    // Nothing is sent before every shard can receive: shard 0 would wait for ever for one that did not start.
+    let (ready, all_ready) = mpsc::channel();
+    let mut starts = Vec::new();
     for (index, cpu) in options.cpus.iter().enumerate() {
         let mailboxes = mailboxes.clone();
         let me = ShardIndex(index as u16);
@@ -254,26 +258,65 @@ where
         let failed = move |error: glommio::GlommioError<()>| {
             Error::new(ErrorKind::Environment, format!("executor of shard {me} on CPU {cpu} can't start: {error}"))
         };
+        let (start, started) = mpsc::channel();
+        starts.push(start);
+        let gate = Gate { ready: ready.clone(), started };
         if let Some(main) = main.take() {
-            first = Some(builder.spawn(move || run_shard(me, shards, mailboxes, main)).map_err(failed)?);
+            first = Some(builder.spawn(move || run_shard(me, shards, mailboxes, gate, main)).map_err(failed)?);
         } else {
             let ended = |_: Rc<ShardContext>| std::future::pending::<()>();
-            others.push(builder.spawn(move || run_shard(me, shards, mailboxes, ended)).map_err(failed)?);
+            others.push(builder.spawn(move || run_shard(me, shards, mailboxes, gate, ended)).map_err(failed)?);
         }
     }
-    let died = |error| Error::new(ErrorKind::Environment, format!("an executor died: {error}"));
-    let result = first.expect("there is a shard 0").join().map_err(died)?;
-    for other in others {
-        other.join().map_err(died)??;
+    drop(ready);
+    // A shard that fails drops its sender: the iteration ends early, and so do the shards that wait for the start.
+    if all_ready.iter().take(usize::from(shards)).count() == usize::from(shards) {
+        for start in &starts {
+            let _ = start.send(());
+        }
     }
-    result.map(|result| result.expect("main was run to its end on shard 0"))
+    drop(starts);
+    let died = |error: glommio::GlommioError<()>| {
+        let text = format!(
+            "an executor can't start: {error} (too little lockable memory or too few open files for {shards} shards? \
+             raise 'ulimit -l' and 'ulimit -n', or lower --shards)"
+        );
+        Error::new(ErrorKind::Environment, text)
+    };
+    let first = first.expect("there is a shard 0").join().map_err(died);
+    // All are waited for before any error is returned.
+    let others: Vec<_> = others.into_iter().map(|other| other.join().map_err(died)).collect();
+    let result = first??;
+    for other in others {
+        other??;
+    }
+    result.ok_or_else(|| Error::new(ErrorKind::Environment, "a shard did not start"))
 }
 
-/// One shard's life. On shard 0 it ends when `main` does; elsewhere when shard 0 says that it sends no more.
+/// Holds a shard back until all of them can receive.
+struct Gate {
+    /// Told when this shard can; dropped when it can't.
+    ready: mpsc::Sender<()>,
+    /// Answers when all can; disconnected when one can't.
+    started: mpsc::Receiver<()>,
+}
+
+impl Gate {
+    /// Whether all shards are there. Blocks the thread, on which nothing runs yet.
+    fn pass(self) -> bool {
+        let Gate { ready, started } = self;
+        let _ = ready.send(());
+        drop(ready);
+        started.recv().is_ok()
+    }
+}
+
+/// One shard's life, nothing when not all shards could start. On shard 0 it ends when `main` does; elsewhere when shard 0 says that it sends no more.
 async fn run_shard<T: 'static, F, Fut>(
     me: ShardIndex,
     shards: u16,
     mailboxes: Arc<[Mailbox]>,
+    gate: Gate,
     main: F,
 ) -> Result<Option<T>>
 where
@@ -282,6 +325,10 @@ where
 {
     let ring = Ring::start_with(mailboxes[usize::from(me.0)].bell.clone())
         .map_err(|error| Error::from_io(error, format!("io_uring of shard {me} can't be set up")))?;
+    if !gate.pass() {
+        ring.shutdown().await;
+        return Ok(None);
+    }
     let shard = Rc::new(Shard::default());
     let mesh = Rc::new(ChannelMesh {
         me,

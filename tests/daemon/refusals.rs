@@ -357,6 +357,20 @@ fn too_little_locked_memory() {
     assert_eq!(checksums(bench.dir()), before);
 }
 
+/// Too few once meant, by their number: a hang, an abort, or an error after files had been made.
+#[test]
+fn too_few_open_files_for_the_shards() {
+    need!("root", "setpriv", "prlimit");
+    let bench = Bench::new();
+    let source = bench.random("source", MIB);
+    let before = checksums(bench.dir());
+    for limit in [16, 24, 32, 50, 62, 95] {
+        let command = bench.clone_of(&source).args("--shards 4").limit(&format!("--nofile={limit}:{limit}"));
+        command.refused(&["may open", "4 shards need 96", "ulimit -n"]);
+        assert_eq!(checksums(bench.dir()), before, "{limit} descriptors");
+    }
+}
+
 #[test]
 fn no_io_uring() {
     need!("python3");
