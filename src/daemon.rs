@@ -34,8 +34,10 @@ use std::time::{Duration, Instant};
 const WATCH_INTERVAL: Duration = Duration::from_millis(200);
 /// Who asked how it goes within this time is watching: `--on-hydrated exit` gives them the time to see the end.
 const WATCHER_WINDOW: Duration = Duration::from_secs(2);
-/// How long the end waits for copies in flight, say from a source that does not answer.
+/// How long the end waits for requests and copies in flight, say from a source that does not answer.
 const DRAIN_MAX: Duration = Duration::from_secs(10);
+/// The part of that which copies get in any case.
+const DRAIN_MIN: Duration = Duration::from_secs(1);
 /// `struct signalfd_siginfo` of signalfd(2).
 const SIGINFO_BYTES: usize = 128;
 /// Exit status of a process that a second signal ended: 128 + SIGINT, as shells have it.
@@ -152,8 +154,9 @@ async fn live(context: Rc<ShardContext>, config: CloneConfig, signals: OwnedFd) 
     stop.notified().await;
     done.set(true);
 
-    clients.stop(&context).await;
-    let result = end(&context, &clone).await;
+    let deadline = context.env.now() + DRAIN_MAX;
+    clients.stop(&context, deadline).await;
+    let result = end(&context, &clone, deadline).await;
     server.close().await;
     result
 }
@@ -199,7 +202,7 @@ async fn watch(steering: Rc<Steering>, done: Rc<Cell<bool>>) {
 }
 
 /// Drains hydration and commits.
-async fn end(context: &Rc<ShardContext>, clone: &ActiveClone) -> Result<()> {
+async fn end(context: &Rc<ShardContext>, clone: &ActiveClone, deadline: Duration) -> Result<()> {
     let state = &clone.state;
     state.set_stopping();
     let drained = Rc::new(Cell::new(0));
@@ -213,7 +216,8 @@ async fn end(context: &Rc<ShardContext>, clone: &ActiveClone) -> Result<()> {
             drained.set(drained.get() + 1);
         }));
     }
-    let deadline = context.env.now() + DRAIN_MAX;
+    // However long clients took: what only needs a moment gets it.
+    let deadline = deadline.max(context.env.now() + DRAIN_MIN);
     while drained.get() < context.mesh.shards() && context.env.now() < deadline {
         context.env.sleep(Duration::from_millis(2)).await;
     }

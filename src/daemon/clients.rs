@@ -18,8 +18,6 @@ use std::time::Duration;
 pub const CONNECTIONS_MAX: u64 = 1024;
 /// Pause after accept failed for want of something (descriptors, memory).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// How long a stop waits for connections to drain.
-const DRAIN_MAX: Duration = Duration::from_secs(10);
 
 /// What one shard offers to the connections that it serves.
 #[derive(Default)]
@@ -128,8 +126,9 @@ impl Clients {
         }
     }
 
-    /// Stops listening, lets every connection finish what is in flight, and waits for that within limits.
-    pub async fn stop(&self, context: &Rc<ShardContext>) {
+    /// Stops listening, lets every connection finish what is in flight, and waits for that until `deadline` (a time of the
+    /// environment).
+    pub async fn stop(&self, context: &Rc<ShardContext>, deadline: Duration) {
         self.stopping.set(true);
         self.listener.close();
         self.guard.borrow_mut().take();
@@ -139,7 +138,6 @@ impl Clients {
             });
             opened.await;
         }
-        let deadline = context.env.now() + DRAIN_MAX;
         while self.connections() > 0 {
             if context.env.now() > deadline {
                 log::warn!("NBD {}: {} connections did not drain", self.address, self.connections());

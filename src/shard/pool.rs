@@ -323,8 +323,13 @@ where
     F: FnOnce(Rc<ShardContext>) -> Fut,
     Fut: Future<Output = T> + 'static,
 {
-    let ring = Ring::start_with(mailboxes[usize::from(me.0)].bell.clone())
-        .map_err(|error| Error::from_io(error, format!("io_uring of shard {me} can't be set up")))?;
+    let ring = Ring::start_with(mailboxes[usize::from(me.0)].bell.clone()).map_err(|error| {
+        let hint = match error.raw_os_error() {
+            Some(libc::ENOMEM) => " (too little lockable memory: raise 'ulimit -l', or lower --shards)",
+            _ => "",
+        };
+        Error::from_io(error, format!("io_uring of shard {me} can't be set up{hint}"))
+    })?;
     if !gate.pass() {
         ring.shutdown().await;
         return Ok(None);

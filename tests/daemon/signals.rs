@@ -77,7 +77,7 @@ fn a_second_signal_ends_it_at_once() {
 
 #[test]
 fn a_source_that_hangs_does_not_hold_up_the_end_for_long() {
-    need!("nbdkit", "nbdsh");
+    need!("nbdkit", "nbdsh", "qemu-io");
     let bench = Bench::new();
     let server = Nbdkit::start(&bench, "--filter=delay pattern 16M rdelay=10ms");
     let mut daemon = bench.clone_of(server.uri()).args("--shards 2 --hydration-threshold 4").start();
@@ -85,11 +85,20 @@ fn a_source_that_hangs_does_not_hold_up_the_end_for_long() {
     server.freeze(true);
     std::thread::sleep(Duration::from_millis(200));
     nbdsh(&daemon.uri(), "h = connect(); h.pwrite(b'w' * 65536, 15 << 20)");
+    // A client that waits for the source all the while.
+    let mut reader = std::process::Command::new("qemu-io")
+        .args(["-r", "-f", "raw", "-c", "read 12M 4k", &daemon.uri()])
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(300));
     let start = Instant::now();
     daemon.signal("TERM");
-    let (status, log) = daemon.end_within(Duration::from_secs(45));
+    let (status, log) = daemon.end_within(Duration::from_secs(25));
     assert!(status.success(), "{log}");
     eprintln!("it took {:?}", start.elapsed());
+    reader.wait().unwrap();
     server.freeze(false);
     let again = bench.clone_of(server.uri()).start();
     again.wait_hydrated();
