@@ -114,7 +114,16 @@ async fn live(context: Rc<ShardContext>, config: CloneConfig, signals: OwnedFd) 
     let stop: Rc<Notify> = Rc::default();
     context.env.spawn(Box::pin(watch_signals(signals, stop.clone())));
     let shards = context.mesh.shards();
-    let prepared = prepare::prepare(&context, &config, shards).await?;
+    // Nothing is changed on disk yet, so a stop just gives up: a source may be slow to answer.
+    let stopped = async {
+        stop.notified().await;
+        Ok(None)
+    };
+    let prepared = async { prepare::prepare(&context, &config, shards).await.map(Some) };
+    let Some(prepared) = futures_lite::future::or(prepared, stopped).await? else {
+        log::info!("clone '{}': stopped before it was started; nothing was changed", config.name);
+        return Ok(());
+    };
     for line in prepared.describe(&config) {
         match config.dry_run {
             true => println!("{line}"),

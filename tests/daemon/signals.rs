@@ -109,6 +109,22 @@ fn a_source_that_hangs_does_not_hold_up_the_end_for_long() {
 }
 
 #[test]
+fn a_stop_does_not_wait_for_a_source_that_does_not_answer_at_the_start() {
+    // It takes connections and says nothing.
+    let bench = Bench::new();
+    let path = bench.path("mute");
+    let _mute = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let uri = format!("nbd+unix:///?socket={}", path.display());
+    let mut daemon = bench.clone_of(uri).spawn();
+    std::thread::sleep(Duration::from_millis(500));
+    daemon.signal("TERM");
+    let (status, log) = daemon.end_within(Duration::from_secs(5));
+    assert!(status.success(), "{log}");
+    assert!(log.contains("nothing was changed"), "{log}");
+    assert!(!bench.copy().exists());
+}
+
+#[test]
 fn a_clone_that_was_stopped_before_it_ever_hydrated_starts_again() {
     let bench = Bench::new();
     let source = bench.random("source", MIB);
