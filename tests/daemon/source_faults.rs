@@ -188,6 +188,8 @@ fn reads_fail_when_the_source_stays_away_too_long() {
     let waited = start.elapsed();
     assert!((Duration::from_secs(1)..Duration::from_secs(8)).contains(&waited), "{waited:?}");
     server.again(args);
+    // The next try to reconnect may be further away than a read waits here.
+    daemon.wait_status("the source", |status| status.source.state == SourceState::Connected);
     nbdsh(&daemon.uri(), "h = connect(); assert h.pread(8, 8) == (8).to_bytes(8, 'big')");
     daemon.message("enable_hydration");
     daemon.wait_hydrated();
