@@ -1,6 +1,6 @@
 //! NBD clients: accepts connections on shard 0 and gives each to a shard in turn.
 
-use crate::io_frontend::nbd::listen::{Bound, NbdAddress, SocketFile, configure_accepted};
+use crate::io_frontend::nbd::listen::{Bound, NbdAddress, configure_accepted};
 use crate::io_frontend::nbd::{ConnectionStats, Exports, Limits, serve};
 use crate::io_frontend::request::{Volume, VolumeInfo};
 use crate::local::latch::Latch;
@@ -8,6 +8,7 @@ use crate::net::{Listener, Stream};
 use crate::shard::Mesh;
 use crate::shard::pool::ShardContext;
 use crate::units::ShardIndex;
+use crate::unix_socket::PathGuard;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -53,7 +54,7 @@ pub fn export(volume: Rc<dyn Volume>) {
 pub struct Clients {
     listener: Listener,
     pub address: NbdAddress,
-    guard: RefCell<Option<SocketFile>>,
+    guard: RefCell<Option<PathGuard>>,
     connections: Arc<AtomicU64>,
     stopping: Cell<bool>,
 }

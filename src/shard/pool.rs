@@ -311,7 +311,8 @@ impl Gate {
     }
 }
 
-/// One shard's life, nothing when not all shards could start. On shard 0 it ends when `main` does; elsewhere when shard 0 says that it sends no more.
+/// One shard's life, nothing when not all shards could start. On shard 0 it ends when `main` does; elsewhere when shard 0
+/// says that it sends no more.
 async fn run_shard<T: 'static, F, Fut>(
     me: ShardIndex,
     shards: u16,

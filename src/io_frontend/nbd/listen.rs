@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-pub use crate::unix_socket::PathGuard as SocketFile;
+use crate::unix_socket::PathGuard;
 
 #[cfg(test)]
 mod tests;
@@ -59,7 +59,7 @@ pub struct Bound {
     /// Where it really listens: the port is filled in when 0 was asked for.
     pub address: NbdAddress,
     /// Keep it as long as the socket is to be found.
-    pub guard: Option<SocketFile>,
+    pub guard: Option<PathGuard>,
 }
 
 /// Listens on `address`.
