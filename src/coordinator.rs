@@ -9,12 +9,14 @@
 //! Flushes that come while a commit runs share the next one. Without a flush there is a commit every second. After
 //! a failed flush or metadata write nothing is retried: the clone turns read-only.
 
+mod suspend;
+
 use crate::clone_state::{CloneState, Mode};
 use crate::disk::Disk;
 use crate::env::Env;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::LocalBoxFuture;
-use crate::local::{Notify, join_all, oneshot};
+use crate::local::{Notify, Permit, Semaphore, join_all, oneshot};
 use crate::meta::codec;
 use crate::meta::region_map::ZoneSnapshot;
 use crate::meta::store::Store;
@@ -24,6 +26,8 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
+
+pub use suspend::SUSPEND_TIME_MAX;
 
 /// Without a flush, metadata is committed this often (as dm-clone does).
 pub const COMMIT_INTERVAL: Duration = Duration::from_secs(1);
@@ -52,6 +56,9 @@ pub struct Coordinator {
     ended: Cell<bool>,
     generation: Cell<Generation>,
     stats: Cell<CommitStats>,
+    /// Suspending, resuming and growing: one at a time. Stopping takes it and keeps it.
+    turn: Rc<Semaphore>,
+    last_turn: RefCell<Option<Permit>>,
 }
 
 impl Coordinator {
@@ -76,6 +83,8 @@ impl Coordinator {
             ended: Cell::new(false),
             generation: Cell::new(generation),
             stats: Cell::default(),
+            turn: Semaphore::new(1),
+            last_turn: RefCell::default(),
         })
     }
 

@@ -191,7 +191,7 @@ async fn start_slices(context: &Rc<ShardContext>, clone: &ActiveClone) -> Result
 async fn watch(steering: Rc<Steering>, done: Rc<Cell<bool>>) {
     let env = steering.context.env.clone();
     let state = steering.clone.state.clone();
-    let region_bytes = state.geometry.region_size().bytes();
+    let region_bytes = state.geometry().region_size().bytes();
     let mut complete_since: Option<Instant> = None;
     while !done.get() {
         steering.rate.borrow_mut().sample(env.now(), state.hydrated() * region_bytes);
@@ -232,7 +232,7 @@ async fn end(context: &Rc<ShardContext>, clone: &ActiveClone, deadline: Duration
     }
     let committed = clone.coordinator.commit().await;
     clone.coordinator.end();
-    let (hydrated, regions) = (state.hydrated(), state.geometry.nr_regions());
+    let (hydrated, regions) = (state.hydrated(), state.geometry().nr_regions());
     match &committed {
         Ok(()) => log::info!("clone '{}': stopped, {hydrated} of {regions} regions hydrated", state.name),
         Err(_) => log::error!("clone '{}': stopped without its last commit", state.name),

@@ -6,6 +6,7 @@
 
 pub mod copy;
 pub mod dispatch;
+pub mod gate;
 pub mod hydrator;
 pub mod inflight;
 pub mod locks;
@@ -20,6 +21,7 @@ use crate::io_frontend::request::{Allocation, Completion, Extent, LocalBoxFuture
 use crate::meta::region_map::ZoneSnapshot;
 use crate::units::{ByteRange, CloneId, ShardIndex, ZoneIndex};
 
+use gate::Gate;
 use slice::{CloneSlice, SliceStats};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -70,8 +72,20 @@ pub enum ShardRequest {
     Stats {
         clone: CloneId,
     },
-    /// Stop hydrating and wait until nothing is in flight.
+    /// Wait until nothing is in flight. The clone is stopping or suspended, so nothing new begins.
     Drain {
+        clone: CloneId,
+    },
+    /// Let no client's request pass, and wait until those inside have ended.
+    Hold {
+        clone: CloneId,
+    },
+    /// Let clients' requests pass again, and hydrate.
+    Open {
+        clone: CloneId,
+    },
+    /// Fail the clients' requests that are held, and all later ones.
+    Shut {
         clone: CloneId,
     },
 }
@@ -100,6 +114,7 @@ pub trait Mesh {
 pub struct Shard {
     slices: RefCell<HashMap<CloneId, Rc<CloneSlice>>>,
     coordinators: RefCell<HashMap<CloneId, Rc<Coordinator>>>,
+    gates: RefCell<HashMap<CloneId, Rc<Gate>>>,
 }
 
 impl Shard {
@@ -111,8 +126,12 @@ impl Shard {
         let before = self.coordinators.borrow_mut().insert(clone, coordinator);
         assert!(before.is_none(), "a clone has one coordinator");
     }
-    /// Forgets a clone. What is in flight keeps its parts alive.
+    /// Forgets a clone. What is in flight keeps its parts alive; requests that are held fail.
     pub fn detach(&self, clone: CloneId) {
+        let gate = self.gates.borrow_mut().remove(&clone);
+        if let Some(gate) = gate {
+            gate.shut();
+        }
         self.slices.borrow_mut().remove(&clone);
         self.coordinators.borrow_mut().remove(&clone);
     }
@@ -120,6 +139,10 @@ impl Shard {
     pub fn slice(&self, clone: CloneId) -> Result<Rc<CloneSlice>> {
         let slice = self.slices.borrow().get(&clone).cloned();
         slice.ok_or_else(|| Error::new(ErrorKind::Shutdown, format!("clone {clone} is gone")))
+    }
+    /// What all frontends of this shard lead the clone's requests through. Made when it is first asked for.
+    pub fn gate(&self, clone: CloneId) -> Rc<Gate> {
+        self.gates.borrow_mut().entry(clone).or_default().clone()
     }
     pub fn coordinator(&self, clone: CloneId) -> Result<Rc<Coordinator>> {
         let coordinator = self.coordinators.borrow().get(&clone).cloned();
@@ -158,6 +181,24 @@ impl Shard {
             ShardRequest::Stats { clone } => Ok(ShardReply::Stats(Box::new(self.slice(clone)?.stats()))),
             ShardRequest::Drain { clone } => {
                 self.slice(clone)?.drain().await;
+                Ok(ShardReply::Done)
+            }
+            ShardRequest::Hold { clone } => {
+                self.slice(clone)?;
+                let gate = self.gate(clone);
+                gate.close();
+                gate.emptied().await;
+                Ok(ShardReply::Done)
+            }
+            ShardRequest::Open { clone } => {
+                let slice = self.slice(clone)?;
+                self.gate(clone).open();
+                slice.wake();
+                Ok(ShardReply::Done)
+            }
+            ShardRequest::Shut { clone } => {
+                self.slice(clone)?;
+                self.gate(clone).shut();
                 Ok(ShardReply::Done)
             }
         }

@@ -58,7 +58,7 @@ impl Steering {
     async fn status_now(self: Rc<Self>) -> Result<Status> {
         let stats = self.stats().await?;
         let (state, config) = (self.state(), &self.config);
-        let geometry = &state.geometry;
+        let geometry = &state.geometry();
         let knobs = state.knobs();
         let source = self.source();
         let automatic_batch = automatic_batch_regions(geometry);

@@ -2,7 +2,11 @@
 //!
 //! A request that lies in zones of this shard takes no channel. One that crosses zones is cut, its pieces run at
 //! the same time, and it completes when all have; the first failure is its result.
+//!
+//! Every request passes the clone's gate first, and is inside until its end: see [`super::gate`]. What the clone is
+//! (its size above all) is looked at only inside.
 
+use super::gate::Gate;
 use super::{COORDINATOR, Mesh, Shard, ShardReply, ShardRequest};
 use crate::clone_state::CloneState;
 use crate::disk::EXTENTS_MAX;
@@ -22,6 +26,7 @@ const PIECES_AT_A_TIME: usize = 16;
 pub struct Dispatcher {
     state: Arc<CloneState>,
     shard: Rc<Shard>,
+    gate: Rc<Gate>,
     mesh: Rc<dyn Mesh>,
     preferred_block: u32,
 }
@@ -29,12 +34,13 @@ pub struct Dispatcher {
 impl Dispatcher {
     pub fn new(state: Arc<CloneState>, shard: Rc<Shard>, mesh: Rc<dyn Mesh>) -> Rc<Self> {
         // Preferred: what causes neither read-modify-write nor a copy larger than the request.
-        let preferred_block = state.geometry.region_size().bytes().clamp(4096, 1 << 20) as u32;
-        Rc::new(Self { state, shard, mesh, preferred_block })
+        let preferred_block = state.geometry().region_size().bytes().clamp(4096, 1 << 20) as u32;
+        let gate = shard.gate(state.id);
+        Rc::new(Self { state, shard, gate, mesh, preferred_block })
     }
 
     fn check(&self, range: ByteRange) -> Result<()> {
-        match self.state.geometry.whole().contains(range) {
+        match self.state.geometry().whole().contains(range) {
             true => Ok(()),
             false => {
                 let text = format!("clone '{}': {range} are outside the device", self.state.name);
@@ -54,7 +60,7 @@ impl Dispatcher {
     }
 
     fn pieces(&self, range: ByteRange) -> impl Iterator<Item = (ShardIndex, ByteRange)> + use<> {
-        let (geometry, shards) = (self.state.geometry, self.mesh.shards());
+        let (geometry, shards) = (self.state.geometry(), self.mesh.shards());
         geometry.split_at_zones(range).map(move |(zone, bytes)| (geometry.owner_of(zone, shards), bytes))
     }
 
@@ -186,12 +192,18 @@ impl Volume for Dispatcher {
     fn info(&self) -> VolumeInfo {
         VolumeInfo {
             name: self.state.name.clone(),
-            size: self.state.geometry.size(),
+            size: self.state.geometry().size(),
             preferred_block: self.preferred_block,
         }
     }
 
     fn submit(self: Rc<Self>, request: Request) -> LocalBoxFuture<'static, Result<Completion>> {
-        Box::pin(async move { self.dispatch(request).await })
+        Box::pin(async move {
+            let inside =
+                self.gate.enter().await.map_err(|error| error.within(format!("clone '{}'", self.state.name)))?;
+            let result = self.dispatch(request).await;
+            drop(inside);
+            result
+        })
     }
 }

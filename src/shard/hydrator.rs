@@ -90,7 +90,9 @@ impl CloneSlice {
                         self.notified_or_after(THRESHOLD_RETRY).await;
                         continue;
                     }
+                    self.launching.set(true);
                     self.launch(batch, &mut ahead).await;
+                    self.launching.set(false);
                 }
                 Next::WaitUntil(until) => self.notified_or_after(until.saturating_sub(now)).await,
                 Next::WaitForBatch => self.wake.notified().await,
@@ -109,7 +111,11 @@ impl CloneSlice {
     /// Whether copies may be started at all.
     fn may_hydrate(&self) -> bool {
         let knobs = self.state.knobs();
-        knobs.enabled && knobs.threshold > 0 && self.state.mode() == Mode::ReadWrite && !self.state.is_stopping()
+        knobs.enabled
+            && knobs.threshold > 0
+            && self.state.mode() == Mode::ReadWrite
+            && !self.state.is_stopping()
+            && !self.state.is_suspended()
     }
 
     async fn notified_or_after(&self, delay: Duration) {

@@ -5,7 +5,7 @@ use super::executor::Sim;
 use super::mesh::{Net, SimMesh};
 use super::source::SimSource;
 use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs};
-use crate::coordinator::Coordinator;
+use crate::coordinator::{Coordinator, SUSPEND_TIME_MAX};
 use crate::disk::Disk;
 use crate::env::Env;
 use crate::error::Result;
@@ -264,9 +264,20 @@ impl SimClone {
         }
     }
 
+    pub async fn suspend(&self) -> Result<()> {
+        self.coordinator.suspend(SUSPEND_TIME_MAX).await
+    }
+    pub async fn resume(&self) -> Result<()> {
+        self.coordinator.resume().await
+    }
+    /// Requests that are held, on all shards.
+    pub fn waiting(&self) -> u64 {
+        (0..self.net.shards()).map(|shard| self.net.shard(ShardIndex(shard)).gate(ID).waiting()).sum()
+    }
+
     /// As the daemon ends: drain, commit, detach.
     pub async fn stop(&self) -> Result<()> {
-        self.state.set_stopping();
+        self.coordinator.begin_stop().await;
         for shard in 0..self.net.shards() {
             self.meshes[0].call(ShardIndex(shard), ShardRequest::Drain { clone: ID }).await?;
         }
