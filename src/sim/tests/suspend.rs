@@ -21,13 +21,15 @@ fn operations(clone: &SimClone) -> usize {
 
 #[test]
 fn requests_are_held_and_go_on_after_resume() {
-    scenario(&setup(), |clone| async move {
+    let setup = Setup { threshold: 4, ..setup() };
+    scenario(&setup, |clone| async move {
         clone.devices.source.latency_us.set((5_000, 20_000));
         clone.write(0, &[1; 5000]).await.unwrap();
         clone.suspend().await.unwrap();
         clone.suspend().await.unwrap();
         let (before, source_reads) = (operations(&clone), clone.devices.source.reads().len());
         let hydrated = clone.state.hydrated();
+        assert!(hydrated < 60, "{hydrated}");
         assert!(!clone.state.is_dirty() && clone.state.hydrating() == 0);
         let (reader, writer, flusher) = (clone.clone(), clone.clone(), clone.clone());
         let read = start(&clone, async move { reader.read(0, 8192).await.unwrap() });
@@ -40,7 +42,7 @@ fn requests_are_held_and_go_on_after_resume() {
         clone.resume().await.unwrap();
         clone.resume().await.unwrap();
         let found = result(&clone, &read).await;
-        assert_eq!((&found[..5000], &found[5000..]), (&[1; 5000][..], &content(setup().size)[5000..8192]));
+        assert_eq!((&found[..5000], &found[5000..]), (&[1; 5000][..], &content(64 * REGION)[5000..8192]));
         result(&clone, &write).await;
         result(&clone, &flush).await;
         assert_eq!(clone.read(40 * REGION, 100).await.unwrap(), [2; 100]);
@@ -78,6 +80,32 @@ fn what_was_acknowledged_before_is_durable() {
         for i in acknowledged.borrow().iter() {
             assert_eq!(sim.block_on(clone.read(i * 3 * REGION + 100, 1000)).unwrap(), [7; 1000], "write {i}");
         }
+        sim.kill_all();
+    }
+}
+
+/// The last region is hydrated by what is in flight: completing the clone is part of suspending it.
+#[test]
+fn a_clone_that_completes_is_quiet_afterwards() {
+    for seed in seeds(0..300) {
+        let _seed = Seed(seed);
+        let sim = Sim::new(seed);
+        let setup = Setup { size: REGION, ..Setup::default() };
+        let devices = Devices::new(&sim, &setup, content(setup.size));
+        let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
+        sim.block_on(async {
+            let other = clone.clone();
+            let write = start(&clone, async move { other.write(0, &[7; 4096]).await.unwrap() });
+            sim.sleep(Duration::from_micros(sim.draw(|rng| rng.below(500)))).await;
+            clone.suspend().await.unwrap();
+            let seen = || (operations(&clone), clone.state.events().0, clone.coordinator.stats());
+            let before = seen();
+            sim.sleep(Duration::from_secs(2)).await;
+            assert_eq!(seen(), before);
+            clone.resume().await.unwrap();
+            result(&clone, &write).await;
+            clone.completed().await;
+        });
         sim.kill_all();
     }
 }
