@@ -3,7 +3,7 @@
 use super::{client_of, output_error};
 use crate::bail;
 use crate::cli::StatusArgs;
-use crate::control::api::{HydrationState, MetadataMode, Status};
+use crate::control::api::{CloneRunState, HydrationState, MetadataMode, Status};
 use crate::control::client::{self, Client};
 use crate::error::{Error, ErrorKind, Result};
 use crate::human::{count, duration, percent, rate, size};
@@ -80,6 +80,17 @@ fn find(args: &StatusArgs) -> Result<Vec<(Client, Status)>> {
     }
 }
 
+/// Of a clone that does not run.
+fn write_idle_text(text: &mut String, status: &Status) -> std::fmt::Result {
+    match &status.error {
+        Some(error) => writeln!(text, "{}: {}: {error}", status.name, status.state)?,
+        None => writeln!(text, "{}: {}", status.name, status.state)?,
+    }
+    writeln!(text, "  {:<12} {}", "source", status.source.spec)?;
+    writeln!(text, "  {:<12} {}", "destination", status.destination)?;
+    writeln!(text, "  {:<12} {}", "metadata", status.metadata.path)
+}
+
 /// For people.
 fn text_of(status: &Status) -> String {
     let mut text = String::new();
@@ -89,6 +100,9 @@ fn text_of(status: &Status) -> String {
 }
 
 fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
+    if matches!(status.state, CloneRunState::Starting | CloneRunState::Failed) {
+        return write_idle_text(text, status);
+    }
     let (hydration, io) = (&status.hydration, &status.io);
     writeln!(
         text,
@@ -325,6 +339,8 @@ mod tests {
     fn sample() -> Status {
         Status {
             name: "vm1".into(),
+            state: CloneRunState::Running,
+            error: None,
             size: 16 << 30,
             region_size: 64 << 10,
             nr_regions: 262144,
