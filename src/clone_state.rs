@@ -126,6 +126,19 @@ impl CloneState {
         self.geometry.with_size(self.size.load(Acquire)).expect("only the size of a geometry is ever set")
     }
 
+    /// The clone has grown. `new_regions`: it has regions that it did not have, none of them hydrated. Only while it is
+    /// suspended: nobody looks at the size and the count of regions together then.
+    pub fn set_grown(&self, geometry: Geometry, new_regions: bool) {
+        assert!(
+            geometry.size() >= self.geometry().size() && self.is_suspended(),
+            "a clone grows while it is suspended"
+        );
+        self.size.store(geometry.size(), Release);
+        if new_regions {
+            self.complete.store(false, Release);
+        }
+    }
+
     pub fn mode(&self) -> Mode {
         match self.mode.load(Acquire) {
             0 => Mode::ReadWrite,
@@ -200,7 +213,7 @@ impl CloneState {
         self.batch_size.store(regions, Release);
     }
 
-    /// Everything is hydrated and that is durable: source and maps were let go.
+    /// Everything is hydrated and that is durable: source and maps were let go. Over when the clone grows.
     pub fn is_complete(&self) -> bool {
         self.complete.load(Acquire)
     }

@@ -92,7 +92,7 @@ impl Coordinator {
         receiver.await.unwrap_or_else(|| Err(self.stopping()))
     }
 
-    fn stopping(&self) -> Error {
+    pub(super) fn stopping(&self) -> Error {
         Error::new(ErrorKind::Shutdown, format!("clone '{}' is stopping", self.state.name))
     }
 

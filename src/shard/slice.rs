@@ -7,6 +7,7 @@
 //! * A plan made before the bytes were held is made again after.
 
 mod changes;
+mod growth;
 mod reads;
 mod status;
 
@@ -118,7 +119,9 @@ pub struct CloneSlice {
     pub(super) launching: Cell<bool>,
     /// Commits that this slice has asked for by itself.
     commits_in_flight: Cell<u64>,
-    pub(super) counters: Counters,
+    /// The clone has grown: another slice is in this one's place.
+    pub(super) replaced: Cell<bool>,
+    pub(super) counters: Rc<Counters>,
     pub(super) failures: RefCell<crate::log_limit::LogLimit>,
 }
 
@@ -160,7 +163,8 @@ impl CloneSlice {
             copy_bytes_in_flight: Cell::new(0),
             launching: Cell::new(false),
             commits_in_flight: Cell::new(0),
-            counters: Counters::default(),
+            replaced: Cell::new(false),
+            counters: Rc::default(),
             failures: RefCell::default(),
             state,
         })

@@ -211,14 +211,14 @@ impl Load {
 
 /// One life of a clone: from its start to a crash, a stop, or its completion.
 async fn read_all(clone: &SimClone, oracle: &Oracle) {
-    let range = clone.geometry.whole();
+    let range = clone.geometry().whole();
     let read = oracle.begin_read(range);
     oracle.end_read(read, &clone.read_via(1, range).await.unwrap());
 }
 
 /// What must hold of a completed clone.
 async fn check_completed(clone: &SimClone, setup: &Setup, oracle: &Oracle) {
-    assert_eq!(clone.state.hydrated(), clone.geometry.nr_regions());
+    assert_eq!(clone.state.hydrated(), clone.geometry().nr_regions());
     for shard in 0..clone.net.shards() {
         while clone.slice(shard).source().is_ok() {
             clone.sim.sleep(Duration::from_millis(1)).await;
