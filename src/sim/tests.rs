@@ -2,6 +2,7 @@
 
 mod commits;
 mod failures;
+mod growth;
 mod hydration;
 mod order;
 mod random;
