@@ -273,6 +273,14 @@ pub struct MessageBody {
     pub message: String,
 }
 
+/// The body of `POST /v1/clones/NAME/remove`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RemoveBody {
+    /// Also when clients use it.
+    pub force: bool,
+}
+
 /// The body of an answer that is an error.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct ErrorBody {

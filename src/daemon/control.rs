@@ -35,6 +35,10 @@ impl Controlled for Handle {
     }
 
     fn create(&self, config: CloneConfig) -> LocalBoxFuture<'static, Result<()>> {
+        if self.0.config.one_clone {
+            let text = "this daemon is for its one clone alone: 'hydrant serve' runs one that takes more";
+            return Box::pin(std::future::ready(Err(Error::new(ErrorKind::NotSupported, text))));
+        }
         let started = self.0.start(config, false);
         Box::pin(async move {
             match started.await? {

@@ -181,6 +181,10 @@ impl Daemon {
 
     /// Ends a clone and forgets it; its devices are free then. One that NBD clients use is refused unless `force`.
     pub async fn remove(self: &Rc<Self>, name: &str, force: bool) -> Result<()> {
+        if self.config.one_clone {
+            self.running(name)?;
+            bail!(NotSupported, "this daemon is for clone '{name}' alone: end it with 'hydrant stop {name}'");
+        }
         let running = {
             let mut entries = self.entries.borrow_mut();
             let Some((name, entry)) = name.parse().ok().and_then(|name: CloneName| entries.remove_entry(&name)) else {
@@ -337,7 +341,8 @@ impl Daemon {
                 if state.is_complete() && running.complete_since.get().is_none() {
                     running.complete_since.set(Some(Instant::now()));
                 }
-                if running.config.on_hydrated == OnHydrated::Remove && self.is_done(&running) {
+                if running.config.on_hydrated == OnHydrated::Remove && !self.config.one_clone && self.is_done(&running)
+                {
                     log::info!("clone '{}': hydrated, and the last client is gone: removing it", state.name);
                     let (daemon, name) = (self.clone(), state.name.clone());
                     self.context.env.spawn(Box::pin(async move {
@@ -364,6 +369,15 @@ impl Daemon {
         seen && running.exported.connections() == 0
     }
 
+    /// Whether a clone that is done keeps the daemon no longer.
+    fn ends_with(&self, running: &RunningClone) -> bool {
+        match running.config.on_hydrated {
+            OnHydrated::Stay => false,
+            OnHydrated::Exit => true,
+            OnHydrated::Remove => self.config.one_clone,
+        }
+    }
+
     /// Whether every clone has said `exit`, and is done.
     fn has_done_all(&self) -> bool {
         let entries = self.entries.borrow();
@@ -371,9 +385,7 @@ impl Daemon {
         for entry in entries.values() {
             match entry {
                 Entry::Failed(..) => {}
-                Entry::Running(running) if running.config.on_hydrated == OnHydrated::Exit && self.is_done(running) => {
-                    clones += 1;
-                }
+                Entry::Running(running) if self.ends_with(running) && self.is_done(running) => clones += 1,
                 _ => return false,
             }
         }
