@@ -1,13 +1,15 @@
 //! The verbs of the command line, one file each, thin over the parts that do the work.
 
 pub mod clone;
+pub mod config;
 pub mod message;
 pub mod meta;
+pub mod serve;
 pub mod status;
 pub mod stop;
 
 use crate::bail;
-use crate::cli::{Cli, ControlArgs, MetaVerb, Verb};
+use crate::cli::{Cli, ConfigVerb, ControlArgs, MetaVerb, Verb};
 use crate::config::{CloneName, Plan};
 use crate::control::client::Client;
 use crate::error::{Error, Result};
@@ -18,7 +20,11 @@ use std::io::{self, Write};
 /// user asked for; errors are returned.
 pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>) -> Result<()> {
     match cli.verb {
-        Verb::Clone(args) => clone::run(args, start),
+        Verb::Clone(args) => clone::run(*args, start),
+        Verb::Serve(args) => serve::run(&args, start),
+        Verb::Config(args) => match args.verb {
+            ConfigVerb::Check(of) => config::check(&of.files, out),
+        },
         Verb::Status(args) => status::run(&args, out),
         Verb::Message(args) => message::run(&args),
         Verb::Stop(args) => stop::run(&args),
