@@ -8,7 +8,7 @@ use serde::de::{self, DeserializeOwned, DeserializeSeed, IntoDeserializer, Unexp
 use serde::forward_to_deserialize_any;
 use std::ops::Range;
 use toml::Spanned;
-use toml::de::{DeTable, DeValue};
+use toml::de::{DeString, DeTable, DeValue};
 
 /// A value and where it stands, in bytes of the text; empty where there was none.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,9 +43,9 @@ pub struct Entry {
 
 impl Table {
     pub fn of_toml(table: DeTable) -> Self {
-        let entry = |(key, node): (Spanned<_>, _)| Entry {
+        let entry = |(key, node): (Spanned<DeString>, Spanned<DeValue>)| Entry {
             span: key.span(),
-            key: String::from(std::borrow::Cow::<str>::into_owned(key.into_inner())),
+            key: key.into_inner().into_owned(),
             node: Node::of_toml(node),
         };
         Self(table.into_iter().map(entry).collect())
