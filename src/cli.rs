@@ -47,6 +47,7 @@ pub struct Cli {
 pub enum Verb {
     Clone(CloneArgs),
     Status(StatusArgs),
+    Metrics(MetricsArgs),
     Message(MessageArgs),
     Stop(StopArgs),
     Meta(MetaArgs),
@@ -197,6 +198,28 @@ pub struct StatusArgs {
     /// A line per change when standard output is not a terminal. Fails when the daemon ends before.
     #[arg(long, group = "format")]
     pub watch: bool,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Show what every shard has counted and timed
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Shows what a daemon has counted and timed since it started: load and messages of each shard; for each clone I/O by kind \
+and by route, latencies, queues, hydration, commits and memory. The text is for people and may change; the JSON is a \
+stable document with a version, which docs/metrics.md describes field by field.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant metrics vm1
+  hydrant metrics --json | jq '.shards[].executor.load_recent'")]
+pub struct MetricsArgs {
+    /// Which clone [default: all that have a control socket in the runtime directory]
+    pub name: Option<CloneName>,
+
+    /// One JSON object per daemon and line
+    #[arg(long)]
+    pub json: bool,
 
     #[command(flatten)]
     pub control: ControlArgs,

@@ -3,6 +3,7 @@
 pub mod clone;
 pub mod message;
 pub mod meta;
+pub mod metrics;
 pub mod status;
 pub mod stop;
 
@@ -20,6 +21,7 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(CloneConfig) -> Res
     match cli.verb {
         Verb::Clone(args) => clone::run(args, start),
         Verb::Status(args) => status::run(&args, out),
+        Verb::Metrics(args) => metrics::run(&args, out),
         Verb::Message(args) => message::run(&args),
         Verb::Stop(args) => stop::run(&args),
         Verb::Meta(args) => match args.verb {

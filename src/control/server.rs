@@ -179,6 +179,10 @@ impl Shared {
                 Some(status) => Ok(json(StatusCode::OK, &status)),
                 None => Err(Error::new(ErrorKind::NotFound, format!("no clone '{}'", name.escape_debug()))),
             }),
+            Route::MetricsOfAll => self.controlled.metrics(None).await.map(|metrics| json(StatusCode::OK, &metrics)),
+            Route::Metrics(name) => {
+                self.controlled.metrics(Some(name)).await.map(|metrics| json(StatusCode::OK, &metrics))
+            }
             Route::Stop => self.controlled.stop().map(|()| json(StatusCode::OK, &serde_json::json!({}))),
             Route::Message(name) => match read_message(request.into_body()).await {
                 Ok(message) => {
@@ -217,6 +221,8 @@ impl Shared {
 enum Route<'a> {
     StatusOfAll,
     Status(&'a str),
+    MetricsOfAll,
+    Metrics(&'a str),
     Message(&'a str),
     Stop,
 }
@@ -226,10 +232,12 @@ impl<'a> Route<'a> {
     fn of(path: &'a str) -> Option<Self> {
         match path {
             "/status" => Some(Self::StatusOfAll),
+            "/metrics" => Some(Self::MetricsOfAll),
             "/stop" => Some(Self::Stop),
             _ => match path.strip_prefix("/clones/")?.split_once('/')? {
                 ("", _) => None,
                 (name, "status") => Some(Self::Status(name)),
+                (name, "metrics") => Some(Self::Metrics(name)),
                 (name, "message") => Some(Self::Message(name)),
                 _ => None,
             },
@@ -237,7 +245,7 @@ impl<'a> Route<'a> {
     }
     fn method(&self) -> Method {
         match self {
-            Self::StatusOfAll | Self::Status(_) => Method::GET,
+            Self::StatusOfAll | Self::Status(_) | Self::MetricsOfAll | Self::Metrics(_) => Method::GET,
             Self::Message(_) | Self::Stop => Method::POST,
         }
     }

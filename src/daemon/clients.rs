@@ -4,6 +4,7 @@ use crate::io_frontend::nbd::listen::{Bound, NbdAddress, configure_accepted};
 use crate::io_frontend::nbd::{ConnectionStats, Exports, Limits, serve};
 use crate::io_frontend::request::{Volume, VolumeInfo};
 use crate::local::latch::Latch;
+use crate::metrics::schema::NbdMetrics;
 use crate::net::{Listener, Stream};
 use crate::shard::Mesh;
 use crate::shard::pool::ShardContext;
@@ -48,6 +49,23 @@ thread_local! {
 /// Offers a volume on the current shard.
 pub fn export(volume: Rc<dyn Volume>) {
     EXPORTS.with(|exports| exports.volumes.borrow_mut().push(volume));
+}
+
+/// What the connections of the current shard have done.
+pub fn metrics() -> NbdMetrics {
+    EXPORTS.with(|exports| {
+        let stats = &exports.stats;
+        NbdMetrics {
+            connections: stats.connections.get(),
+            accepted: stats.accepted.get(),
+            dropped: stats.dropped.get(),
+            requests: stats.requests.get(),
+            errors: stats.errors.get(),
+            in_flight: stats.in_flight.get(),
+            read_bytes: stats.read_bytes.get(),
+            write_bytes: stats.written_bytes.get(),
+        }
+    })
 }
 
 /// A listening NBD frontend.

@@ -1,7 +1,7 @@
 //! The daemon as the control interface sees it.
 
 use super::activate::ActiveClone;
-use super::clients::Clients;
+use super::clients::{self, Clients};
 use super::rate::Rate;
 use crate::bail;
 use crate::clone_state::{AUTOMATIC, CloneState, Mode};
@@ -15,6 +15,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::Notify;
 use crate::meta::codec;
+use crate::metrics::collect::collect;
+use crate::metrics::schema::MetricsDocument;
 use crate::shard::hydrator::automatic_batch_regions;
 use crate::shard::pool::ShardContext;
 use crate::shard::slice::SliceStats;
@@ -195,6 +197,15 @@ impl Controlled for Handle {
         Box::pin(async move {
             checked?;
             Ok(vec![steering.status_now().await?])
+        })
+    }
+
+    fn metrics(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<MetricsDocument>> {
+        let checked = name.map_or(Ok(()), |name| self.0.check_name(name));
+        let (steering, name) = (self.0.clone(), name.map(str::to_owned));
+        Box::pin(async move {
+            checked?;
+            collect(&steering.context, name.as_deref(), clients::metrics).await
         })
     }
 
