@@ -9,15 +9,15 @@ pub mod stop;
 
 use crate::bail;
 use crate::cli::{Cli, ControlArgs, MetaVerb, Verb};
-use crate::config::{CloneConfig, CloneName};
+use crate::config::{CloneName, Plan};
 use crate::control::client::Client;
 use crate::error::{Error, Result};
 use crate::runtime_dir::RuntimeDir;
 use std::io::{self, Write};
 
-/// Does what the command line says. `start` runs a clone until it is told to stop: the daemon. `out` gets what the
+/// Does what the command line says. `start` runs clones until it is told to stop: the daemon. `out` gets what the
 /// user asked for; errors are returned.
-pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(CloneConfig) -> Result<()>) -> Result<()> {
+pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>) -> Result<()> {
     match cli.verb {
         Verb::Clone(args) => clone::run(args, start),
         Verb::Status(args) => status::run(&args, out),

@@ -1,8 +1,8 @@
 //! The control interface: what a running daemon tells about its clones, and how they are steered.
 //!
 //! HTTP/1.1 with JSON over a unix socket that only its owner may open (mode 0600). [`api`] is what is said (types, pure),
-//! [`server`] answers on the daemon's executor, [`client`] asks, blocking, from the command line; [`http_io`] is
-//! what lets `hyper` run on both.
+//! [`server`] serves connections on the daemon's executor, [`routes`] is what can be asked there; [`client`] asks,
+//! blocking, from the command line; [`http_io`] is what lets `hyper` run on both.
 //!
 //! | request | answer |
 //! |---|---|
@@ -19,6 +19,7 @@
 pub mod api;
 pub mod client;
 pub mod http_io;
+pub mod routes;
 pub mod server;
 #[cfg(test)]
 mod tests;

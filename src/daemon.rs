@@ -9,7 +9,7 @@ mod control;
 mod prepare;
 mod rate;
 
-use crate::config::{CloneConfig, OnHydrated};
+use crate::config::{OnHydrated, Plan};
 use crate::control::server::Server;
 use crate::dma_buf::DmaBuf;
 use crate::environment;
@@ -44,17 +44,17 @@ const SIGINFO_BYTES: usize = 128;
 const EXIT_INTERRUPTED: i32 = 130;
 
 /// Runs one clone until it is told to stop (a signal, the control interface, `--on-hydrated exit`).
-pub fn run(config: CloneConfig) -> Result<()> {
+pub fn run(plan: Plan) -> Result<()> {
     environment::check_io_uring()?;
     environment::ignore_file_size_signal();
     let cpus = environment::available_cpus()?;
-    let shards = config.shards.map_or(cpus.len().min(usize::from(crate::config::SHARDS_MAX)), usize::from);
+    let shards = plan.daemon.shards.map_or(cpus.len().min(usize::from(crate::config::SHARDS_MAX)), usize::from);
     environment::check_memlock(shards as u16)?;
     environment::check_nofile(shards as u16)?;
     let signals = block_signals()?;
     abort_on_panic();
     let options = PoolOptions { cpus: cpus.iter().copied().cycle().take(shards).collect(), spin: Duration::ZERO };
-    pool::run(&options, move |context| live(context, config, signals))?
+    pool::run(&options, move |context| live(context, plan, signals))?
 }
 
 /// A shard that panicked would leave its regions without an owner: better no daemon, which a restart mends.
@@ -110,7 +110,8 @@ async fn watch_signals(signals: OwnedFd, stop: Rc<Notify>) {
 }
 
 /// The life of the daemon, on shard 0.
-async fn live(context: Rc<ShardContext>, config: CloneConfig, signals: OwnedFd) -> Result<()> {
+async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result<()> {
+    let config = plan.clones[0].clone();
     let stop: Rc<Notify> = Rc::default();
     context.env.spawn(Box::pin(watch_signals(signals, stop.clone())));
     let shards = context.mesh.shards();
@@ -125,17 +126,17 @@ async fn live(context: Rc<ShardContext>, config: CloneConfig, signals: OwnedFd) 
         return Ok(());
     };
     for line in prepared.describe(&config) {
-        match config.dry_run {
+        match plan.dry_run {
             true => println!("{line}"),
             false => log::info!("{line}"),
         }
     }
-    if config.dry_run {
+    if plan.dry_run {
         println!("dry run: nothing was changed");
         return Ok(());
     }
-    let bound = bind(&config.nbd)?;
-    let control_socket = BoundSocket::bind(&config.control)?;
+    let bound = bind(&config.nbd.address)?;
+    let control_socket = BoundSocket::bind(&plan.daemon.control)?;
     let clone = Rc::new(activate::activate(&context, &config, prepared).await?);
     start_slices(&context, &clone).await?;
 
@@ -156,7 +157,7 @@ async fn live(context: Rc<ShardContext>, config: CloneConfig, signals: OwnedFd) 
         "clone '{}': serving NBD at {}, control at {}",
         clone.state.name,
         clients.address,
-        steering.config.control.display()
+        plan.daemon.control.display()
     );
     let done = Rc::new(Cell::new(false));
     context.env.spawn_background(Box::pin(watch(steering.clone(), done.clone())));

@@ -7,6 +7,7 @@
 //! `docs/metrics.md` describes every field; a test holds it to the types.
 
 pub mod collect;
+pub mod dump;
 pub mod record;
 pub mod schema;
 pub mod text;
