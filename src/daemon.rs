@@ -16,6 +16,7 @@ use crate::environment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::nbd::listen::bind;
 use crate::local::Notify;
+use crate::metrics::dump::Dumper;
 use crate::ring::Ring;
 use crate::shard::dispatch::Dispatcher;
 use crate::shard::pool::{self, PoolOptions, ShardContext};
@@ -67,7 +68,7 @@ fn abort_on_panic() {
     }));
 }
 
-/// Blocks SIGINT and SIGTERM for all threads made later, to be read from the returned descriptor.
+/// Blocks SIGINT, SIGTERM and SIGUSR1 for all threads made later, to be read from the returned descriptor.
 fn block_signals() -> Result<OwnedFd> {
     let failed = || Error::from_io(std::io::Error::last_os_error(), "signals can't be set up");
     // SAFETY: the set is initialised by sigemptyset before use; all calls get valid pointers.
@@ -76,6 +77,7 @@ fn block_signals() -> Result<OwnedFd> {
         libc::sigemptyset(&mut set);
         libc::sigaddset(&mut set, libc::SIGINT);
         libc::sigaddset(&mut set, libc::SIGTERM);
+        libc::sigaddset(&mut set, libc::SIGUSR1);
         if libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) != 0 {
             return Err(failed());
         }
@@ -87,13 +89,17 @@ fn block_signals() -> Result<OwnedFd> {
     }
 }
 
-/// The first signal asks for the end, the second ends at once.
-async fn watch_signals(signals: OwnedFd, stop: Rc<Notify>) {
+/// SIGUSR1 asks for a metrics dump. Of the others the first asks for the end, the second ends at once.
+async fn watch_signals(signals: OwnedFd, stop: Rc<Notify>, dumper: Rc<Dumper>) {
     let (ring, fd) = (Ring::current(), Rc::new(signals));
     let mut seen = 0;
     loop {
-        let (result, _) = ring.read(&fd, DmaBuf::new(SIGINFO_BYTES), u64::MAX).await;
+        let (result, (info, _)) = ring.read(&fd, DmaBuf::new(SIGINFO_BYTES), u64::MAX).await;
         match result {
+            Ok(_) if signal_of(&info) == Some(libc::SIGUSR1) => {
+                dumper.signalled();
+                continue;
+            }
             Ok(_) => {}
             // The executor is ending.
             Err(error) if error.raw_os_error() == Some(libc::ECANCELED) => return,
@@ -109,11 +115,17 @@ async fn watch_signals(signals: OwnedFd, stop: Rc<Notify>) {
     }
 }
 
+/// `ssi_signo`, the first field of signalfd(2)'s structure.
+fn signal_of(info: &[u8]) -> Option<i32> {
+    info.first_chunk().map(|number| i32::from_ne_bytes(*number))
+}
+
 /// The life of the daemon, on shard 0.
 async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result<()> {
     let config = plan.clones[0].clone();
     let stop: Rc<Notify> = Rc::default();
-    context.env.spawn(Box::pin(watch_signals(signals, stop.clone())));
+    let dumper = Dumper::new(context.clone(), plan.daemon.metrics_dump.clone(), clients::metrics);
+    context.env.spawn(Box::pin(watch_signals(signals, stop.clone(), dumper.clone())));
     let shards = context.mesh.shards();
     // Nothing is changed on disk yet, so a stop just gives up: a source may be slow to answer.
     let stopped = async {
@@ -161,8 +173,10 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
     );
     let done = Rc::new(Cell::new(false));
     context.env.spawn_background(Box::pin(watch(steering.clone(), done.clone())));
+    context.env.spawn_background(Box::pin(dumper.clone().run()));
     stop.notified().await;
     done.set(true);
+    dumper.stop();
 
     let deadline = context.env.now() + DRAIN_MAX;
     clients.stop(&context, deadline).await;

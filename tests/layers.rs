@@ -27,7 +27,7 @@ const LAYERS: [&str; 5] = [
     "ring ring/* net metrics/* disk/ring env/glommio shard/pool environment unix_socket devices devices/*
      source/nbd source/nbd/* io_frontend io_frontend/nbd io_frontend/nbd/*",
     // 4, product.
-    "lib main cli config runtime_dir commands commands/* control control/* daemon daemon/* demo demo/*",
+    "lib main cli metrics/dump config runtime_dir commands commands/* control control/* daemon daemon/* demo demo/*",
 ];
 
 /// What a layer has nothing to do with, as it would be written in the code.
