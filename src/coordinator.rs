@@ -68,6 +68,15 @@ impl Default for CommitTimes {
     }
 }
 
+impl CommitTimes {
+    fn memory_bytes(&self) -> u64 {
+        let Self { request, commit, snapshot, destination_flush, metadata_write, metadata_flush, requests_per_commit } =
+            self;
+        let all = [request, commit, snapshot, destination_flush, metadata_write, metadata_flush, requests_per_commit];
+        all.map(Recorder::memory_bytes).iter().sum()
+    }
+}
+
 /// Commits the metadata of one clone; lives on shard 0.
 pub struct Coordinator {
     state: Arc<CloneState>,
@@ -140,6 +149,11 @@ impl Coordinator {
                 requests_per_commit: times.requests_per_commit.snapshot(),
             },
         }
+    }
+
+    /// What its histograms take.
+    pub fn histogram_bytes(&self) -> u64 {
+        self.times.memory_bytes()
     }
 
     pub fn generation(&self) -> Generation {

@@ -65,6 +65,8 @@ async fn part_of(context: &Rc<ShardContext>, name: Option<&str>, nbd: NbdProbe) 
             yield_now().await;
         }
     }
+    let of_commits = context.shard.coordinators();
+    memory.histogram_bytes += of_commits.iter().map(|coordinator| coordinator.histogram_bytes()).sum::<u64>();
     let buffers = dma_buf::usage();
     (memory.buffers_bytes, memory.buffers_cached_bytes) = (buffers.in_use, buffers.cached);
     let mut executor = Ring::current().metrics();

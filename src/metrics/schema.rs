@@ -402,3 +402,6 @@ pub fn merge_all<'a>(parts: impl IntoIterator<Item = &'a Option<Distribution>>) 
         None => Some(part.clone()),
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -92,7 +92,7 @@ fn write_clone(text: &mut String, clone: &CloneMetrics, slices: &[&SliceMetrics]
 fn row(text: &mut String, name: &str, io: &IoCount, times: Option<&Distribution>) -> Result {
     let time = |pick: fn(&Distribution) -> u64| times.map_or(String::new(), |times| latency(pick(times)));
     let line = format!(
-        "  {name:<22} {:>11} {:>11} {:>7} {:>9} {:>9} {:>9} {:>9}",
+        "  {name:<24} {:>11} {:>11} {:>7} {:>9} {:>9} {:>9} {:>9}",
         count(io.requests),
         if io.bytes > 0 { size(io.bytes) } else { String::new() },
         if io.errors > 0 { count(io.errors) } else { String::new() },
@@ -106,7 +106,7 @@ fn row(text: &mut String, name: &str, io: &IoCount, times: Option<&Distribution>
 
 fn heading(text: &mut String, name: &str, columns: [&str; 7]) -> Result {
     let [a, b, c, d, e, f, g] = columns;
-    let line = format!("  {name:<22} {a:>11} {b:>11} {c:>7} {d:>9} {e:>9} {f:>9} {g:>9}");
+    let line = format!("  {name:<24} {a:>11} {b:>11} {c:>7} {d:>9} {e:>9} {f:>9} {g:>9}");
     writeln!(text, "{}", line.trim_end())
 }
 
@@ -188,9 +188,8 @@ fn write_hydration(text: &mut String, slices: &[&SliceMetrics]) -> Result {
     let ways: Vec<_> = ways.collect();
     if !ways.is_empty() {
         // Seven of them are too long for one line.
-        for (label, part) in ["regions hydrated", ""].iter().zip(ways.chunks(4)) {
-            writeln!(text, "  {label:<22} {}", part.join(", "))?;
-        }
+        let lines: Vec<_> = ways.chunks(4).map(|part| part.join(", ")).collect();
+        writeln!(text, "  {:<24} {}", "regions hydrated", lines.join(&format!(",\n{:27}", "")))?;
     }
     Ok(())
 }
@@ -199,7 +198,7 @@ fn write_queues(text: &mut String, slices: &[&SliceMetrics]) -> Result {
     let sum = |pick: fn(&SliceMetrics) -> u64| count(slices.iter().map(|s| pick(s)).fold(0, u64::saturating_add));
     writeln!(
         text,
-        "  {:<22} {} in flight, {} waiting for bytes ({} ever did), {} for copy memory",
+        "  {:<24} {} in flight, {} waiting for bytes ({} ever did), {} for copy memory",
         "queues",
         sum(|slice| slice.queue.in_flight),
         sum(|slice| slice.queue.hold_waiting),
@@ -208,7 +207,7 @@ fn write_queues(text: &mut String, slices: &[&SliceMetrics]) -> Result {
     )?;
     writeln!(
         text,
-        "  {:<22} map {}, histograms {}, copies {} of {}",
+        "  {:<24} map {}, histograms {}, copies {} of {}",
         "memory",
         size(slices.iter().map(|slice| slice.memory.map_bytes).fold(0, u64::saturating_add)),
         size(slices.iter().map(|slice| slice.memory.histogram_bytes).fold(0, u64::saturating_add)),
@@ -233,9 +232,12 @@ fn write_commits(text: &mut String, commits: &CommitMetrics) -> Result {
     }
     writeln!(
         text,
-        "  {:<22} {} written, generation {}",
+        "  {:<24} {} written, generation {}",
         "metadata blocks",
         count(commits.blocks_written),
         commits.generation
     )
 }
+
+#[cfg(test)]
+mod tests;
