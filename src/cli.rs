@@ -48,6 +48,8 @@ pub enum Verb {
     Clone(CloneArgs),
     Status(StatusArgs),
     Metrics(MetricsArgs),
+    List(ListArgs),
+    Remove(RemoveArgs),
     Message(MessageArgs),
     Stop(StopArgs),
     Meta(MetaArgs),
@@ -214,12 +216,51 @@ Examples:
   hydrant metrics vm1
   hydrant metrics --json | jq '.shards[].executor.load_recent'")]
 pub struct MetricsArgs {
-    /// Which clone [default: all that have a control socket in the runtime directory]
+    /// Which clone [default: all that run here]
     pub name: Option<CloneName>,
 
     /// One JSON object per daemon and line
     #[arg(long)]
     pub json: bool,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// List the clones that run here
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Lists the clones that run here, a line each: of the daemon of 'hydrant serve', and of every 'hydrant clone'. One that \
+could not be started is listed as failed, with the reason.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant list
+  hydrant list --json | jq -r 'select(.state == \"failed\").name'")]
+pub struct ListArgs {
+    /// One JSON object per clone and line
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// End one clone of a daemon; the others go on
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Ends one clone of a daemon: what is in flight is finished and committed, its sockets and devices are let go of. The other \
+clones go on. Nothing is deleted: created again with the same devices, the clone goes on where it stopped. Refused while \
+NBD clients are connected to it, without --force.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant remove vm1")]
+pub struct RemoveArgs {
+    /// Which clone
+    pub name: CloneName,
+
+    /// Also when NBD clients use it: their requests in flight are finished, then they are disconnected
+    #[arg(long)]
+    pub force: bool,
 
     #[command(flatten)]
     pub control: ControlArgs,

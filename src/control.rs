@@ -24,6 +24,7 @@ pub mod server;
 #[cfg(test)]
 mod tests;
 
+use crate::config::CloneConfig;
 use crate::error::Result;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::metrics::schema::MetricsDocument;
@@ -38,6 +39,10 @@ pub trait Controlled {
     /// Carries a message out on every shard; returns when it is in force. It runs to its end even when the client
     /// that sent it is gone.
     fn message(&self, name: &str, message: &Message) -> LocalBoxFuture<'static, Result<()>>;
+    /// Starts a clone; returns when it is served.
+    fn create(&self, config: CloneConfig) -> LocalBoxFuture<'static, Result<()>>;
+    /// Ends a clone and forgets it; one that is in use only when `force` says so.
+    fn remove(&self, name: &str, force: bool) -> LocalBoxFuture<'static, Result<()>>;
     /// Asks the daemon to drain, commit and exit; returns at once. Asking again changes nothing.
     fn stop(&self) -> Result<()>;
 }

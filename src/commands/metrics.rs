@@ -1,9 +1,10 @@
 //! `hydrant metrics`: what the shards of running daemons have counted and timed.
 
-use super::{client_of, output_error};
+use super::daemons::{client_of, daemons};
+use super::output_error;
 use crate::bail;
 use crate::cli::MetricsArgs;
-use crate::control::client::Client;
+use crate::control::client;
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::schema::MetricsDocument;
 use crate::metrics::text::text_of;
@@ -26,22 +27,22 @@ pub fn run(args: &MetricsArgs, out: &mut dyn Write) -> Result<()> {
 
 /// The documents of the daemons that are meant, at least one.
 fn find(args: &MetricsArgs) -> Result<Vec<MetricsDocument>> {
-    match (&args.name, &args.control.control) {
-        (Some(name), _) => Ok(vec![client_of(name, &args.control).metrics(Some(name))?]),
-        (None, Some(path)) => Ok(vec![Client::new(path).metrics(None)?]),
-        (None, None) => {
-            let dir = RuntimeDir::of_user();
-            let mut found = Vec::new();
-            for (name, path) in dir.clones()? {
-                match Client::new(path).metrics(None) {
-                    Ok(document) => found.push(document),
-                    Err(error) => log::warn!("{name}: {error}"),
-                }
-            }
-            if found.is_empty() {
-                bail!(NotFound, "no daemon is listening in {}; give NAME or --control", dir.path().display());
-            }
-            Ok(found)
+    if let Some(name) = &args.name {
+        return Ok(vec![client_of(name, &args.control).metrics(Some(name))?]);
+    }
+    let mut found = Vec::new();
+    for (name, client) in daemons(&args.control)? {
+        match client.metrics(None) {
+            Ok(document) => found.push(document),
+            Err(error) if args.control.control.is_some() => return Err(error),
+            // Its socket is left over; or it ends just now.
+            Err(error) if client::is_gone(&client, &error) => log::info!("{name}: {error}"),
+            Err(error) => log::warn!("{name}: {error}"),
         }
     }
+    if found.is_empty() {
+        let dir = RuntimeDir::of_user();
+        bail!(NotFound, "no daemon is listening in {}; give NAME or --control", dir.path().display());
+    }
+    Ok(found)
 }
