@@ -10,6 +10,7 @@ mod control;
 mod discard;
 mod load;
 mod metadata;
+mod metrics;
 mod refusals;
 mod restart;
 mod signals;
