@@ -54,6 +54,10 @@ impl Routes {
                 Some(status) => Ok(json(StatusCode::OK, &status)),
                 None => Err(Error::new(ErrorKind::NotFound, format!("no clone '{}'", name.escape_debug()))),
             }),
+            Route::MetricsOfAll => self.controlled.metrics(None).await.map(|metrics| json(StatusCode::OK, &metrics)),
+            Route::Metrics(name) => {
+                self.controlled.metrics(Some(name)).await.map(|metrics| json(StatusCode::OK, &metrics))
+            }
             Route::Stop => self.controlled.stop().map(|()| json(StatusCode::OK, &serde_json::json!({}))),
             Route::Message(name) => match read_message(request.into_body()).await {
                 Ok(message) => {
@@ -111,6 +115,8 @@ impl Routes {
 enum Route<'a> {
     StatusOfAll,
     Status(&'a str),
+    MetricsOfAll,
+    Metrics(&'a str),
     Message(&'a str),
     Create,
     Remove(&'a str),
@@ -123,10 +129,12 @@ impl<'a> Route<'a> {
         match path {
             "/status" => Some(Self::StatusOfAll),
             "/clones" => Some(Self::Create),
+            "/metrics" => Some(Self::MetricsOfAll),
             "/stop" => Some(Self::Stop),
             _ => match path.strip_prefix("/clones/")?.split_once('/')? {
                 ("", _) => None,
                 (name, "status") => Some(Self::Status(name)),
+                (name, "metrics") => Some(Self::Metrics(name)),
                 (name, "message") => Some(Self::Message(name)),
                 (name, "remove") => Some(Self::Remove(name)),
                 _ => None,
@@ -135,7 +143,7 @@ impl<'a> Route<'a> {
     }
     fn method(&self) -> Method {
         match self {
-            Self::StatusOfAll | Self::Status(_) => Method::GET,
+            Self::StatusOfAll | Self::Status(_) | Self::MetricsOfAll | Self::Metrics(_) => Method::GET,
             Self::Create | Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
         }
     }
