@@ -1,10 +1,12 @@
 //! The verbs of the command line, one file each, thin over the parts that do the work.
 
 pub mod clone;
+pub mod events;
 pub mod message;
 pub mod meta;
 pub mod status;
 pub mod stop;
+pub mod wait;
 
 use crate::bail;
 use crate::cli::{Cli, ControlArgs, MetaVerb, Verb};
@@ -21,6 +23,8 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>
         Verb::Clone(args) => clone::run(args, start),
         Verb::Status(args) => status::run(&args, out),
         Verb::Message(args) => message::run(&args),
+        Verb::Events(args) => events::run(&args, out),
+        Verb::Wait(args) => wait::run(&args, out),
         Verb::Stop(args) => stop::run(&args),
         Verb::Meta(args) => match args.verb {
             MetaVerb::Check(of) if meta::check(&of.path, of.json, out)? => Ok(()),
@@ -33,7 +37,14 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>
 
 /// What the output may not be written for: a closed pipe, a full disk.
 pub(crate) fn output_error(error: io::Error) -> Error {
-    Error::from_io(error, "standard output")
+    Error::from_io(error, STANDARD_OUTPUT)
+}
+
+const STANDARD_OUTPUT: &str = "standard output";
+
+/// Whether an error means that nobody reads the output any more.
+pub fn is_closed_output(error: &Error) -> bool {
+    error.os_errno() == Some(libc::EPIPE) && error.to_string().starts_with(STANDARD_OUTPUT)
 }
 
 /// Whom to ask about the clone `name`.

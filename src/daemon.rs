@@ -10,10 +10,13 @@ mod prepare;
 mod rate;
 
 use crate::config::{OnHydrated, Plan};
+use crate::control::feed;
 use crate::control::server::Server;
 use crate::dma_buf::DmaBuf;
 use crate::environment;
 use crate::error::{Error, ErrorKind, Result};
+use crate::event_log::CloneEvents;
+use crate::events::EventKind;
 use crate::io_frontend::nbd::listen::bind;
 use crate::local::Notify;
 use crate::ring::Ring;
@@ -137,7 +140,9 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
     }
     let bound = bind(&config.nbd.address)?;
     let control_socket = BoundSocket::bind(&plan.daemon.control)?;
-    let clone = Rc::new(activate::activate(&context, &config, prepared).await?);
+    let feed = feed::start(&context.env)?;
+    let events = CloneEvents::new(feed.log(), config.name.to_string());
+    let clone = Rc::new(activate::activate(&context, &config, prepared, events).await?);
     start_slices(&context, &clone).await?;
 
     let clients = Clients::new(bound);
@@ -151,6 +156,7 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
         started: Instant::now(),
         last_asked: Cell::new(None),
         stop: stop.clone(),
+        feed,
     });
     let server = Server::start(control_socket, Rc::new(Handle(steering.clone())), context.env.clone());
     log::info!(
@@ -235,8 +241,14 @@ async fn end(context: &Rc<ShardContext>, clone: &ActiveClone, deadline: Duration
     clone.coordinator.end();
     let (hydrated, regions) = (state.hydrated(), state.geometry.nr_regions());
     match &committed {
-        Ok(()) => log::info!("clone '{}': stopped, {hydrated} of {regions} regions hydrated", state.name),
-        Err(_) => log::error!("clone '{}': stopped without its last commit", state.name),
+        Ok(()) => {
+            let text = format!("stopped, {hydrated} of {regions} regions hydrated");
+            state.events().raise(EventKind::Stopped, text);
+        }
+        Err(error) => {
+            log::error!("clone '{}': stopped without its last commit", state.name);
+            state.events().raise(EventKind::Stopped, format!("stopped without its last commit: {error}"));
+        }
     }
     for shard in 0..context.mesh.shards() {
         let id = state.id;

@@ -4,6 +4,7 @@ use clap::Parser;
 use hydrant::cli::{Cli, Verb};
 use hydrant::commands;
 use hydrant::daemon;
+use hydrant::environment;
 use std::io::stdout;
 use std::process::ExitCode;
 
@@ -13,6 +14,7 @@ fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::new().filter_or("HYDRANT_LOG", default_level)).init();
     match commands::run(cli, &mut stdout(), daemon::run) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if commands::is_closed_output(&error) => environment::end_by_closed_pipe(),
         Err(error) => {
             eprintln!("hydrant: {error}");
             ExitCode::from(error.kind().exit_code())

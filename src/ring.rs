@@ -26,6 +26,7 @@ use crate::local::Notify;
 use drive::Drive;
 pub use drive::{Bell, Sleep};
 
+pub mod doorbell;
 mod drive;
 mod watch;
 

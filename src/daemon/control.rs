@@ -12,6 +12,7 @@ use crate::control::api::{
     SourceState, SourceStatus, Status,
 };
 use crate::error::{Error, ErrorKind, Result};
+use crate::event_log::{CloneEvents, Feed};
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::Notify;
 use crate::meta::codec;
@@ -22,6 +23,7 @@ use crate::shard::{Mesh, ShardReply, ShardRequest};
 use crate::units::ShardIndex;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// What the control interface steers.
@@ -35,6 +37,7 @@ pub struct Steering {
     /// When somebody last asked how it goes.
     pub last_asked: Cell<Option<Instant>>,
     pub stop: Rc<Notify>,
+    pub feed: Rc<Feed>,
 }
 
 impl Steering {
@@ -84,7 +87,7 @@ impl Steering {
         let running = hydration_state == HydrationState::Running || hydration_state == HydrationState::Idle;
         let bytes_per_second = if running { self.rate.borrow().bytes_per_second() } else { 0 };
         let left = (geometry.nr_regions() - state.hydrated()) * geometry.region_size().bytes();
-        let (event_nr, last_event) = state.events();
+        let events = state.events().count();
         let commits = self.clone.coordinator.stats();
         Ok(Status {
             name: state.name.clone(),
@@ -117,8 +120,9 @@ impl Steering {
                 total_blocks: self.clone.metadata_blocks,
                 generation: self.clone.coordinator.generation().0,
             },
-            event_nr,
-            last_event: last_event.map(|event| event.text),
+            event_nr: events.dm,
+            events: events.all,
+            last_event: events.last.map(|event| event.text),
             source,
             destination: config.destination.display().to_string(),
             nbd: NbdStatus {
@@ -163,11 +167,11 @@ impl Steering {
     }
 
     async fn apply(self: Rc<Self>, message: Message) -> Result<()> {
-        let state = self.state();
+        let (state, now) = (self.state(), self.context.env.now());
         match message {
-            Message::EnableHydration => state.set_hydration_enabled(true),
-            Message::DisableHydration => state.set_hydration_enabled(false),
-            Message::HydrationThreshold(regions) => state.set_hydration_threshold(u64::from(regions)),
+            Message::EnableHydration => state.set_hydration_enabled(true, now),
+            Message::DisableHydration => state.set_hydration_enabled(false, now),
+            Message::HydrationThreshold(regions) => state.set_hydration_threshold(u64::from(regions), now),
             Message::HydrationBatchSize(regions) => state.set_hydration_batch_size(u64::from(regions)),
         }
         for shard in 0..self.context.mesh.shards() {
@@ -207,6 +211,17 @@ impl Controlled for Handle {
             }
             steering.apply(message).await
         })
+    }
+
+    fn feed(&self) -> Rc<Feed> {
+        self.0.feed.clone()
+    }
+
+    fn events_of(&self, name: &str) -> Result<Arc<CloneEvents>> {
+        self.0.check_name(name)?;
+        // Whoever waits for the end of a clone is watching it, too.
+        self.0.last_asked.set(Some(Instant::now()));
+        Ok(self.0.state().events().clone())
     }
 
     fn stop(&self) -> Result<()> {

@@ -9,6 +9,7 @@ use crate::coordinator::Coordinator;
 use crate::disk::Disk;
 use crate::env::Env;
 use crate::error::Result;
+use crate::event_log::{CloneEvents, EventLog};
 use crate::io_frontend::request::{Completion, Request, RequestFlags, StatusExtents, Volume};
 use crate::meta::codec::{self, SourceFingerprint, Superblock, metadata_size_needed};
 use crate::meta::region_map::RegionMap;
@@ -136,7 +137,15 @@ impl SimClone {
         };
         let knobs =
             HydrationKnobs { enabled: setup.hydration, threshold: setup.threshold, batch_size: setup.batch_size };
-        let state = Arc::new(CloneState::new(ID, "sim".into(), geometry, setup.shards, setup.discard_passdown, knobs));
+        let log = EventLog::new("sim", Box::new(|| {}));
+        let state = Arc::new(CloneState::new(
+            ID,
+            CloneEvents::new(&log, "sim"),
+            geometry,
+            setup.shards,
+            setup.discard_passdown,
+            knobs,
+        ));
         let complete = store.superblock().state == codec::CloneState::Complete;
         let net = Net::new(sim, setup.shards);
         let env: Rc<dyn Env> = Rc::new(sim.clone());
@@ -253,7 +262,7 @@ impl SimClone {
         }
     }
     pub fn enable_hydration(&self, enabled: bool) {
-        self.state.set_hydration_enabled(enabled);
+        self.state.set_hydration_enabled(enabled, self.sim.now());
         self.wake();
     }
 

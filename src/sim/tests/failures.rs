@@ -148,7 +148,7 @@ fn a_lost_source_pauses_hydration_and_its_return_resumes_it() {
             clone.devices.source.lost.set(true);
             clone.sim.sleep(Duration::from_secs(60)).await;
             assert!(clone.stats().hydration_paused > 0 && clone.stats().failed_regions == 0);
-            assert!(clone.state.events().0 >= 1);
+            assert!(clone.state.events().count().dm >= 1);
             let hydrated = clone.state.hydrated();
             assert!(hydrated < 640);
             // What is in the destination can be used meanwhile, and overwriting needs no source.
