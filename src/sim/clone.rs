@@ -109,6 +109,7 @@ pub struct SimClone {
     pub geometry: Geometry,
     pub devices: Devices,
     pub state: Arc<CloneState>,
+    pub log: Arc<EventLog>,
     pub net: Rc<Net>,
     pub meshes: Vec<Rc<SimMesh>>,
     pub dispatchers: Vec<Rc<Dispatcher>>,
@@ -199,7 +200,7 @@ impl SimClone {
             sim.spawn(net.shard(ShardIndex(shard)).slice(ID)?.hydrate());
         }
         let (sim, devices) = (sim.clone(), devices.clone());
-        Ok(Rc::new(Self { sim, geometry, devices, state, net, meshes, dispatchers, coordinator }))
+        Ok(Rc::new(Self { sim, geometry, devices, state, log, net, meshes, dispatchers, coordinator }))
     }
 
     pub fn slice(&self, shard: u16) -> Rc<CloneSlice> {
@@ -252,6 +253,11 @@ impl SimClone {
             Completion::Status(extents) => Ok(extents),
             other => panic!("{other:?} answers a status request"),
         }
+    }
+
+    /// The events so far.
+    pub fn event_kinds(&self) -> Vec<&'static str> {
+        self.log.after(0, None).events.iter().map(|event| event.kind.name()).collect()
     }
 
     /// As the control interface does after a change of settings.
