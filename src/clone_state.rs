@@ -121,7 +121,7 @@ impl CloneState {
         if self.mode.fetch_max(to as u8, AcqRel) < to as u8 {
             log::error!("clone '{}': metadata mode is now {}: {why}", self.name, to.word());
             let kind = if to == Mode::Failed { EventKind::Failed } else { EventKind::ReadOnly };
-            self.events.raise(kind, format!("metadata mode {}: {why}", to.word()));
+            self.events.record(kind, format!("metadata mode {}: {why}", to.word()));
         }
     }
 

@@ -1,19 +1,20 @@
 //! The verbs of the command line, one file each, thin over the parts that do the work.
 
 pub mod clone;
+pub mod daemons;
 pub mod events;
+pub mod list;
 pub mod message;
 pub mod meta;
+pub mod remove;
 pub mod status;
 pub mod stop;
 pub mod wait;
 
 use crate::bail;
-use crate::cli::{Cli, ControlArgs, MetaVerb, Verb};
-use crate::config::{CloneName, Plan};
-use crate::control::client::Client;
+use crate::cli::{Cli, MetaVerb, Verb};
+use crate::config::Plan;
 use crate::error::{Error, Result};
-use crate::runtime_dir::RuntimeDir;
 use std::io::{self, Write};
 
 /// Does what the command line says. `start` runs clones until it is told to stop: the daemon. `out` gets what the
@@ -22,6 +23,8 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>
     match cli.verb {
         Verb::Clone(args) => clone::run(args, start),
         Verb::Status(args) => status::run(&args, out),
+        Verb::List(args) => list::run(&args, out),
+        Verb::Remove(args) => remove::run(&args),
         Verb::Message(args) => message::run(&args),
         Verb::Events(args) => events::run(&args, out),
         Verb::Wait(args) => wait::run(&args, out),
@@ -45,12 +48,4 @@ const STANDARD_OUTPUT: &str = "standard output";
 /// Whether an error means that nobody reads the output any more.
 pub fn is_closed_output(error: &Error) -> bool {
     error.os_errno() == Some(libc::EPIPE) && error.to_string().starts_with(STANDARD_OUTPUT)
-}
-
-/// Whom to ask about the clone `name`.
-fn client_of(name: &CloneName, control: &ControlArgs) -> Client {
-    match &control.control {
-        Some(path) => Client::new(path),
-        None => Client::new(RuntimeDir::of_user().control_socket(name)),
-    }
 }

@@ -34,6 +34,7 @@ pub mod server;
 mod tests;
 mod waiters;
 
+use crate::config::CloneConfig;
 use crate::error::Result;
 use crate::event_log::{CloneEvents, Feed};
 use crate::io_frontend::request::LocalBoxFuture;
@@ -52,6 +53,10 @@ pub trait Controlled {
     fn feed(&self) -> Rc<Feed>;
     /// The events of the clone `name`, to wait for one. `NotFound` when there is no such clone.
     fn events_of(&self, name: &str) -> Result<Arc<CloneEvents>>;
+    /// Starts a clone; returns when it is served.
+    fn create(&self, config: CloneConfig) -> LocalBoxFuture<'static, Result<()>>;
+    /// Ends a clone and forgets it; one that is in use only when `force` says so.
+    fn remove(&self, name: &str, force: bool) -> LocalBoxFuture<'static, Result<()>>;
     /// Asks the daemon to drain, commit and exit; returns at once. Asking again changes nothing.
     fn stop(&self) -> Result<()>;
 }

@@ -88,6 +88,12 @@ impl CloneEvents {
     pub fn raise(&self, kind: EventKind, text: impl Into<String>) {
         let text = text.into();
         log::info!("clone '{}': {text}", self.name);
+        self.record(kind, text);
+    }
+
+    /// The same for what the program's log has, or gets, in other words.
+    pub fn record(&self, kind: EventKind, text: impl Into<String>) {
+        let text = text.into();
         let mut counts = self.counts();
         counts.all += 1;
         counts.dm += u64::from(kind.is_dm());
@@ -178,7 +184,7 @@ impl Feed {
         let deadline = env.now().saturating_add(time_max);
         while !clone.is_complete() && clone.count().dm <= nr {
             if clone.is_ending() {
-                let text = format!("clone '{}' was stopped or removed", clone.name());
+                let text = format!("clone '{}' is going down or was not started", clone.name());
                 return Err(Error::new(ErrorKind::Shutdown, text));
             }
             self.check_open()?;
@@ -309,7 +315,7 @@ mod tests {
         let error = sim.block_on(feed.dm_event(&sim, &clone, 0, hour)).unwrap_err();
         assert_eq!(
             (error.kind(), error.to_string().as_str()),
-            (ErrorKind::Shutdown, "clone 'b' was stopped or removed")
+            (ErrorKind::Shutdown, "clone 'b' is going down or was not started")
         );
         let error = sim.block_on(feed.after(&sim, 0, None, hour)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Shutdown);

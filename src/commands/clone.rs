@@ -43,7 +43,7 @@ fn plan_of(args: CloneArgs, dir: &RuntimeDir) -> Result<Plan> {
         source_timeout: Duration::from_secs(args.source_timeout.into()),
         force: args.force,
     };
-    let daemon = DaemonConfig { shards: args.shards, ..DaemonConfig::new(control) };
+    let daemon = DaemonConfig { shards: args.shards, one_clone: true, ..DaemonConfig::new(control) };
     Ok(Plan { daemon, clones: vec![clone], dry_run: args.dry_run })
 }
 
@@ -92,7 +92,7 @@ mod tests {
             source_timeout: Duration::from_secs(60),
             force: false,
         };
-        let daemon = DaemonConfig::new(dir.path().join("clone.control"));
+        let daemon = DaemonConfig { one_clone: true, ..DaemonConfig::new(dir.path().join("clone.control")) };
         assert_eq!(plan, Plan { daemon, clones: vec![expected], dry_run: false });
     }
 
@@ -122,7 +122,7 @@ mod tests {
             source_timeout: Duration::from_secs(9),
             force: true,
         };
-        let daemon = DaemonConfig { shards: Some(3), ..DaemonConfig::new("c".into()) };
+        let daemon = DaemonConfig { shards: Some(3), one_clone: true, ..DaemonConfig::new("c".into()) };
         assert_eq!(plan, Plan { daemon, clones: vec![expected], dry_run: true });
         assert_eq!(parse("--name vm1").unwrap().daemon.control.file_name(), Path::new("vm1.control").file_name());
         assert_eq!(parse("--region-size 4096").unwrap().clones[0].region_size.unwrap().bytes(), 4096);

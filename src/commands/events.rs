@@ -1,6 +1,7 @@
 //! `hydrant events`: what happened to clones, and what happens to them now.
 
-use super::{client_of, output_error};
+use super::daemons;
+use super::output_error;
 use crate::bail;
 use crate::cli::EventsArgs;
 use crate::control::api::{EventPage, WAIT_SECONDS_MAX};
@@ -8,7 +9,6 @@ use crate::control::client::{Client, patiently};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::Event;
 use crate::human::utc;
-use crate::runtime_dir::RuntimeDir;
 use std::io::Write;
 use std::time::Duration;
 
@@ -34,17 +34,9 @@ pub fn run(args: &EventsArgs, out: &mut dyn Write) -> Result<()> {
 /// Whom to ask, at least one.
 fn daemons(args: &EventsArgs) -> Result<Vec<Client>> {
     match (&args.name, &args.control.control) {
-        (Some(name), _) => Ok(vec![client_of(name, &args.control)]),
+        (Some(name), _) => Ok(vec![daemons::client_of(name, &args.control)]),
         (None, Some(path)) => Ok(vec![Client::new(path)]),
-        (None, None) => {
-            let dir = RuntimeDir::of_user();
-            let found = dir.clones()?.into_iter().map(|(_, path)| Client::new(path));
-            let running: Vec<_> = found.filter(|client| client.status_of_all().is_ok()).collect();
-            if running.is_empty() {
-                bail!(NotFound, "no daemon is listening in {}; give NAME or --control", dir.path().display());
-            }
-            Ok(running)
-        }
+        (None, None) => daemons::running(),
     }
 }
 

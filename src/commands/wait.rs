@@ -1,6 +1,7 @@
 //! `hydrant wait`: until something happened to a clone that dm-clone raises events for.
 
-use super::{client_of, output_error};
+use super::daemons::client_of;
+use super::output_error;
 use crate::bail;
 use crate::cli::WaitArgs;
 use crate::control::api::WAIT_SECONDS_MAX;

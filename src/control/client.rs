@@ -3,7 +3,9 @@
 //! One connection per question. What can go wrong while connecting gets its own words, since that is what users
 //! meet: no daemon, a daemon that crashed, somebody else's daemon.
 
-use super::api::{ErrorBody, EventPage, Message, MessageBody, PREFIX, Status, StatusList, WAIT_SECONDS_MAX};
+use super::api::{
+    ErrorBody, EventPage, Message, MessageBody, PREFIX, RemoveBody, Status, StatusList, WAIT_SECONDS_MAX,
+};
 use super::http_io::BlockingIo;
 use crate::config::CloneName;
 use crate::error::{Error, ErrorKind, Result};
@@ -13,6 +15,7 @@ use futures_lite::future::or;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::header::{CONTENT_TYPE, HOST};
 use hyper::{Method, Request, StatusCode};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -21,7 +24,7 @@ use std::time::Duration;
 
 /// How long an answer may take that needs no work.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(10);
-/// How long the answer to a message may take; longer than the server gives itself.
+/// How long the answer to what is to be carried out may take; longer than the server gives itself.
 const MESSAGE_TIME_MAX: Duration = Duration::from_secs(25);
 /// How often [`patiently`] asks again, and after which pause.
 const BROKEN_RETRIES: u32 = 5;
@@ -43,6 +46,11 @@ impl Client {
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether somebody listens there.
+    pub fn is_there(&self) -> bool {
+        self.connect().is_ok()
     }
 
     /// The status of every clone of the daemon.
@@ -84,10 +92,25 @@ impl Client {
 
     /// Returns when the message is in force.
     pub fn message(&self, name: &CloneName, message: &Message) -> Result<()> {
-        let body = serde_json::to_vec(&MessageBody { message: message.to_string() })
-            .map_err(|error| Error::new(ErrorKind::InvalidRequest, format!("message {message}: {error}")))?;
+        let body = self.body(&MessageBody { message: message.to_string() })?;
         let path = format!("/clones/{name}/message");
         self.ask::<serde_json::Value>(Method::POST, &path, body, MESSAGE_TIME_MAX).map(drop)
+    }
+
+    /// Starts a clone; returns when it is served. `spec` is its JSON.
+    pub fn create(&self, spec: &impl Serialize) -> Result<()> {
+        self.ask::<serde_json::Value>(Method::POST, "/clones", self.body(spec)?, MESSAGE_TIME_MAX).map(drop)
+    }
+
+    /// Ends a clone; returns when its devices are free. One that is in use only when `force` says so.
+    pub fn remove(&self, name: &CloneName, force: bool) -> Result<()> {
+        let body = self.body(&RemoveBody { force })?;
+        self.ask::<serde_json::Value>(Method::POST, &format!("/clones/{name}/remove"), body, MESSAGE_TIME_MAX).map(drop)
+    }
+
+    fn body(&self, body: &impl Serialize) -> Result<Vec<u8>> {
+        serde_json::to_vec(body)
+            .map_err(|error| self.error(ErrorKind::InvalidRequest, format!("the request as JSON: {error}")))
     }
 
     /// Returns when the daemon has begun to go down.

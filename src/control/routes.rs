@@ -4,13 +4,16 @@
 //! Nothing here knows of connections. A message that has begun runs to its end whether or not the client waits.
 
 use super::Controlled;
-use super::api::{ErrorBody, ErrorText, EventPage, Message, MessageBody, PREFIX, Status, StatusList, WAIT_SECONDS_MAX};
+use super::api::{
+    ErrorBody, ErrorText, EventPage, Message, MessageBody, PREFIX, RemoveBody, Status, StatusList, WAIT_SECONDS_MAX,
+};
 use super::query::Query;
 use super::waiters::Waiters;
 use crate::bail;
 use crate::env::Env;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::Feed;
+use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::oneshot;
 use crate::net::Stream;
 use bytes::Bytes;
@@ -20,6 +23,7 @@ use hyper::body::Incoming;
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -65,7 +69,16 @@ impl Routes {
             Route::Stop => self.controlled.stop().map(|()| json(StatusCode::OK, &serde_json::json!({}))),
             Route::Message(name) => match read_message(request.into_body()).await {
                 Ok(message) => {
-                    self.carry_out(name, message).await.map(|()| json(StatusCode::OK, &serde_json::json!({})))
+                    let log_as = format!("clone '{}': message {message}", name.escape_debug());
+                    self.carry_out(log_as, self.controlled.message(name, &message)).await
+                }
+                Err(refused) => return refused,
+            },
+            Route::Remove(name) => match read_body::<RemoveBody>(request.into_body(), r#"{"force": false}"#).await {
+                Ok(RemoveBody { force }) => {
+                    let log_as =
+                        format!("clone '{}': remove{}", name.escape_debug(), if force { " --force" } else { "" });
+                    self.carry_out(log_as, self.controlled.remove(name, force)).await
                 }
                 Err(refused) => return refused,
             },
@@ -110,10 +123,13 @@ impl Routes {
         self.status(name).await
     }
 
-    async fn carry_out(&self, name: &str, message: Message) -> Result<()> {
+    /// Lets `work` run to its end, and answers when it has, or when that takes too long.
+    async fn carry_out(
+        &self,
+        log_as: String,
+        work: LocalBoxFuture<'static, Result<()>>,
+    ) -> Result<Response<Full<Bytes>>> {
         let (done, waiting) = oneshot();
-        let work = self.controlled.message(name, &message);
-        let log_as = format!("clone '{}': message {message}", name.escape_debug());
         self.env.spawn(Box::pin(async move {
             let result = work.await;
             match &result {
@@ -129,7 +145,7 @@ impl Routes {
             let seconds = MESSAGE_TIME_MAX.as_secs();
             Err(Error::new(ErrorKind::Limit, format!("not in force after {seconds} s; it is still being carried out")))
         };
-        or(answered, timed_out).await
+        or(answered, timed_out).await.map(|()| json(StatusCode::OK, &serde_json::json!({})))
     }
 }
 
@@ -140,6 +156,7 @@ enum Route<'a> {
     Message(&'a str),
     Events,
     Wait(&'a str),
+    Remove(&'a str),
     Stop,
 }
 
@@ -155,6 +172,7 @@ impl<'a> Route<'a> {
                 (name, "status") => Some(Self::Status(name)),
                 (name, "wait") => Some(Self::Wait(name)),
                 (name, "message") => Some(Self::Message(name)),
+                (name, "remove") => Some(Self::Remove(name)),
                 _ => None,
             },
         }
@@ -162,7 +180,7 @@ impl<'a> Route<'a> {
     fn method(&self) -> Method {
         match self {
             Self::StatusOfAll | Self::Status(_) | Self::Events | Self::Wait(_) => Method::GET,
-            Self::Message(_) | Self::Stop => Method::POST,
+            Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
         }
     }
     /// What may follow the `?`.
@@ -170,7 +188,7 @@ impl<'a> Route<'a> {
         match self {
             Self::Events => &["after", "clone", "timeout", "instance"],
             Self::Wait(_) => &["event", "timeout"],
-            Self::StatusOfAll | Self::Status(_) | Self::Message(_) | Self::Stop => &[],
+            Self::StatusOfAll | Self::Status(_) | Self::Message(_) | Self::Remove(_) | Self::Stop => &[],
         }
     }
 }
@@ -181,18 +199,28 @@ fn seconds(query: &Query<'_>) -> Result<Option<Duration>> {
 }
 
 async fn read_message(body: Incoming) -> Result<Message, Response<Full<Bytes>>> {
-    let bad = |text: &str| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, text);
-    let body = match Limited::new(body, BODY_MAX).collect().await {
-        Ok(body) => body.to_bytes(),
+    let body: MessageBody = read_body(body, r#"{"message": "..."}"#).await?;
+    let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
+    body.message.parse().map_err(bad)
+}
+
+/// Reads JSON that is to look like `example`.
+async fn read_body<T: DeserializeOwned>(body: Incoming, example: &str) -> Result<T, Response<Full<Bytes>>> {
+    let bytes = read_bytes(body).await?;
+    serde_json::from_slice(&bytes).map_err(|error| {
+        refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &format!("the body is not {example}: {error}"))
+    })
+}
+
+async fn read_bytes(body: Incoming) -> Result<Bytes, Response<Full<Bytes>>> {
+    match Limited::new(body, BODY_MAX).collect().await {
+        Ok(body) => Ok(body.to_bytes()),
         Err(error) if error.is::<LengthLimitError>() => {
             let text = format!("the body is larger than {BODY_MAX} bytes");
-            return Err(refusal(StatusCode::PAYLOAD_TOO_LARGE, ErrorKind::Limit, &text));
+            Err(refusal(StatusCode::PAYLOAD_TOO_LARGE, ErrorKind::Limit, &text))
         }
-        Err(error) => return Err(bad(&format!("can't read the body: {error}"))),
-    };
-    let body: MessageBody = serde_json::from_slice(&body)
-        .map_err(|error| bad(&format!(r#"the body is not {{"message": "..."}}: {error}"#)))?;
-    body.message.parse().map_err(|error: Error| bad(&error.to_string()))
+        Err(error) => Err(refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &format!("can't read the body: {error}"))),
+    }
 }
 
 fn json(status: StatusCode, body: &impl Serialize) -> Response<Full<Bytes>> {
