@@ -11,6 +11,8 @@
 //! | `POST /v1/clones/NAME/message` with `{"message": "hydration_threshold 16"}` | `{}` |
 //! | `GET /v1/events?after=SEQ&clone=NAME&timeout=SECONDS&instance=ID` | [`api::EventPage`] |
 //! | `GET /v1/clones/NAME/wait?event=N&timeout=SECONDS` | [`api::Status`] |
+//! | `POST /v1/clones` with what a `[[clone]]` of a configuration file has, as JSON; paths are absolute | `{}`, when it is served |
+//! | `POST /v1/clones/NAME/remove` with `{"force": false}` | `{}`, when its devices are free |
 //! | `POST /v1/stop` | `{}`; the daemon then drains, commits and exits |
 //!
 //! The two that wait are long polls: they answer as soon as there is something to tell, at last after their timeout (at
@@ -34,7 +36,7 @@ pub mod server;
 mod tests;
 mod waiters;
 
-use crate::config::CloneConfig;
+use crate::config::spec::CloneSpec;
 use crate::error::Result;
 use crate::event_log::{CloneEvents, Feed};
 use crate::io_frontend::request::LocalBoxFuture;
@@ -54,7 +56,7 @@ pub trait Controlled {
     /// The events of the clone `name`, to wait for one. `NotFound` when there is no such clone.
     fn events_of(&self, name: &str) -> Result<Arc<CloneEvents>>;
     /// Starts a clone; returns when it is served.
-    fn create(&self, config: CloneConfig) -> LocalBoxFuture<'static, Result<()>>;
+    fn create(&self, spec: CloneSpec) -> LocalBoxFuture<'static, Result<()>>;
     /// Ends a clone and forgets it; one that is in use only when `force` says so.
     fn remove(&self, name: &str, force: bool) -> LocalBoxFuture<'static, Result<()>>;
     /// Asks the daemon to drain, commit and exit; returns at once. Asking again changes nothing.

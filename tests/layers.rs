@@ -14,7 +14,8 @@ const LAYERS: [&str; 5] = [
     "units error dma_buf io_frontend/request",
     // 1, pure decisions: no I/O, no async, no clock.
     "meta/mod meta/codec meta/region_map meta/commit meta/check
-     shard/plan shard/inflight hydration_sched events events/* log_limit signatures human daemon/rate control/api control/query
+     shard/plan shard/inflight hydration_sched events events/* log_limit signatures human dm_table daemon/rate
+     control/api control/query
      source/uri source/nbd/assembly
      io_frontend/nbd/proto io_frontend/nbd/proto/* io_frontend/nbd/limits io_frontend/nbd/stats
      io_frontend/nbd/handshake io_frontend/nbd/admit io_frontend/nbd/reply",
@@ -27,7 +28,7 @@ const LAYERS: [&str; 5] = [
     "ring ring/* net disk/ring env/glommio shard/pool environment unix_socket devices devices/*
      source/nbd source/nbd/* io_frontend io_frontend/nbd io_frontend/nbd/*",
     // 4, product.
-    "lib main cli config runtime_dir commands commands/* control control/* daemon daemon/* demo demo/*",
+    "lib main cli config config/* runtime_dir commands commands/* control control/* daemon daemon/* demo demo/*",
 ];
 
 /// What a layer has nothing to do with, as it would be written in the code.

@@ -10,6 +10,7 @@ use super::api::{
 use super::query::Query;
 use super::waiters::Waiters;
 use crate::bail;
+use crate::config::spec::CloneSpec;
 use crate::env::Env;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::Feed;
@@ -71,6 +72,13 @@ impl Routes {
                 Ok(message) => {
                     let log_as = format!("clone '{}': message {message}", name.escape_debug());
                     self.carry_out(log_as, self.controlled.message(name, &message)).await
+                }
+                Err(refused) => return refused,
+            },
+            Route::Create => match read_clone(request.into_body()).await {
+                Ok(spec) => {
+                    let name = spec.name.as_ref().map(|name| name.to_string()).unwrap_or_default();
+                    self.carry_out(format!("clone '{name}': create"), self.controlled.create(spec)).await
                 }
                 Err(refused) => return refused,
             },
@@ -156,6 +164,7 @@ enum Route<'a> {
     Message(&'a str),
     Events,
     Wait(&'a str),
+    Create,
     Remove(&'a str),
     Stop,
 }
@@ -166,6 +175,7 @@ impl<'a> Route<'a> {
         match path {
             "/status" => Some(Self::StatusOfAll),
             "/events" => Some(Self::Events),
+            "/clones" => Some(Self::Create),
             "/stop" => Some(Self::Stop),
             _ => match path.strip_prefix("/clones/")?.split_once('/')? {
                 ("", _) => None,
@@ -180,7 +190,7 @@ impl<'a> Route<'a> {
     fn method(&self) -> Method {
         match self {
             Self::StatusOfAll | Self::Status(_) | Self::Events | Self::Wait(_) => Method::GET,
-            Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
+            Self::Create | Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
         }
     }
     /// What may follow the `?`.
@@ -188,7 +198,7 @@ impl<'a> Route<'a> {
         match self {
             Self::Events => &["after", "clone", "timeout", "instance"],
             Self::Wait(_) => &["event", "timeout"],
-            Self::StatusOfAll | Self::Status(_) | Self::Message(_) | Self::Remove(_) | Self::Stop => &[],
+            _ => &[],
         }
     }
 }
@@ -202,6 +212,11 @@ async fn read_message(body: Incoming) -> Result<Message, Response<Full<Bytes>>> 
     let body: MessageBody = read_body(body, r#"{"message": "..."}"#).await?;
     let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
     body.message.parse().map_err(bad)
+}
+
+async fn read_clone(body: Incoming) -> Result<CloneSpec, Response<Full<Bytes>>> {
+    let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
+    CloneSpec::from_json(&read_bytes(body).await?).map_err(bad)
 }
 
 /// Reads JSON that is to look like `example`.
@@ -245,7 +260,9 @@ fn refusal(status: StatusCode, kind: ErrorKind, message: &str) -> Response<Full<
 /// The HTTP status of an error.
 fn http_status(kind: ErrorKind) -> StatusCode {
     match kind {
-        ErrorKind::Usage | ErrorKind::InvalidRequest | ErrorKind::NotSupported => StatusCode::BAD_REQUEST,
+        ErrorKind::Usage | ErrorKind::Config | ErrorKind::InvalidRequest | ErrorKind::NotSupported => {
+            StatusCode::BAD_REQUEST
+        }
         ErrorKind::NotFound => StatusCode::NOT_FOUND,
         ErrorKind::PermissionDenied => StatusCode::FORBIDDEN,
         ErrorKind::InUse | ErrorKind::ReadOnly | ErrorKind::Failed => StatusCode::CONFLICT,
