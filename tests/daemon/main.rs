@@ -5,11 +5,14 @@
 
 mod harness;
 
+mod appliance;
 mod clones;
 mod control;
 mod discard;
+mod events;
 mod load;
 mod metadata;
+mod metrics;
 mod refusals;
 mod restart;
 mod signals;
