@@ -4,6 +4,7 @@
 //! hydrated read or write but one load of the mode.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::hydration_budget::BudgetMember;
 use crate::units::{CloneId, Geometry, ShardIndex};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::*};
@@ -85,6 +86,7 @@ pub struct CloneState {
     /// Environment time of the last client request's end, in microseconds.
     foreground_last_us: AtomicU64,
     events: Mutex<Events>,
+    budget: BudgetMember,
 }
 
 impl CloneState {
@@ -113,7 +115,18 @@ impl CloneState {
             foreground_in_flight: AtomicU64::new(0),
             foreground_last_us: AtomicU64::new(0),
             events: Mutex::default(),
+            budget: BudgetMember::alone(),
         }
+    }
+
+    /// Shares its hydration bandwidth with the other clones of the budget, from the start to the end of this state.
+    pub fn with_budget(self, budget: BudgetMember) -> Self {
+        Self { budget, ..self }
+    }
+
+    /// Its part of the hydration bandwidth: priority and rates.
+    pub fn budget(&self) -> &BudgetMember {
+        &self.budget
     }
 
     pub fn mode(&self) -> Mode {

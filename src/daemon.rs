@@ -17,6 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::nbd::listen::bind;
 use crate::local::Notify;
 use crate::ring::Ring;
+use crate::shard::copy_pool::IO_MEMORY_DEFAULT;
 use crate::shard::dispatch::Dispatcher;
 use crate::shard::pool::{self, PoolOptions, ShardContext};
 use crate::shard::{Mesh, ShardRequest};
@@ -53,7 +54,11 @@ pub fn run(config: CloneConfig) -> Result<()> {
     environment::check_nofile(shards as u16)?;
     let signals = block_signals()?;
     abort_on_panic();
-    let options = PoolOptions { cpus: cpus.iter().copied().cycle().take(shards).collect(), spin: Duration::ZERO };
+    let options = PoolOptions {
+        cpus: cpus.iter().copied().cycle().take(shards).collect(),
+        spin: Duration::ZERO,
+        io_memory: IO_MEMORY_DEFAULT,
+    };
     pool::run(&options, move |context| live(context, config, signals))?
 }
 

@@ -273,7 +273,9 @@ async fn attach(context: &Rc<ShardContext>, parts: ShardParts, source: Option<Rc
     }
     state.add_hydrated(map.hydrated_count());
     let destination = Rc::new(RingDisk::new(destination));
-    let slice = CloneSlice::new(SliceParts { state, map, destination, source, env: context.env.clone(), mesh });
+    let copies = context.shard.copy_pool().join(state.clone());
+    let env = context.env.clone();
+    let slice = CloneSlice::new(SliceParts { state, map, destination, source, env, mesh, copies });
     context.shard.attach(slice);
     Ok(())
 }

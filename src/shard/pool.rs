@@ -82,6 +82,8 @@ pub struct PoolOptions {
     pub cpus: Vec<usize>,
     /// How long an idle shard polls before it sleeps.
     pub spin: Duration,
+    /// Memory for copies on each shard, in bytes; see [`super::copy_pool`].
+    pub io_memory: u64,
 }
 
 /// What a shard's executor has at hand.
@@ -261,11 +263,14 @@ where
         let (start, started) = mpsc::channel();
         starts.push(start);
         let gate = Gate { ready: ready.clone(), started };
+        let io_memory = options.io_memory;
         if let Some(main) = main.take() {
-            first = Some(builder.spawn(move || run_shard(me, shards, mailboxes, gate, main)).map_err(failed)?);
+            first =
+                Some(builder.spawn(move || run_shard(me, shards, io_memory, mailboxes, gate, main)).map_err(failed)?);
         } else {
             let ended = |_: Rc<ShardContext>| std::future::pending::<()>();
-            others.push(builder.spawn(move || run_shard(me, shards, mailboxes, gate, ended)).map_err(failed)?);
+            others
+                .push(builder.spawn(move || run_shard(me, shards, io_memory, mailboxes, gate, ended)).map_err(failed)?);
         }
     }
     drop(ready);
@@ -316,6 +321,7 @@ impl Gate {
 async fn run_shard<T: 'static, F, Fut>(
     me: ShardIndex,
     shards: u16,
+    io_memory: u64,
     mailboxes: Arc<[Mailbox]>,
     gate: Gate,
     main: F,
@@ -335,7 +341,7 @@ where
         ring.shutdown().await;
         return Ok(None);
     }
-    let shard = Rc::new(Shard::default());
+    let shard = Rc::new(Shard::new(io_memory));
     let mesh = Rc::new(ChannelMesh {
         me,
         shards,

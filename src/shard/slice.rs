@@ -6,6 +6,7 @@
 //!   from before it looks at the bit until after it has set it. See [`super::inflight`].
 //! * A plan made before the bytes were held is made again after.
 
+use super::copy_pool::CopyShare;
 use super::inflight::Hold;
 use super::locks::Locks;
 use super::plan::{ChangeRoute, ReadRoute, Runs, plan_change, plan_read};
@@ -19,7 +20,7 @@ use crate::hydration_sched::{HydrationSched, Unhydrated};
 use crate::io_frontend::request::{
     Allocation, Completion, Extent, LocalBoxFuture, Request, RequestFlags, StatusExtents, push_extent,
 };
-use crate::local::{Notify, Semaphore, join_some};
+use crate::local::{Notify, join_some};
 use crate::meta::region_map::{RegionMap, ZoneSnapshot};
 use crate::source::Source;
 use crate::units::{ByteRange, CloneId, Geometry, RegionIndex, RegionRange, ShardIndex, ZoneIndex};
@@ -27,9 +28,6 @@ use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
-
-/// Bytes of source data that one shard holds for one clone while copying: bounds memory.
-pub const COPY_MEMORY_BYTES: u64 = 32 << 20;
 
 /// Parts of one request that run at a time. One over patchy regions has thousands.
 const PARTS_AT_A_TIME: usize = 64;
@@ -96,6 +94,8 @@ pub struct SliceParts {
     pub source: Option<Rc<dyn Source>>,
     pub env: Rc<dyn Env>,
     pub mesh: Rc<dyn Mesh>,
+    /// Its part of what copies may use on this shard.
+    pub copies: CopyShare,
 }
 
 /// One shard's slice of one clone.
@@ -109,11 +109,9 @@ pub struct CloneSlice {
     source: RefCell<Option<Rc<dyn Source>>>,
     pub(super) env: Rc<dyn Env>,
     mesh: Rc<dyn Mesh>,
-    pub(super) copy_memory: Rc<Semaphore>,
+    pub(super) copies: CopyShare,
     pub(super) sched: RefCell<HydrationSched>,
     pub(super) wake: Notify,
-    pub(super) copies_in_flight: Cell<u64>,
-    pub(super) copy_bytes_in_flight: Cell<u64>,
     pub(super) counters: Counters,
     pub(super) failures: RefCell<crate::log_limit::LogLimit>,
 }
@@ -148,7 +146,7 @@ impl Drop for Foreground {
 
 impl CloneSlice {
     pub fn new(parts: SliceParts) -> Rc<Self> {
-        let SliceParts { state, map, destination, source, env, mesh } = parts;
+        let SliceParts { state, map, destination, source, env, mesh, copies } = parts;
         Rc::new(Self {
             geometry: state.geometry,
             me: mesh.me(),
@@ -158,11 +156,9 @@ impl CloneSlice {
             source: RefCell::new(source),
             env,
             mesh,
-            copy_memory: Semaphore::new(COPY_MEMORY_BYTES),
+            copies,
             sched: RefCell::default(),
             wake: Notify::default(),
-            copies_in_flight: Cell::new(0),
-            copy_bytes_in_flight: Cell::new(0),
             counters: Counters::default(),
             failures: RefCell::default(),
             state,
@@ -317,7 +313,7 @@ impl CloneSlice {
             let again: LocalBoxFuture<'_, _> = Box::pin(self.read(wanted));
             return again.await;
         }
-        let Some(memory) = self.copy_memory.try_acquire(bytes.len()) else {
+        let Some(memory) = self.copies.try_acquire(bytes.len()) else {
             drop(held);
             return self.read_past(regions, wanted).await;
         };
@@ -354,6 +350,7 @@ impl CloneSlice {
         debug_assert_eq!(self.uniform(regions), Some(false));
         count(&self.counters.source_reads, 1);
         count(&self.counters.source_read_bytes, wanted.len());
+        self.state.budget().charge(wanted.len(), self.env.now());
         let source = self.source()?;
         self.sched.borrow_mut().prioritise(regions.first());
         self.wake.notify();
@@ -565,7 +562,7 @@ impl CloneSlice {
             return Ok(());
         }
         // Merged in memory, so that one write does both.
-        let _memory = self.copy_memory.acquire(bytes.len()).await;
+        let _memory = self.copies.acquire(bytes.len()).await;
         let mut buf = self.source()?.read(bytes).await?;
         count(&self.counters.copied_bytes, bytes.len());
         let at = (range.start() - bytes.start()) as usize;
@@ -667,7 +664,7 @@ impl CloneSlice {
     /// Waits until hydration has ended (the clone is stopping) and nothing is in flight.
     pub async fn drain(&self) {
         self.wake.notify();
-        while self.copies_in_flight.get() > 0 || !self.locks.is_empty() {
+        while self.copies.copies_in_flight() > 0 || !self.locks.is_empty() {
             self.env.sleep(Duration::from_millis(1)).await;
         }
     }

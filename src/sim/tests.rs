@@ -5,6 +5,7 @@ mod failures;
 mod hydration;
 mod order;
 mod random;
+mod shares;
 
 use super::clone::{Devices, Setup, SimClone};
 use super::executor::Sim;
