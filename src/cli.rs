@@ -47,6 +47,8 @@ pub struct Cli {
 pub enum Verb {
     Clone(CloneArgs),
     Status(StatusArgs),
+    List(ListArgs),
+    Remove(RemoveArgs),
     Message(MessageArgs),
     Stop(StopArgs),
     Meta(MetaArgs),
@@ -202,26 +204,71 @@ pub struct StatusArgs {
     pub control: ControlArgs,
 }
 
+/// List the clones that run here
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Lists the clones that run here, a line each: of the daemon of 'hydrant serve', and of every 'hydrant clone'. One that \
+could not be started is listed as failed, with the reason.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant list
+  hydrant list --json | jq -r 'select(.state == \"failed\").name'")]
+pub struct ListArgs {
+    /// One JSON object per clone and line
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// End one clone of a daemon; the others go on
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Ends one clone of a daemon: what is in flight is finished and committed, its sockets and devices are let go of. The other \
+clones go on. Nothing is deleted: created again with the same devices, the clone goes on where it stopped. Refused while \
+NBD clients are connected to it, without --force.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant remove vm1")]
+pub struct RemoveArgs {
+    /// Which clone
+    pub name: CloneName,
+
+    /// Also when NBD clients use it: their requests in flight are finished, then they are disconnected
+    #[arg(long)]
+    pub force: bool,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
 /// Change how a running clone hydrates
 #[derive(Args, Debug)]
 #[command(long_about = "\
-Sends one of dm-clone's messages to a running clone and returns when it is in force:
+Sends a message to a running clone and returns when it is in force. dm-clone's:
 
   enable_hydration        switch the background copy on
   disable_hydration       switch it off; what is in flight is finished
   hydration_threshold N   the most regions being copied at a time; 0 stops the background copy
   hydration_batch_size N  how many adjacent regions are copied together, at most; 0 means 1
 
-N is from 0 to 4294967295. Without these two, hydrant finds its own numbers. Messages last until the daemon ends.")]
+N is from 0 to 4294967295. Without these two, hydrant finds its own numbers. Hydrant's own:
+
+  hydration_rate BYTES    the most bytes per second that are read to hydrate this clone, from 64KiB on; 0 means no bound
+  priority N              its weight beside other clones of the daemon, from 1 to 1000; 100 if nothing is said
+
+Messages last until the daemon ends.")]
 #[command(after_long_help = "\
 Examples:
   hydrant message vm1 enable_hydration
-  hydrant message vm1 hydration_threshold 64")]
+  hydrant message vm1 hydration_threshold 64
+  hydrant message vm1 hydration_rate 50MiB")]
 pub struct MessageArgs {
     /// Which clone
     pub name: CloneName,
 
-    /// enable_hydration, disable_hydration, hydration_threshold N or hydration_batch_size N
+    /// One of those above, with its number
     #[arg(required = true, num_args = 1.., value_name = "MESSAGE", allow_negative_numbers = true)]
     pub message: Vec<String>,
 

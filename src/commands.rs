@@ -1,25 +1,28 @@
 //! The verbs of the command line, one file each, thin over the parts that do the work.
 
 pub mod clone;
+pub mod daemons;
+pub mod list;
 pub mod message;
 pub mod meta;
+pub mod remove;
 pub mod status;
 pub mod stop;
 
 use crate::bail;
-use crate::cli::{Cli, ControlArgs, MetaVerb, Verb};
-use crate::config::{CloneConfig, CloneName};
-use crate::control::client::Client;
+use crate::cli::{Cli, MetaVerb, Verb};
+use crate::config::Plan;
 use crate::error::{Error, Result};
-use crate::runtime_dir::RuntimeDir;
 use std::io::{self, Write};
 
-/// Does what the command line says. `start` runs a clone until it is told to stop: the daemon. `out` gets what the
+/// Does what the command line says. `start` runs clones until it is told to stop: the daemon. `out` gets what the
 /// user asked for; errors are returned.
-pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(CloneConfig) -> Result<()>) -> Result<()> {
+pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>) -> Result<()> {
     match cli.verb {
         Verb::Clone(args) => clone::run(args, start),
         Verb::Status(args) => status::run(&args, out),
+        Verb::List(args) => list::run(&args, out),
+        Verb::Remove(args) => remove::run(&args),
         Verb::Message(args) => message::run(&args),
         Verb::Stop(args) => stop::run(&args),
         Verb::Meta(args) => match args.verb {
@@ -34,12 +37,4 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(CloneConfig) -> Res
 /// What the output may not be written for: a closed pipe, a full disk.
 pub(crate) fn output_error(error: io::Error) -> Error {
     Error::from_io(error, "standard output")
-}
-
-/// Whom to ask about the clone `name`.
-fn client_of(name: &CloneName, control: &ControlArgs) -> Client {
-    match &control.control {
-        Some(path) => Client::new(path),
-        None => Client::new(RuntimeDir::of_user().control_socket(name)),
-    }
 }

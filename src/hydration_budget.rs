@@ -85,6 +85,11 @@ impl BudgetMember {
         self.rate.store(rate.map_or(0, HydrationRate::bytes_per_second), Release);
     }
 
+    /// The bound of all clones together, in bytes per second.
+    pub fn total_rate(&self) -> Option<u64> {
+        self.budget.total_rate().map(HydrationRate::bytes_per_second)
+    }
+
     /// Whether there is any bound; if not, the calls below cost nothing.
     pub fn is_bound(&self) -> bool {
         self.budget.is_bound.load(Acquire) || self.rate.load(Acquire) > 0
@@ -92,8 +97,8 @@ impl BudgetMember {
 
     /// The lowest of the bounds, in bytes per second.
     pub fn lowest_rate(&self) -> Option<u64> {
-        let total = self.is_bound().then(|| self.budget.total_rate()).flatten();
-        total.map(HydrationRate::bytes_per_second).into_iter().chain(self.rate()).min()
+        let total = if self.is_bound() { self.total_rate() } else { None };
+        total.into_iter().chain(self.rate()).min()
     }
 
     /// See [`HydrationShare::request`].

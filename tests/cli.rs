@@ -42,6 +42,8 @@ fn help_is_as_pinned() {
         &[],
         &["clone"],
         &["status"],
+        &["list"],
+        &["remove"],
         &["message"],
         &["stop"],
         &["meta"],

@@ -10,6 +10,7 @@ use crate::devices::{self, Device, Role, Target};
 use crate::disk::Disk;
 use crate::disk::ring::{DiskParts, RingDisk};
 use crate::error::{Error, ErrorKind, Result};
+use crate::hydration_budget::BudgetMember;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::meta::codec::{self, Superblock, metadata_size_needed};
 use crate::meta::region_map::RegionMap;
@@ -95,8 +96,14 @@ struct ShardParts {
     source: SourceParts,
 }
 
-/// Starts the clone on all shards. Hydration is not started yet.
-pub async fn activate(context: &Rc<ShardContext>, config: &CloneConfig, prepared: Prepared) -> Result<ActiveClone> {
+/// Starts the clone on all shards. Hydration is not started yet. After an error [`abandon`] clears up.
+pub async fn activate(
+    context: &Rc<ShardContext>,
+    config: &CloneConfig,
+    id: CloneId,
+    prepared: Prepared,
+    budget: BudgetMember,
+) -> Result<ActiveClone> {
     let Prepared { geometry, fingerprint, source, destination, metadata, found } = prepared;
     let (destination, created_destination) =
         open(Role::Destination, &config.destination, destination, geometry.size())?;
@@ -126,8 +133,8 @@ pub async fn activate(context: &Rc<ShardContext>, config: &CloneConfig, prepared
     created_metadata.keep();
 
     let shards = context.mesh.shards();
-    let state = Arc::new(CloneState::new(
-        CloneId(0),
+    let state = CloneState::new(
+        id,
         config.name.to_string(),
         geometry,
         shards,
@@ -137,7 +144,8 @@ pub async fn activate(context: &Rc<ShardContext>, config: &CloneConfig, prepared
             threshold: config.hydration_threshold.map_or(AUTOMATIC, u64::from),
             batch_size: config.hydration_batch_size.map_or(AUTOMATIC, u64::from),
         },
-    ));
+    );
+    let state = Arc::new(state.with_budget(budget));
     let complete = store.superblock().state == codec::CloneState::Complete;
     let source_counts = Rc::<SourceCounts>::default();
     let nbd_source = source.as_ref().and_then(|source| watch(context, source, &state, &source_counts));
@@ -171,6 +179,19 @@ pub async fn activate(context: &Rc<ShardContext>, config: &CloneConfig, prepared
         metadata_blocks: metadata.size / codec::BLOCK_SIZE as u64,
         _devices: [destination, metadata],
     })
+}
+
+/// Lets go of everything that a clone has on any shard. What is in flight ends by itself.
+pub async fn abandon(context: &Rc<ShardContext>, id: CloneId) {
+    if let Ok(coordinator) = context.shard.coordinator(id) {
+        coordinator.end();
+    }
+    for shard in 0..context.mesh.shards() {
+        let detached = context
+            .mesh
+            .run_on(context, ShardIndex(shard), move |context| Box::pin(async move { context.shard.detach(id) }));
+        detached.await;
+    }
 }
 
 /// Turns what happens to an NBD source into events of the clone.

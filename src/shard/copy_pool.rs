@@ -17,8 +17,11 @@
 //!
 //! Not `Send`; costs O(clones) per decision.
 
+use crate::bail;
 use crate::clone_state::CloneState;
+use crate::error::Result;
 use crate::local::oneshot;
+use crate::units::ByteSize;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -101,6 +104,20 @@ pub(super) struct BatchInFlight {
 impl Default for CopyPool {
     fn default() -> Self {
         Self::new(IO_MEMORY_DEFAULT)
+    }
+}
+
+/// A configured `io_memory`, or the default. `Usage` when it is out of bounds.
+pub fn checked_io_memory(configured: Option<u64>) -> Result<u64> {
+    match configured.unwrap_or(IO_MEMORY_DEFAULT) {
+        bytes if (IO_MEMORY_MIN..=IO_MEMORY_MAX).contains(&bytes) => Ok(bytes),
+        bytes => bail!(
+            Usage,
+            "io_memory of {} is out of bounds: use {} to {}, for each shard",
+            ByteSize(bytes),
+            ByteSize(IO_MEMORY_MIN),
+            ByteSize(IO_MEMORY_MAX)
+        ),
     }
 }
 

@@ -255,7 +255,6 @@ where
             .name(&format!("shard-{me}"))
             .io_memory(IO_MEMORY_BYTES)
             .preempt_timer(PREEMPT_TIMER)
-            .spin_before_park(options.spin)
             .blocking_thread_pool_placement(PoolPlacement::Unbound(1));
         let failed = move |error: glommio::GlommioError<()>| {
             Error::new(ErrorKind::Environment, format!("executor of shard {me} on CPU {cpu} can't start: {error}"))
@@ -263,14 +262,14 @@ where
         let (start, started) = mpsc::channel();
         starts.push(start);
         let gate = Gate { ready: ready.clone(), started };
-        let io_memory = options.io_memory;
+        let (spin, io_memory) = (options.spin, options.io_memory);
         if let Some(main) = main.take() {
-            first =
-                Some(builder.spawn(move || run_shard(me, shards, io_memory, mailboxes, gate, main)).map_err(failed)?);
+            let shard = move || run_shard(me, shards, mailboxes, gate, spin, io_memory, main);
+            first = Some(builder.spawn(shard).map_err(failed)?);
         } else {
             let ended = |_: Rc<ShardContext>| std::future::pending::<()>();
-            others
-                .push(builder.spawn(move || run_shard(me, shards, io_memory, mailboxes, gate, ended)).map_err(failed)?);
+            let shard = move || run_shard(me, shards, mailboxes, gate, spin, io_memory, ended);
+            others.push(builder.spawn(shard).map_err(failed)?);
         }
     }
     drop(ready);
@@ -321,9 +320,10 @@ impl Gate {
 async fn run_shard<T: 'static, F, Fut>(
     me: ShardIndex,
     shards: u16,
-    io_memory: u64,
     mailboxes: Arc<[Mailbox]>,
     gate: Gate,
+    spin: Duration,
+    io_memory: u64,
     main: F,
 ) -> Result<Option<T>>
 where
@@ -337,6 +337,7 @@ where
         };
         Error::from_io(error, format!("io_uring of shard {me} can't be set up{hint}"))
     })?;
+    ring.set_spin(spin);
     if !gate.pass() {
         ring.shutdown().await;
         return Ok(None);
