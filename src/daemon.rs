@@ -24,6 +24,7 @@ use crate::local::Notify;
 use crate::metrics::dump::Dumper;
 use crate::ring::Ring;
 use crate::shard::Mesh;
+use crate::shard::copy_pool::checked_io_memory;
 use crate::shard::pool::{self, PoolOptions, ShardContext};
 use crate::unix_socket::BoundSocket;
 use control::Handle;
@@ -46,7 +47,11 @@ pub fn run(plan: Plan) -> Result<()> {
     environment::check_nofile(shards as u16)?;
     let signals = block_signals()?;
     abort_on_panic();
-    let options = PoolOptions { cpus: cpus.iter().copied().cycle().take(shards).collect(), spin: plan.daemon.spin };
+    let options = PoolOptions {
+        cpus: cpus.iter().copied().cycle().take(shards).collect(),
+        spin: plan.daemon.spin,
+        io_memory: checked_io_memory(plan.daemon.io_memory)?,
+    };
     pool::run(&options, move |context| live(context, plan, signals))?
 }
 
@@ -137,7 +142,7 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
     let Plan { daemon: config, clones, .. } = plan;
     let control_socket = BoundSocket::bind(&config.control)?;
     let feed = feed::start(&context.env)?;
-    let daemon = Daemon::new(context.clone(), config, stop.clone(), feed);
+    let daemon = Daemon::new(context.clone(), config, stop.clone(), feed)?;
     let server = Server::start(control_socket, Rc::new(Handle(daemon.clone())), context.env.clone());
     let wanted = clones.len();
     let (starter, stop_of_starter) = (daemon.clone(), stop.clone());
