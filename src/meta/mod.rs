@@ -2,7 +2,7 @@
 //!
 //! * [`codec`]: the format, drawn there. * [`region_map`]: the bits in core, sliced by shard.
 //! * [`commit`]: what two superblock copies amount to. * [`store`]: reads and writes them on a [`crate::disk::Disk`].
-//! * [`check`]: judges an image offline.
+//! * [`check`]: judges an image offline. * [`dm`]: the metadata of the kernel's dm-clone, read and written.
 //!
 //! # Why a crash loses nothing
 //!
@@ -59,5 +59,6 @@
 pub mod check;
 pub mod codec;
 pub mod commit;
+pub mod dm;
 pub mod region_map;
 pub mod store;
