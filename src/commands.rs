@@ -6,8 +6,7 @@ pub mod meta;
 pub mod status;
 pub mod stop;
 
-use crate::bail;
-use crate::cli::{Cli, ControlArgs, MetaVerb, Verb};
+use crate::cli::{Cli, ControlArgs, Verb};
 use crate::config::{CloneConfig, CloneName};
 use crate::control::client::Client;
 use crate::error::{Error, Result};
@@ -22,11 +21,7 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(CloneConfig) -> Res
         Verb::Status(args) => status::run(&args, out),
         Verb::Message(args) => message::run(&args),
         Verb::Stop(args) => stop::run(&args),
-        Verb::Meta(args) => match args.verb {
-            MetaVerb::Check(of) if meta::check(&of.path, of.json, out)? => Ok(()),
-            MetaVerb::Check(of) => bail!(Damaged, "metadata {}: not clean, see the findings", of.path.display()),
-            MetaVerb::Dump(of) => meta::dump(&of.path, of.json, out),
-        },
+        Verb::Meta(args) => meta::run(args, out),
         Verb::Demo(args) => crate::demo::run(&args, out),
     }
 }

@@ -13,7 +13,7 @@ const LAYERS: [&str; 5] = [
     // 0, vocabulary.
     "units error dma_buf io_frontend/request",
     // 1, pure decisions: no I/O, no async, no clock.
-    "meta/mod meta/codec meta/region_map meta/commit meta/check meta/dm meta/dm/*
+    "meta/mod meta/codec meta/region_map meta/runs meta/commit meta/check meta/dm meta/dm/*
      shard/plan shard/inflight hydration_sched log_limit signatures human daemon/rate control/api
      source/uri source/nbd/assembly
      io_frontend/nbd/proto io_frontend/nbd/proto/* io_frontend/nbd/limits io_frontend/nbd/stats
@@ -25,9 +25,9 @@ const LAYERS: [&str; 5] = [
      sim sim/*",
     // 3, edges: the kernel, sockets, glommio.
     "ring ring/* net disk/ring env/glommio shard/pool environment unix_socket devices devices/*
-     source/nbd source/nbd/* io_frontend io_frontend/nbd io_frontend/nbd/*",
+     source/nbd source/nbd/* disk/blocking io_frontend io_frontend/nbd io_frontend/nbd/*",
     // 4, product.
-    "lib main cli config runtime_dir commands commands/* control control/* daemon daemon/* demo demo/*",
+    "lib main cli cli/* config runtime_dir commands commands/* control control/* daemon daemon/* demo demo/*",
 ];
 
 /// What a layer has nothing to do with, as it would be written in the code.

@@ -1,8 +1,9 @@
 //! The metadata of a clone: which regions are hydrated, on a device of their own, crash-safe without a journal.
 //!
 //! * [`codec`]: the format, drawn there. * [`region_map`]: the bits in core, sliced by shard.
-//! * [`commit`]: what two superblock copies amount to. * [`store`]: reads and writes them on a [`crate::disk::Disk`].
-//! * [`check`]: judges an image offline. * [`dm`]: the metadata of the kernel's dm-clone, read and written.
+//! * [`runs`]: those bits as runs of regions. * [`commit`]: what two superblock copies amount to.
+//! * [`store`]: reads and writes them on a [`crate::disk::Disk`]. * [`check`]: judges an image offline.
+//! * [`dm`]: the metadata of the kernel's dm-clone, read and written.
 //!
 //! # Why a crash loses nothing
 //!
@@ -61,4 +62,5 @@ pub mod codec;
 pub mod commit;
 pub mod dm;
 pub mod region_map;
+pub mod runs;
 pub mod store;

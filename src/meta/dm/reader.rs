@@ -10,6 +10,7 @@ use super::{Refused, Target};
 use crate::meta::check::ReadBlock;
 use crate::meta::codec::BLOCK_SIZE;
 use crate::meta::region_map::first_bit;
+use crate::meta::runs::set_bits;
 
 /// An image that checked out.
 pub struct Image {
@@ -48,11 +49,7 @@ impl RegionBits {
     /// Marks a run of regions, first and last inclusive; it must be inside.
     pub fn set(&mut self, first: u64, last: u64) {
         assert!(first <= last && last < self.nr_regions, "regions {first} to {last} of {}", self.nr_regions);
-        for word in first / 64..=last / 64 {
-            let from = first.max(word * 64) % 64;
-            let to = last.min(word * 64 + 63) % 64;
-            self.words[word as usize] |= (u64::MAX << from) & (u64::MAX >> (63 - to));
-        }
+        set_bits(&mut self.words, first, last);
     }
 
     /// The hydrated runs, as (first, last) region, both inclusive.
