@@ -13,7 +13,7 @@ const LAYERS: [&str; 5] = [
     // 0, vocabulary.
     "units error dma_buf io_frontend/request",
     // 1, pure decisions: no I/O, no async, no clock.
-    "meta/mod meta/codec meta/region_map meta/runs meta/commit meta/check meta/dm meta/dm/*
+    "meta/mod meta/codec meta/region_map meta/runs meta/commit meta/check meta/dm meta/dm/* meta/dump meta/repair
      shard/plan shard/inflight hydration_sched log_limit signatures human daemon/rate control/api
      source/uri source/nbd/assembly
      io_frontend/nbd/proto io_frontend/nbd/proto/* io_frontend/nbd/limits io_frontend/nbd/stats

@@ -11,6 +11,8 @@ mod format;
 mod image;
 mod import_dm;
 mod output;
+mod repair;
+mod restore;
 
 use crate::cli::{MetaArgs, MetaVerb};
 use crate::error::{Error, ErrorKind, Result};
@@ -30,8 +32,8 @@ pub fn run(args: MetaArgs, out: &mut dyn Write) -> Result<()> {
         MetaVerb::Check(args) => check::run(&args, out),
         MetaVerb::Dump(args) => dump::run(&args, out),
         MetaVerb::Format(args) => format::run(&args, out),
-        MetaVerb::Restore(_) => unreachable!(),
-        MetaVerb::Repair(_) => unreachable!(),
+        MetaVerb::Restore(args) => restore::run(&args, out),
+        MetaVerb::Repair(args) => repair::run(&args, out),
         MetaVerb::ImportDm(args) => import_dm::run(&args, out),
         MetaVerb::ExportDm(args) => export_dm::run(&args, out),
     }

@@ -3,7 +3,8 @@
 //! * [`codec`]: the format, drawn there. * [`region_map`]: the bits in core, sliced by shard.
 //! * [`runs`]: those bits as runs of regions. * [`commit`]: what two superblock copies amount to.
 //! * [`store`]: reads and writes them on a [`crate::disk::Disk`]. * [`check`]: judges an image offline.
-//! * [`dm`]: the metadata of the kernel's dm-clone, read and written.
+//! * [`repair`]: what can be mended, and what has to be assumed for it.
+//! * [`dump`]: what a dump in JSON says. * [`dm`]: the metadata of the kernel's dm-clone, read and written.
 //!
 //! # Why a crash loses nothing
 //!
@@ -61,6 +62,8 @@ pub mod check;
 pub mod codec;
 pub mod commit;
 pub mod dm;
+pub mod dump;
 pub mod region_map;
+pub mod repair;
 pub mod runs;
 pub mod store;

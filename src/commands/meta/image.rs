@@ -53,9 +53,14 @@ impl Image {
 
     /// Of a device that is open, and locked as long as this lives.
     pub fn of(device: Device) -> Result<Self> {
+        let image = Self::over(&device)?;
+        Ok(Self { _device: Some(device), ..image })
+    }
+
+    /// Of a device that stays open, and locked, beside this.
+    pub fn over(device: &Device) -> Result<Self> {
         let file = device.any_alignment().try_clone().map_err(|error| Error::from_io(error, device.label()))?;
-        let size = device.size;
-        Ok(Self { file, _device: Some(device), size, buffer: None, first: 0, ahead: 1 })
+        Ok(Self { file, _device: None, size: device.size, buffer: None, first: 0, ahead: 1 })
     }
 
     /// In bytes.
