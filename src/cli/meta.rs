@@ -2,7 +2,7 @@
 
 use crate::units::{ByteSize, RegionSize};
 use clap::builder::NonEmptyStringValueParser;
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -98,7 +98,7 @@ as SIZE, and a destination under the same conditions as that of a new clone.")]
 Examples:
   hydrant meta format --source /dev/vg/old --destination /dev/vg/new vm1.meta
   hydrant meta format --size 100GiB --region-size 1MiB vm1.meta")]
-#[group(id = "of", required = true, multiple = false, args = ["source", "size"])]
+#[command(group(ArgGroup::new("of").required(true).args(["source", "size"])))]
 pub struct FormatArgs {
     /// The metadata: a file (created when missing) or a block device
     pub path: PathBuf,
@@ -154,10 +154,10 @@ Mends metadata that 'hydrant meta check' finds damaged.
 A superblock copy that is damaged is written again from the other one: nothing is lost.
 
 Of a damaged sector of the bitmap nobody knows which of its regions were hydrated, and either guess can lose data:
-  unhydrated  they are read from the source, and copied from there again. Whatever was written to them
-              since the clone was made is lost, and the rest is right.
-  hydrated    they are read from the destination. Regions that were not copied yet hold whatever the
-              destination held before, and are never copied; the rest is right.
+  unhydrated  they are read from the source, and copied from there again. What was written to
+              them since the clone was made is lost; the rest is right.
+  hydrated    they are read from the destination. Those that were not copied yet hold whatever
+              the destination held before, and are never copied; the rest is right.
 So without --assume nothing is changed, and the regions are listed. Say unhydrated when nothing was written there (the \
 clone was only read, or the file system's checker will tell), hydrated when you know that all of them were copied. In a \
 clone that is marked complete every region is hydrated: there nothing has to be assumed.")]
