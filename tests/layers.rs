@@ -27,7 +27,7 @@ const LAYERS: [&str; 5] = [
     "ring ring/* net disk/ring env/glommio shard/pool environment unix_socket devices devices/*
      source/nbd source/nbd/* disk/blocking io_frontend io_frontend/nbd io_frontend/nbd/*",
     // 4, product.
-    "lib main cli cli/* config runtime_dir commands commands/* control control/* daemon daemon/* demo demo/*",
+    "lib main cli cli/* config runtime_dir commands commands/* commands/meta/* control control/* daemon daemon/* demo demo/*",
 ];
 
 /// What a layer has nothing to do with, as it would be written in the code.

@@ -141,7 +141,8 @@ fn formatted_ahead_the_first_use_takes_its_devices() {
 
     // From then on they belong to these.
     let used = dump(&bench, "@meta");
-    assert_eq!((&used["uuid"] == &fresh["uuid"], &used["source"]["samples"]), (false, &json!(64)));
+    assert_ne!(used["uuid"], fresh["uuid"]);
+    assert_eq!(used["source"]["samples"], json!(64));
     bench.clone_of(bench.filled("other", 40 * MIB, 7)).refused(&["source's content"]);
     bench.clone_of(&source).destination(&busy).refused(&["another destination"]);
     let daemon = bench.clone_of(&source).start();
