@@ -9,6 +9,7 @@ mod clones;
 mod control;
 mod discard;
 mod dm_clone;
+mod dm_clone_kernel;
 mod load;
 mod meta_tools;
 mod metadata;
