@@ -1,9 +1,20 @@
-//! What a clone is made of and how it is to run, whoever says so: the command line now, a file later.
+//! What a daemon and its clones are made of and how they are to run, whoever says so: the command line or a file.
 //!
-//! Plain values that were checked for form; nothing here was opened or looked at. [`crate::cli`] fills it.
+//! Plain values that were checked for form; nothing here was opened or looked at. [`crate::cli`] fills it from the command
+//! line, [`plan`] from files (TOML: [`file`], [`node`]), the control interface from JSON; all but the first by way of
+//! [`spec`], whose names are those of the command line. What is wrong is a [`fault::Fault`] and names its key.
 
+pub mod fault;
+pub mod file;
+pub mod keys;
+pub mod node;
+pub mod plan;
+pub mod setting;
+pub mod spec;
+
+use crate::dm_table::DmTable;
 use crate::io_frontend::nbd::listen::NbdAddress;
-use crate::units::RegionSize;
+use crate::units::{DEVICE_SIZE_MAX, REGION_SIZE_MAX, RegionSize};
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -18,6 +29,81 @@ pub const SOURCE_TIMEOUT_SECONDS_DEFAULT: u32 = 60;
 /// The longest time to wait for a lost source: a day, in seconds.
 pub const SOURCE_TIMEOUT_SECONDS_MAX: u32 = 86_400;
 
+/// Weight of a clone, when nothing is said.
+pub const PRIORITY_DEFAULT: u32 = 100;
+/// Largest weight of a clone; the smallest is 1.
+pub const PRIORITY_MAX: u32 = 1000;
+
+/// Largest clone, in bytes: what a geometry can hold.
+pub const SIZE_MAX: u64 = DEVICE_SIZE_MAX - REGION_SIZE_MAX;
+/// Bounds of the memory that each shard copies with, in bytes.
+pub const IO_MEMORY_MIN: u64 = 4 << 20;
+pub const IO_MEMORY_MAX: u64 = 64 << 30;
+/// Bounds of a rate of hydration, in bytes per second.
+pub const HYDRATION_RATE_MIN: u64 = 4 << 10;
+pub const HYDRATION_RATE_MAX: u64 = 1 << 40;
+/// The longest time that an idle shard polls, in microseconds.
+pub const SPIN_MAX_US: u64 = 1_000_000;
+/// Bounds of the time between two metrics dumps, in milliseconds: 100 ms to a day.
+pub const METRICS_INTERVAL_MIN_MS: u64 = 100;
+pub const METRICS_INTERVAL_MAX_MS: u64 = 86_400_000;
+
+/// What a daemon is to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    pub daemon: DaemonConfig,
+    /// With different names.
+    pub clones: Vec<CloneConfig>,
+    /// Check everything, say what would be done, change nothing.
+    pub dry_run: bool,
+}
+
+/// How the daemon runs, whatever its clones are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DaemonConfig {
+    /// How many; `None` is one for each CPU that the process may run on (or of `cpus`).
+    pub shards: Option<u16>,
+    /// The CPUs that shards are pinned to, in turn; `None` is those that the process may run on.
+    pub cpus: Option<Vec<usize>>,
+    /// The daemon is for the one clone of its plan: none comes or goes ('hydrant clone').
+    pub one_clone: bool,
+    /// Path of the control socket.
+    pub control: PathBuf,
+    /// Bytes of source data that each shard may hold while copying, all clones together; `None` is the default.
+    pub io_memory: Option<u64>,
+    /// How long an idle shard polls before it sleeps.
+    pub spin: Duration,
+    /// Bytes per second that hydration may read from all sources together.
+    pub hydration_rate: Option<u64>,
+    pub metrics_dump: Option<MetricsDump>,
+    /// What to log, in the words of HYDRANT_LOG, which has precedence.
+    pub log: Option<String>,
+}
+
+impl DaemonConfig {
+    pub fn new(control: PathBuf) -> Self {
+        Self {
+            shards: None,
+            cpus: None,
+            one_clone: false,
+            control,
+            io_memory: None,
+            spin: Duration::ZERO,
+            hydration_rate: None,
+            metrics_dump: None,
+            log: None,
+        }
+    }
+}
+
+/// A file that gets the metrics of all shards.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MetricsDump {
+    pub path: PathBuf,
+    /// How often; `None` is only when SIGUSR1 asks for it.
+    pub interval: Option<Duration>,
+}
+
 /// One clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CloneConfig {
@@ -28,6 +114,8 @@ pub struct CloneConfig {
     pub metadata: PathBuf,
     /// `None`: that of the metadata, or the default for a new clone.
     pub region_size: Option<RegionSize>,
+    /// Bytes of the source that are cloned, from its start; `None` is what the metadata say, or all of a new clone's.
+    pub size: Option<u64>,
     /// Whether the background copy starts enabled.
     pub hydration: bool,
     /// Whether discards go down to the destination.
@@ -36,29 +124,56 @@ pub struct CloneConfig {
     pub hydration_threshold: Option<u32>,
     /// Regions copied together; `None` is automatic.
     pub hydration_batch_size: Option<u32>,
+    /// Bytes per second that hydration may read from the source.
+    pub hydration_rate: Option<u64>,
+    /// Weight among the clones of the daemon that hydrate, 1 to [`PRIORITY_MAX`].
+    pub priority: u32,
     pub on_hydrated: OnHydrated,
-    /// Where NBD clients connect.
-    pub nbd: NbdAddress,
-    /// Path of the control socket.
-    pub control: PathBuf,
-    /// How many; `None` is one for each CPU that the process may run on.
-    pub shards: Option<u16>,
+    pub nbd: NbdConfig,
     /// How long reads wait for a lost source before they fail.
     pub source_timeout: Duration,
     /// Use a destination that holds something unknown.
     pub force: bool,
-    /// Check everything, say what would be done, change nothing.
-    pub dry_run: bool,
+    /// The line of dm-clone's table that it was given as, which says what most of the above says.
+    pub table: Option<DmTable>,
+}
+
+impl CloneConfig {
+    /// Takes over what a table line says.
+    pub fn set_table(&mut self, table: DmTable) {
+        self.source = table.source();
+        self.destination = table.destination();
+        self.metadata = table.metadata();
+        self.region_size = Some(table.region_size());
+        self.size = Some(table.size());
+        self.hydration = !table.no_hydration();
+        self.discard_passdown = !table.no_discard_passdown();
+        self.hydration_threshold = table.hydration_threshold();
+        self.hydration_batch_size = table.hydration_batch_size();
+        self.table = Some(table);
+    }
+}
+
+/// The NBD frontend of a clone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NbdConfig {
+    /// Where clients connect; clones with the same address share a listener.
+    pub address: NbdAddress,
+    /// Name of the export; the clone's unless said otherwise.
+    pub export: CloneName,
 }
 
 /// What to do when every region is hydrated.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum OnHydrated {
     /// Go on serving.
     #[default]
     Stay,
-    /// End when the last client is gone.
+    /// End the daemon when the last client is gone, and no other clone keeps it.
     Exit,
+    /// Remove the clone from the daemon when its last client is gone.
+    Remove,
 }
 
 /// The name of a clone: 1 to [`NAME_LEN_MAX`] of `A-Z a-z 0-9 . _ -`, the first one not `.` or `-`. So it is at once a

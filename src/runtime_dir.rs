@@ -1,11 +1,13 @@
 //! Where the sockets of a running clone are, unless the user says otherwise.
 //!
 //! The directory is `$XDG_RUNTIME_DIR/hydrant`, or `/run/hydrant` when that variable is not set (the services of the
-//! system). It belongs to one user (mode 0700). A clone `NAME` has `NAME.sock` (NBD) and `NAME.control` there.
+//! system). It belongs to one user (mode 0700). A clone `NAME` has `NAME.sock` (NBD) and `NAME.control` there, the daemon of
+//! many clones (`hydrant serve`) has `control`, and each of its clones `NAME.sock`.
 
 use crate::bail;
-use crate::config::CloneName;
+use crate::config::{CloneName, Plan};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io_frontend::nbd::listen::NbdAddress;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
@@ -46,6 +48,11 @@ impl RuntimeDir {
         self.0.join(format!("{name}.{NBD_SUFFIX}"))
     }
 
+    /// Of a daemon of many clones; no clone's, since a name is not empty.
+    pub fn daemon_control_socket(&self) -> PathBuf {
+        self.0.join(CONTROL_SUFFIX)
+    }
+
     pub fn control_socket(&self, name: &CloneName) -> PathBuf {
         self.0.join(format!("{name}.{CONTROL_SUFFIX}"))
     }
@@ -53,6 +60,15 @@ impl RuntimeDir {
     /// Whether `socket` lies directly in the directory, so that [`Self::create`] is needed for it.
     pub fn holds(&self, socket: &Path) -> bool {
         socket.parent() == Some(&self.0)
+    }
+
+    /// Creates the directory, when a socket of `plan` is to be in it.
+    pub fn create_for(&self, plan: &Plan) -> Result<()> {
+        let is_here = |address: &NbdAddress| matches!(address, NbdAddress::Unix(path) if self.holds(path));
+        if self.holds(&plan.daemon.control) || plan.clones.iter().any(|clone| is_here(&clone.nbd.address)) {
+            self.create()?;
+        }
+        Ok(())
     }
 
     /// Creates the directory, when it is not there. One that others may write to is refused: they could put their

@@ -6,6 +6,7 @@
 
 use crate::bail;
 use crate::error::{Error, Result};
+use crate::events::Page;
 use crate::units::SECTOR_SIZE;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -19,6 +20,9 @@ pub const PREFIX: &str = "/v1";
 #[serde(default)]
 pub struct Status {
     pub name: String,
+    pub state: CloneRunState,
+    /// Why it could not be started; null unless `state` is `failed`.
+    pub error: Option<String>,
     /// Size of the clone, in bytes: that of the source.
     pub size: u64,
     /// In bytes.
@@ -31,8 +35,11 @@ pub struct Status {
     pub hydration: HydrationStatus,
     pub features: Features,
     pub metadata: MetadataStatus,
-    /// How many events were raised since the daemon started; dm's event number.
+    /// dm's event number, which `wait` looks at: how often the hydration was completed or the metadata mode got worse since
+    /// the clone was started.
     pub event_nr: u64,
+    /// How many events of any kind were raised since the clone was started.
+    pub events: u64,
     /// The last event, in words; null when there was none.
     pub last_event: Option<String>,
     pub source: SourceStatus,
@@ -47,6 +54,31 @@ pub struct Status {
     pub version: String,
     /// Process id of the daemon.
     pub pid: u32,
+}
+
+/// Whether a clone runs. One that does not has nothing to tell of sizes and regions: they are 0.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CloneRunState {
+    /// Its devices are being opened and checked.
+    Starting,
+    #[default]
+    Running,
+    /// It could not be started.
+    Failed,
+    /// It drains, to be removed.
+    Removing,
+}
+
+impl fmt::Display for CloneRunState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Failed => "failed",
+            Self::Removing => "removing",
+        })
+    }
 }
 
 /// The background copy.
@@ -182,6 +214,8 @@ pub enum SourceState {
     Lost,
     /// Let go: the hydration is complete and the source is not needed any more.
     Released,
+    /// The clone does not run.
+    Unopened,
 }
 
 impl fmt::Display for SourceState {
@@ -190,6 +224,7 @@ impl fmt::Display for SourceState {
             Self::Connected => "connected",
             Self::Lost => "lost",
             Self::Released => "released",
+            Self::Unopened => "not open",
         })
     }
 }
@@ -235,11 +270,31 @@ pub struct StatusList {
     pub clones: Vec<Status>,
 }
 
+/// Longest time that a question may wait for its answer, in seconds.
+pub const WAIT_SECONDS_MAX: u64 = 25;
+
+/// The answer to `GET /v1/events`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct EventPage {
+    /// Whose numbers these are: another one after a restart of the daemon.
+    pub instance: String,
+    #[serde(flatten)]
+    pub page: Page,
+}
+
 /// The body of `POST /v1/clones/NAME/message`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MessageBody {
     pub message: String,
+}
+
+/// The body of `POST /v1/clones/NAME/remove`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RemoveBody {
+    /// Also when clients use it.
+    pub force: bool,
 }
 
 /// The body of an answer that is an error.
@@ -428,11 +483,11 @@ mod tests {
         let json = serde_json::to_value(Status { last_event: Some("x".into()), ..fresh() }).unwrap();
         let mut names = Vec::new();
         collect_names("", &json, &mut names);
-        let pinned = "name size region_size nr_regions hydrated_regions hydrating_regions hydration.enabled \
+        let pinned = "name state error size region_size nr_regions hydrated_regions hydrating_regions hydration.enabled \
              hydration.threshold hydration.batch_size hydration.threshold_effective hydration.batch_size_effective \
              hydration.state hydration.failed_regions hydration.bytes_per_second hydration.eta_seconds \
              features.no_hydration features.no_discard_passdown metadata.path metadata.mode metadata.block_size \
-             metadata.used_blocks metadata.total_blocks metadata.generation event_nr last_event source.spec \
+             metadata.used_blocks metadata.total_blocks metadata.generation event_nr events last_event source.spec \
              source.state source.losses source.reconnects destination nbd.address nbd.export nbd.connections io.reads \
              io.writes io.trims io.write_zeroes io.flushes io.read_bytes io.write_bytes io.trim_bytes \
              io.write_zeroes_bytes io.errors io.source_read_bytes io.hydrated_bytes io.commits shards uptime_seconds \

@@ -10,6 +10,8 @@ use crate::devices::{self, Device, Role, Target};
 use crate::disk::Disk;
 use crate::disk::ring::{DiskParts, RingDisk};
 use crate::error::{Error, ErrorKind, Result};
+use crate::event_log::CloneEvents;
+use crate::events::EventKind;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::meta::codec::{self, Superblock, metadata_size_needed};
 use crate::meta::region_map::RegionMap;
@@ -95,8 +97,14 @@ struct ShardParts {
     source: SourceParts,
 }
 
-/// Starts the clone on all shards. Hydration is not started yet.
-pub async fn activate(context: &Rc<ShardContext>, config: &CloneConfig, prepared: Prepared) -> Result<ActiveClone> {
+/// Starts the clone on all shards. Hydration is not started yet. After an error [`abandon`] clears up.
+pub async fn activate(
+    context: &Rc<ShardContext>,
+    config: &CloneConfig,
+    id: CloneId,
+    prepared: Prepared,
+    events: Arc<CloneEvents>,
+) -> Result<ActiveClone> {
     let Prepared { geometry, fingerprint, source, destination, metadata, found } = prepared;
     let (destination, created_destination) =
         open(Role::Destination, &config.destination, destination, geometry.size())?;
@@ -134,8 +142,8 @@ pub async fn activate(context: &Rc<ShardContext>, config: &CloneConfig, prepared
 
     let shards = context.mesh.shards();
     let state = Arc::new(CloneState::new(
-        CloneId(0),
-        config.name.to_string(),
+        id,
+        events,
         geometry,
         shards,
         config.discard_passdown,
@@ -150,6 +158,8 @@ pub async fn activate(context: &Rc<ShardContext>, config: &CloneConfig, prepared
     let nbd_source = source.as_ref().and_then(|source| watch(context, source, &state, &source_counts));
     let local_source = source.as_ref().map(|source| source.source.clone());
     attach_slices(context, &state, &geometry, zones, &destination, source, local_source).await?;
+    let (hydrated, regions) = (state.hydrated(), geometry.nr_regions());
+    state.events().raise(EventKind::Created, format!("created, {hydrated} of {regions} regions are hydrated"));
     if complete {
         if !state.is_all_hydrated() {
             let text =
@@ -180,6 +190,19 @@ pub async fn activate(context: &Rc<ShardContext>, config: &CloneConfig, prepared
     })
 }
 
+/// Lets go of everything that a clone has on any shard. What is in flight ends by itself.
+pub async fn abandon(context: &Rc<ShardContext>, id: CloneId) {
+    if let Ok(coordinator) = context.shard.coordinator(id) {
+        coordinator.end();
+    }
+    for shard in 0..context.mesh.shards() {
+        let detached = context
+            .mesh
+            .run_on(context, ShardIndex(shard), move |context| Box::pin(async move { context.shard.detach(id) }));
+        detached.await;
+    }
+}
+
 /// Turns what happens to an NBD source into events of the clone.
 fn watch(
     context: &Rc<ShardContext>,
@@ -192,12 +215,12 @@ fn watch(
     source.on_event(move |event| match event {
         SourceEvent::Lost(error) => {
             counts.losses.set(counts.losses.get() + 1);
-            state.event(format!("source lost: {error}"));
+            state.source_lost(error, env.now());
         }
-        SourceEvent::Changed(error) => state.event(format!("source changed, nothing more is read from it: {error}")),
+        SourceEvent::Changed(error) => state.source_changed(error, env.now()),
         SourceEvent::Found => {
             counts.reconnects.set(counts.reconnects.get() + 1);
-            state.event("source found again");
+            state.source_found(env.now());
             for shard in 0..mesh.shards() {
                 let wake = mesh.call(ShardIndex(shard), ShardRequest::Wake { clone: state.id });
                 env.spawn(Box::pin(async move {

@@ -5,14 +5,17 @@
 
 mod harness;
 
+mod appliance;
 mod clones;
 mod control;
 mod discard;
 mod dm_clone;
 mod dm_clone_kernel;
+mod events;
 mod load;
 mod meta_tools;
 mod metadata;
+mod metrics;
 mod refusals;
 mod restart;
 mod signals;

@@ -1,0 +1,282 @@
+//! What is asked of the control interface, and what is answered: from a path and a body to [`Controlled`] and back.
+//!
+//! One variant of [`Route`] per request; every route says its method, so that a wrong one is told which is right.
+//! Nothing here knows of connections. A message that has begun runs to its end whether or not the client waits.
+
+use super::Controlled;
+use super::api::{
+    ErrorBody, ErrorText, EventPage, Message, MessageBody, PREFIX, RemoveBody, Status, StatusList, WAIT_SECONDS_MAX,
+};
+use super::query::Query;
+use super::waiters::Waiters;
+use crate::bail;
+use crate::config::spec::CloneSpec;
+use crate::env::Env;
+use crate::error::{Error, ErrorKind, Result};
+use crate::event_log::Feed;
+use crate::io_frontend::request::LocalBoxFuture;
+use crate::local::oneshot;
+use crate::net::Stream;
+use bytes::Bytes;
+use futures_lite::future::or;
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Largest body of a request, in bytes.
+const BODY_MAX: usize = 64 << 10;
+/// How long a message may take to be in force; longer, and the client is told that it goes on without it.
+const MESSAGE_TIME_MAX: Duration = Duration::from_secs(20);
+
+/// Answers requests, one at a time or many.
+pub struct Routes {
+    pub controlled: Rc<dyn Controlled>,
+    pub feed: Rc<Feed>,
+    pub env: Rc<dyn Env>,
+    pub(super) waiters: Waiters,
+}
+
+impl Routes {
+    /// `client`: the connection that the request came on.
+    pub async fn answer(&self, request: Request<Incoming>, client: &Stream) -> Response<Full<Bytes>> {
+        let path = request.uri().path().to_owned();
+        let route = path.strip_prefix(PREFIX).and_then(Route::of);
+        let Some(route) = route else {
+            return refusal(StatusCode::NOT_FOUND, ErrorKind::NotFound, "no such path in the control interface");
+        };
+        if *request.method() != route.method() {
+            let text = format!("use {} here", route.method());
+            let mut response = refusal(StatusCode::METHOD_NOT_ALLOWED, ErrorKind::Usage, &text);
+            let allowed = if route.method() == Method::GET { "GET" } else { "POST" };
+            response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
+            return response;
+        }
+        let query = match Query::parse(request.uri().query(), route.parameters()) {
+            Ok(query) => query,
+            Err(error) => return refusal(StatusCode::BAD_REQUEST, error.kind(), &error.to_string()),
+        };
+        let result = match route {
+            Route::StatusOfAll => {
+                self.controlled.status(None).await.map(|clones| json(StatusCode::OK, &StatusList { clones }))
+            }
+            Route::MetricsOfAll => self.controlled.metrics(None).await.map(|metrics| json(StatusCode::OK, &metrics)),
+            Route::Metrics(name) => {
+                self.controlled.metrics(Some(name)).await.map(|metrics| json(StatusCode::OK, &metrics))
+            }
+            Route::Status(name) => self.status(name).await.map(|status| json(StatusCode::OK, &status)),
+            Route::Events => self.events(&query, client).await.map(|page| json(StatusCode::OK, &page)),
+            Route::Wait(name) => self.wait(name, &query, client).await.map(|status| json(StatusCode::OK, &status)),
+            Route::Stop => self.controlled.stop().map(|()| json(StatusCode::OK, &serde_json::json!({}))),
+            Route::Message(name) => match read_message(request.into_body()).await {
+                Ok(message) => {
+                    let log_as = format!("clone '{}': message {message}", name.escape_debug());
+                    self.carry_out(log_as, self.controlled.message(name, &message)).await
+                }
+                Err(refused) => return refused,
+            },
+            Route::Create => match read_clone(request.into_body()).await {
+                Ok(spec) => {
+                    let name = spec.name.as_ref().map(|name| name.to_string()).unwrap_or_default();
+                    self.carry_out(format!("clone '{name}': create"), self.controlled.create(spec)).await
+                }
+                Err(refused) => return refused,
+            },
+            Route::Remove(name) => match read_body::<RemoveBody>(request.into_body(), r#"{"force": false}"#).await {
+                Ok(RemoveBody { force }) => {
+                    let log_as =
+                        format!("clone '{}': remove{}", name.escape_debug(), if force { " --force" } else { "" });
+                    self.carry_out(log_as, self.controlled.remove(name, force)).await
+                }
+                Err(refused) => return refused,
+            },
+        };
+        result.unwrap_or_else(|error| refusal(http_status(error.kind()), error.kind(), &error.to_string()))
+    }
+
+    async fn status(&self, name: &str) -> Result<Status> {
+        let mut clones = self.controlled.status(Some(name)).await?;
+        clones.pop().ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no clone '{}'", name.escape_debug())))
+    }
+
+    async fn events(&self, query: &Query<'_>, client: &Stream) -> Result<EventPage> {
+        let log = self.feed.log();
+        let ours = query.text("instance").is_none_or(|instance| instance == log.instance());
+        let after = query.number("after", 0..=u64::MAX)?.filter(|_| ours).unwrap_or(0);
+        let timeout = seconds(query)?.unwrap_or(Duration::ZERO);
+        let clone = query.text("clone");
+        if let Some(name) = clone
+            && !log.knows(name)
+        {
+            // One that is gone and forgotten is not there either.
+            self.controlled.events_of(name)?;
+        }
+        if after > log.last() {
+            let (last, instance) = (log.last(), log.instance());
+            bail!(Usage, "after={after}: the last event is {last} (its numbers are those of instance {instance})");
+        }
+        let page = match timeout {
+            Duration::ZERO => log.after(after, clone),
+            _ => self.waiters.wait(client, &*self.env, self.feed.after(&*self.env, after, clone, timeout)).await?,
+        };
+        Ok(EventPage { instance: log.instance().into(), page })
+    }
+
+    async fn wait(&self, name: &str, query: &Query<'_>, client: &Stream) -> Result<Status> {
+        let nr = query.number("event", 0..=u64::MAX)?.unwrap_or(0);
+        let timeout = seconds(query)?.unwrap_or(Duration::from_secs(WAIT_SECONDS_MAX));
+        let clone = self.controlled.events_of(name)?;
+        let event = self.feed.dm_event(&*self.env, &clone, nr, timeout);
+        self.waiters.wait(client, &*self.env, event).await?;
+        self.status(name).await
+    }
+
+    /// Lets `work` run to its end, and answers when it has, or when that takes too long.
+    async fn carry_out(
+        &self,
+        log_as: String,
+        work: LocalBoxFuture<'static, Result<()>>,
+    ) -> Result<Response<Full<Bytes>>> {
+        let (done, waiting) = oneshot();
+        self.env.spawn(Box::pin(async move {
+            let result = work.await;
+            match &result {
+                Ok(()) => log::info!("{log_as}"),
+                Err(error) => log::warn!("{log_as}: {error}"),
+            }
+            done.send(result);
+        }));
+        let answered =
+            async { waiting.await.unwrap_or_else(|| Err(Error::new(ErrorKind::Shutdown, "the daemon is going down"))) };
+        let timed_out = async {
+            self.env.sleep(MESSAGE_TIME_MAX).await;
+            let seconds = MESSAGE_TIME_MAX.as_secs();
+            Err(Error::new(ErrorKind::Limit, format!("not in force after {seconds} s; it is still being carried out")))
+        };
+        or(answered, timed_out).await.map(|()| json(StatusCode::OK, &serde_json::json!({})))
+    }
+}
+
+/// What is asked for.
+enum Route<'a> {
+    StatusOfAll,
+    Status(&'a str),
+    MetricsOfAll,
+    Metrics(&'a str),
+    Message(&'a str),
+    Events,
+    Wait(&'a str),
+    Create,
+    Remove(&'a str),
+    Stop,
+}
+
+impl<'a> Route<'a> {
+    /// `path` is what follows the version prefix.
+    fn of(path: &'a str) -> Option<Self> {
+        match path {
+            "/status" => Some(Self::StatusOfAll),
+            "/events" => Some(Self::Events),
+            "/clones" => Some(Self::Create),
+            "/metrics" => Some(Self::MetricsOfAll),
+            "/stop" => Some(Self::Stop),
+            _ => match path.strip_prefix("/clones/")?.split_once('/')? {
+                ("", _) => None,
+                (name, "status") => Some(Self::Status(name)),
+                (name, "metrics") => Some(Self::Metrics(name)),
+                (name, "wait") => Some(Self::Wait(name)),
+                (name, "message") => Some(Self::Message(name)),
+                (name, "remove") => Some(Self::Remove(name)),
+                _ => None,
+            },
+        }
+    }
+    fn method(&self) -> Method {
+        match self {
+            Self::StatusOfAll | Self::Status(_) | Self::MetricsOfAll | Self::Metrics(_) => Method::GET,
+            Self::Events | Self::Wait(_) => Method::GET,
+            Self::Create | Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
+        }
+    }
+    /// What may follow the `?`.
+    fn parameters(&self) -> &'static [&'static str] {
+        match self {
+            Self::Events => &["after", "clone", "timeout", "instance"],
+            Self::Wait(_) => &["event", "timeout"],
+            _ => &[],
+        }
+    }
+}
+
+/// How long a question may wait for its answer.
+fn seconds(query: &Query<'_>) -> Result<Option<Duration>> {
+    Ok(query.number("timeout", 0..=WAIT_SECONDS_MAX)?.map(Duration::from_secs))
+}
+
+async fn read_message(body: Incoming) -> Result<Message, Response<Full<Bytes>>> {
+    let body: MessageBody = read_body(body, r#"{"message": "..."}"#).await?;
+    let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
+    body.message.parse().map_err(bad)
+}
+
+async fn read_clone(body: Incoming) -> Result<CloneSpec, Response<Full<Bytes>>> {
+    let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
+    CloneSpec::from_json(&read_bytes(body).await?).map_err(bad)
+}
+
+/// Reads JSON that is to look like `example`.
+async fn read_body<T: DeserializeOwned>(body: Incoming, example: &str) -> Result<T, Response<Full<Bytes>>> {
+    let bytes = read_bytes(body).await?;
+    serde_json::from_slice(&bytes).map_err(|error| {
+        refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &format!("the body is not {example}: {error}"))
+    })
+}
+
+async fn read_bytes(body: Incoming) -> Result<Bytes, Response<Full<Bytes>>> {
+    match Limited::new(body, BODY_MAX).collect().await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => {
+            let text = format!("the body is larger than {BODY_MAX} bytes");
+            Err(refusal(StatusCode::PAYLOAD_TOO_LARGE, ErrorKind::Limit, &text))
+        }
+        Err(error) => Err(refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &format!("can't read the body: {error}"))),
+    }
+}
+
+fn json(status: StatusCode, body: &impl Serialize) -> Response<Full<Bytes>> {
+    let (status, mut text) = match serde_json::to_vec(body) {
+        Ok(text) => (status, text),
+        Err(error) => {
+            log::error!("control: can't write an answer as JSON: {error}");
+            (StatusCode::INTERNAL_SERVER_ERROR, Vec::new())
+        }
+    };
+    text.push(b'\n');
+    let mut response = Response::new(Full::new(Bytes::from(text)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+fn refusal(status: StatusCode, kind: ErrorKind, message: &str) -> Response<Full<Bytes>> {
+    json(status, &ErrorBody { error: ErrorText { kind: kind.name().into(), message: message.into() } })
+}
+
+/// The HTTP status of an error.
+fn http_status(kind: ErrorKind) -> StatusCode {
+    match kind {
+        ErrorKind::Usage | ErrorKind::Config | ErrorKind::InvalidRequest | ErrorKind::NotSupported => {
+            StatusCode::BAD_REQUEST
+        }
+        ErrorKind::NotFound => StatusCode::NOT_FOUND,
+        ErrorKind::PermissionDenied => StatusCode::FORBIDDEN,
+        ErrorKind::InUse | ErrorKind::ReadOnly | ErrorKind::Failed => StatusCode::CONFLICT,
+        ErrorKind::Shutdown => StatusCode::SERVICE_UNAVAILABLE,
+        ErrorKind::Limit => StatusCode::GATEWAY_TIMEOUT,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
