@@ -13,7 +13,7 @@ const LAYERS: [&str; 5] = [
     // 0, vocabulary.
     "units error dma_buf io_frontend/request",
     // 1, pure decisions: no I/O, no async, no clock.
-    "meta/mod meta/codec meta/region_map meta/commit meta/check
+    "meta/mod meta/codec meta/region_map meta/runs meta/commit meta/check meta/dm meta/dm/* meta/dump meta/repair
      shard/plan shard/inflight hydration_sched hydration_share events events/* log_limit signatures human dm_table
      daemon/rate control/api control/query
      source/uri source/nbd/assembly
@@ -27,10 +27,10 @@ const LAYERS: [&str; 5] = [
      source/file source/remote source/fingerprint source/nbd/status_cache
      sim sim/*",
     // 3, edges: the kernel, sockets, glommio.
-    "ring ring/* net metrics/* disk/ring env/glommio shard/pool environment unix_socket devices devices/*
+    "ring ring/* net metrics/* disk/ring disk/blocking env/glommio shard/pool environment unix_socket devices devices/*
      source/nbd source/nbd/* io_frontend io_frontend/nbd io_frontend/nbd/*",
     // 4, product.
-    "lib main cli metrics/dump config config/* runtime_dir commands commands/* control control/* daemon daemon/*
+    "lib main cli cli/* metrics/dump config config/* runtime_dir commands commands/* commands/meta/* control control/* daemon daemon/*
      demo demo/*",
 ];
 
