@@ -21,6 +21,7 @@ pub mod daemon;
 pub mod demo;
 pub mod devices;
 pub mod disk;
+pub mod dm_table;
 pub mod dma_buf;
 pub mod env;
 pub mod environment;

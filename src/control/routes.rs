@@ -5,6 +5,7 @@
 
 use super::Controlled;
 use super::api::{ErrorBody, ErrorText, Message, MessageBody, PREFIX, RemoveBody, StatusList};
+use crate::config::spec::CloneSpec;
 use crate::env::Env;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::LocalBoxFuture;
@@ -65,6 +66,13 @@ impl Routes {
                 }
                 Err(refused) => return refused,
             },
+            Route::Create => match read_clone(request.into_body()).await {
+                Ok(spec) => {
+                    let name = spec.name.as_ref().map(|name| name.to_string()).unwrap_or_default();
+                    self.carry_out(format!("clone '{name}': create"), self.controlled.create(spec)).await
+                }
+                Err(refused) => return refused,
+            },
             Route::Remove(name) => match read_body::<RemoveBody>(request.into_body(), r#"{"force": false}"#).await {
                 Ok(RemoveBody { force }) => {
                     let log_as =
@@ -110,6 +118,7 @@ enum Route<'a> {
     MetricsOfAll,
     Metrics(&'a str),
     Message(&'a str),
+    Create,
     Remove(&'a str),
     Stop,
 }
@@ -120,6 +129,7 @@ impl<'a> Route<'a> {
         match path {
             "/status" => Some(Self::StatusOfAll),
             "/metrics" => Some(Self::MetricsOfAll),
+            "/clones" => Some(Self::Create),
             "/stop" => Some(Self::Stop),
             _ => match path.strip_prefix("/clones/")?.split_once('/')? {
                 ("", _) => None,
@@ -134,7 +144,7 @@ impl<'a> Route<'a> {
     fn method(&self) -> Method {
         match self {
             Self::StatusOfAll | Self::Status(_) | Self::MetricsOfAll | Self::Metrics(_) => Method::GET,
-            Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
+            Self::Create | Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
         }
     }
 }
@@ -143,6 +153,11 @@ async fn read_message(body: Incoming) -> Result<Message, Response<Full<Bytes>>> 
     let body: MessageBody = read_body(body, r#"{"message": "..."}"#).await?;
     let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
     body.message.parse().map_err(bad)
+}
+
+async fn read_clone(body: Incoming) -> Result<CloneSpec, Response<Full<Bytes>>> {
+    let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
+    CloneSpec::from_json(&read_bytes(body).await?).map_err(bad)
 }
 
 /// Reads JSON that is to look like `example`.
@@ -186,7 +201,9 @@ fn refusal(status: StatusCode, kind: ErrorKind, message: &str) -> Response<Full<
 /// The HTTP status of an error.
 fn http_status(kind: ErrorKind) -> StatusCode {
     match kind {
-        ErrorKind::Usage | ErrorKind::InvalidRequest | ErrorKind::NotSupported => StatusCode::BAD_REQUEST,
+        ErrorKind::Usage | ErrorKind::Config | ErrorKind::InvalidRequest | ErrorKind::NotSupported => {
+            StatusCode::BAD_REQUEST
+        }
         ErrorKind::NotFound => StatusCode::NOT_FOUND,
         ErrorKind::PermissionDenied => StatusCode::FORBIDDEN,
         ErrorKind::InUse | ErrorKind::ReadOnly | ErrorKind::Failed => StatusCode::CONFLICT,
