@@ -12,6 +12,7 @@ mod discard;
 mod load;
 mod metadata;
 mod metrics;
+mod metrics_dump;
 mod refusals;
 mod restart;
 mod signals;
