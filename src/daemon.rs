@@ -163,6 +163,7 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
     dumper.stop();
     let ended = daemon.end().await;
     server.close().await;
+    dumper.ended().await;
     ended?;
     end_of_failures(daemon.failures(), wanted)
 }
