@@ -54,6 +54,7 @@ pub enum Verb {
     Config(ConfigArgs),
     Status(StatusArgs),
     Create(CreateArgs),
+    Metrics(MetricsArgs),
     List(ListArgs),
     Remove(RemoveArgs),
     Message(MessageArgs),
@@ -328,6 +329,28 @@ pub struct CreateArgs {
     /// A configuration file with [[clone]]s only
     #[arg(value_name = "FILE.toml")]
     pub file: PathBuf,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Show what every shard has counted and timed
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Shows what a daemon has counted and timed since it started: load and messages of each shard; for each clone I/O by kind \
+and by route, latencies, queues, hydration, commits and memory. The text is for people and may change; the JSON is a \
+stable document with a version, which docs/metrics.md describes field by field.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant metrics vm1
+  hydrant metrics --json | jq '.shards[].executor.load_recent'")]
+pub struct MetricsArgs {
+    /// Which clone [default: all that run here]
+    pub name: Option<CloneName>,
+
+    /// One JSON object per daemon and line
+    #[arg(long)]
+    pub json: bool,
 
     #[command(flatten)]
     pub control: ControlArgs,

@@ -8,6 +8,7 @@ pub mod events;
 pub mod list;
 pub mod message;
 pub mod meta;
+pub mod metrics;
 pub mod remove;
 pub mod serve;
 pub mod status;
@@ -30,6 +31,7 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>
             ConfigVerb::Check(of) => config::check(&of.files, out),
         },
         Verb::Status(args) => status::run(&args, out),
+        Verb::Metrics(args) => metrics::run(&args, out),
         Verb::List(args) => list::run(&args, out),
         Verb::Create(args) => create::run(&args),
         Verb::Remove(args) => remove::run(&args),

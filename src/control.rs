@@ -13,6 +13,8 @@
 //! | `GET /v1/clones/NAME/wait?event=N&timeout=SECONDS` | [`api::Status`] |
 //! | `POST /v1/clones` with what a `[[clone]]` of a configuration file has, as JSON; paths are absolute | `{}`, when it is served |
 //! | `POST /v1/clones/NAME/remove` with `{"force": false}` | `{}`, when its devices are free |
+//! | `GET /v1/metrics` | [`crate::metrics::schema::MetricsDocument`] |
+//! | `GET /v1/clones/NAME/metrics` | the same, with this clone only |
 //! | `POST /v1/stop` | `{}`; the daemon then drains, commits and exits |
 //!
 //! The two that wait are long polls: they answer as soon as there is something to tell, at last after their timeout (at
@@ -40,6 +42,7 @@ use crate::config::spec::CloneSpec;
 use crate::error::Result;
 use crate::event_log::{CloneEvents, Feed};
 use crate::io_frontend::request::LocalBoxFuture;
+use crate::metrics::schema::MetricsDocument;
 use api::{Message, Status};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -48,6 +51,8 @@ use std::sync::Arc;
 pub trait Controlled {
     /// The status of the clone `name`, or of all clones, by name. `NotFound` when there is no such clone.
     fn status(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<Vec<Status>>>;
+    /// The metrics of the clone `name`, or of all clones. `NotFound` when there is no such clone.
+    fn metrics(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<MetricsDocument>>;
     /// Carries a message out on every shard; returns when it is in force. It runs to its end even when the client
     /// that sent it is gone.
     fn message(&self, name: &str, message: &Message) -> LocalBoxFuture<'static, Result<()>>;

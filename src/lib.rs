@@ -34,6 +34,7 @@ pub mod io_frontend;
 pub mod local;
 pub mod log_limit;
 pub mod meta;
+pub mod metrics;
 pub mod net;
 pub mod ring;
 pub mod runtime_dir;

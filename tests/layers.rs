@@ -17,6 +17,7 @@ const LAYERS: [&str; 5] = [
      shard/plan shard/inflight hydration_sched events events/* log_limit signatures human dm_table daemon/rate
      control/api control/query
      source/uri source/nbd/assembly
+     metrics metrics/schema metrics/record metrics/text
      io_frontend/nbd/proto io_frontend/nbd/proto/* io_frontend/nbd/limits io_frontend/nbd/stats
      io_frontend/nbd/handshake io_frontend/nbd/admit io_frontend/nbd/reply",
     // 2, generic async, over the traits Disk, Source, Env and Mesh.
@@ -25,10 +26,11 @@ const LAYERS: [&str; 5] = [
      source/file source/remote source/fingerprint source/nbd/status_cache
      sim sim/*",
     // 3, edges: the kernel, sockets, glommio.
-    "ring ring/* net disk/ring env/glommio shard/pool environment unix_socket devices devices/*
+    "ring ring/* net metrics/* disk/ring env/glommio shard/pool environment unix_socket devices devices/*
      source/nbd source/nbd/* io_frontend io_frontend/nbd io_frontend/nbd/*",
     // 4, product.
-    "lib main cli config config/* runtime_dir commands commands/* control control/* daemon daemon/* demo demo/*",
+    "lib main cli metrics/dump config config/* runtime_dir commands commands/* control control/* daemon daemon/*
+     demo demo/*",
 ];
 
 /// What a layer has nothing to do with, as it would be written in the code.

@@ -9,6 +9,7 @@ use super::api::{
 use super::http_io::BlockingIo;
 use crate::config::CloneName;
 use crate::error::{Error, ErrorKind, Result};
+use crate::metrics::schema::MetricsDocument;
 use crate::unix_socket;
 use bytes::Bytes;
 use futures_lite::future::or;
@@ -22,6 +23,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+/// Largest answer that is read, in bytes: the metrics of a thousand clones on sixteen shards.
+const ANSWER_MAX: usize = 256 << 20;
 /// How long an answer may take that needs no work.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(10);
 /// How long the answer to what is to be carried out may take; longer than the server gives itself.
@@ -29,8 +32,6 @@ const MESSAGE_TIME_MAX: Duration = Duration::from_secs(25);
 /// How often [`patiently`] asks again, and after which pause.
 const BROKEN_RETRIES: u32 = 5;
 const BROKEN_PAUSE: Duration = Duration::from_millis(200);
-/// Largest answer that is read, in bytes: a thousand clones.
-const ANSWER_MAX: usize = 4 << 20;
 
 /// A daemon's control socket.
 #[derive(Clone, Debug)]
@@ -88,6 +89,14 @@ impl Client {
         let timeout = time_max.as_secs().min(WAIT_SECONDS_MAX);
         let path = format!("/clones/{name}/wait?event={event}&timeout={timeout}");
         self.get(&path, ANSWER_TIME_MAX + Duration::from_secs(timeout))
+    }
+
+    /// The metrics of the clone `name`, or of every clone of the daemon.
+    pub fn metrics(&self, name: Option<&CloneName>) -> Result<MetricsDocument> {
+        match name {
+            Some(name) => self.get(&format!("/clones/{name}/metrics"), ANSWER_TIME_MAX),
+            None => self.get("/metrics", ANSWER_TIME_MAX),
+        }
     }
 
     /// Returns when the message is in force.

@@ -64,6 +64,10 @@ impl Routes {
             Route::StatusOfAll => {
                 self.controlled.status(None).await.map(|clones| json(StatusCode::OK, &StatusList { clones }))
             }
+            Route::MetricsOfAll => self.controlled.metrics(None).await.map(|metrics| json(StatusCode::OK, &metrics)),
+            Route::Metrics(name) => {
+                self.controlled.metrics(Some(name)).await.map(|metrics| json(StatusCode::OK, &metrics))
+            }
             Route::Status(name) => self.status(name).await.map(|status| json(StatusCode::OK, &status)),
             Route::Events => self.events(&query, client).await.map(|page| json(StatusCode::OK, &page)),
             Route::Wait(name) => self.wait(name, &query, client).await.map(|status| json(StatusCode::OK, &status)),
@@ -161,6 +165,8 @@ impl Routes {
 enum Route<'a> {
     StatusOfAll,
     Status(&'a str),
+    MetricsOfAll,
+    Metrics(&'a str),
     Message(&'a str),
     Events,
     Wait(&'a str),
@@ -176,10 +182,12 @@ impl<'a> Route<'a> {
             "/status" => Some(Self::StatusOfAll),
             "/events" => Some(Self::Events),
             "/clones" => Some(Self::Create),
+            "/metrics" => Some(Self::MetricsOfAll),
             "/stop" => Some(Self::Stop),
             _ => match path.strip_prefix("/clones/")?.split_once('/')? {
                 ("", _) => None,
                 (name, "status") => Some(Self::Status(name)),
+                (name, "metrics") => Some(Self::Metrics(name)),
                 (name, "wait") => Some(Self::Wait(name)),
                 (name, "message") => Some(Self::Message(name)),
                 (name, "remove") => Some(Self::Remove(name)),
@@ -189,7 +197,8 @@ impl<'a> Route<'a> {
     }
     fn method(&self) -> Method {
         match self {
-            Self::StatusOfAll | Self::Status(_) | Self::Events | Self::Wait(_) => Method::GET,
+            Self::StatusOfAll | Self::Status(_) | Self::MetricsOfAll | Self::Metrics(_) => Method::GET,
+            Self::Events | Self::Wait(_) => Method::GET,
             Self::Create | Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
         }
     }

@@ -15,6 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::{CloneEvents, Feed};
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::Notify;
+use crate::metrics::schema::{CloneMetrics, MetricsDocument, SCHEMA};
 use crate::ring::Ring;
 use crate::unix_socket::BoundSocket;
 use std::io::{Read, Write};
@@ -27,6 +28,10 @@ use std::time::{Duration, Instant};
 
 /// What the messages were, seen from outside the executor.
 type Seen = Arc<Mutex<Vec<String>>>;
+
+fn not_found(name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("no clone '{name}'"))
+}
 
 /// Two clones, `a` and `b`. A message to `b` takes 300 ms; `a` refuses `disable_hydration`.
 struct Clones {
@@ -51,9 +56,19 @@ impl Controlled for Clones {
             None => Ok(vec![status("a"), status("b")]),
             Some("a") => Ok(vec![status("a")]),
             Some("b") => Ok(vec![status("b")]),
-            Some(name) => Err(Error::new(ErrorKind::NotFound, format!("no clone '{name}'"))),
+            Some(name) => Err(not_found(name)),
         };
         Box::pin(std::future::ready(found))
+    }
+    fn metrics(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<MetricsDocument>> {
+        let clones = match name {
+            None => vec!["a", "b"],
+            Some(name @ ("a" | "b")) => vec![name],
+            Some(name) => return Box::pin(std::future::ready(Err(not_found(name)))),
+        };
+        let clones = clones.iter().map(|name| CloneMetrics { name: (*name).into(), ..Default::default() }).collect();
+        let document = MetricsDocument { schema: SCHEMA.into(), clones, ..Default::default() };
+        Box::pin(std::future::ready(Ok(document)))
     }
     fn message(&self, name: &str, message: &Message) -> LocalBoxFuture<'static, Result<()>> {
         let (env, seen, name, message) = (self.env.clone(), self.seen.clone(), name.to_owned(), *message);

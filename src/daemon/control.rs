@@ -1,5 +1,6 @@
 //! The daemon as the control interface sees it.
 
+use super::listeners;
 use super::registry::{Daemon, Started};
 use crate::bail;
 use crate::config::CloneConfig;
@@ -10,6 +11,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::{CloneEvents, Feed};
 use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::io_frontend::request::LocalBoxFuture;
+use crate::metrics::collect::collect;
+use crate::metrics::schema::MetricsDocument;
 use crate::runtime_dir::RuntimeDir;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -42,6 +45,15 @@ impl Controlled for Handle {
         self.0.last_asked.set(Some(Instant::now()));
         let (daemon, name) = (self.0.clone(), name.map(String::from));
         Box::pin(async move { daemon.status(name.as_deref()).await })
+    }
+
+    fn metrics(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<MetricsDocument>> {
+        let running = name.map(|name| self.0.running(name)).transpose();
+        let (daemon, name) = (self.0.clone(), name.map(str::to_owned));
+        Box::pin(async move {
+            running?;
+            collect(&daemon.context, name.as_deref(), listeners::metrics).await
+        })
     }
 
     fn message(&self, name: &str, message: &Message) -> LocalBoxFuture<'static, Result<()>> {

@@ -12,6 +12,7 @@ mod discard;
 mod events;
 mod load;
 mod metadata;
+mod metrics;
 mod refusals;
 mod restart;
 mod signals;
