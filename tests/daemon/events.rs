@@ -311,6 +311,18 @@ fn a_closed_pipe_ends_quietly() {
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.signal() == Some(SIGPIPE) && said.is_empty(), "{args:?}: {:?} {said}", output.status);
     }
+    // A check of a clone, which is the daemon's own work.
+    let other = ["--destination", "other.img", "--metadata", "other.meta", "--dry-run"];
+    let mut child = daemon.hydrant(&["clone", "--name", "other", "--source"]);
+    let child = child.arg(bench.path("source")).args(other).current_dir(bench.dir());
+    let mut child = child.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.signal(), String::from_utf8_lossy(&output.stderr).as_ref()), (Some(SIGPIPE), ""));
+    // Without anybody to hear an error it is one all the same.
+    let mut child = daemon.hydrant(&["status", "nobody"]).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stderr.take());
+    assert_eq!(child.wait().unwrap().code(), Some(1));
     // A follower notices when there is something to say.
     let mut follow =
         daemon.hydrant(&["events", "--follow"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
