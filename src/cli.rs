@@ -53,6 +53,8 @@ pub enum Verb {
     Serve(ServeArgs),
     Config(ConfigArgs),
     Status(StatusArgs),
+    List(ListArgs),
+    Remove(RemoveArgs),
     Message(MessageArgs),
     Stop(StopArgs),
     Meta(MetaArgs),
@@ -303,6 +305,45 @@ pub struct StatusArgs {
     /// A line per change when standard output is not a terminal. Fails when the daemon ends before.
     #[arg(long, group = "format")]
     pub watch: bool,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// List the clones that run here
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Lists the clones that run here, a line each: of the daemon of 'hydrant serve', and of every 'hydrant clone'. One that \
+could not be started is listed as failed, with the reason.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant list
+  hydrant list --json | jq -r 'select(.state == \"failed\").name'")]
+pub struct ListArgs {
+    /// One JSON object per clone and line
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// End one clone of a daemon; the others go on
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Ends one clone of a daemon: what is in flight is finished and committed, its sockets and devices are let go of. The other \
+clones go on. Nothing is deleted: created again with the same devices, the clone goes on where it stopped. Refused while \
+NBD clients are connected to it, without --force.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant remove vm1")]
+pub struct RemoveArgs {
+    /// Which clone
+    pub name: CloneName,
+
+    /// Also when NBD clients use it: their requests in flight are finished, then they are disconnected
+    #[arg(long)]
+    pub force: bool,
 
     #[command(flatten)]
     pub control: ControlArgs,

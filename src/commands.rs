@@ -2,18 +2,19 @@
 
 pub mod clone;
 pub mod config;
+pub mod daemons;
+pub mod list;
 pub mod message;
 pub mod meta;
+pub mod remove;
 pub mod serve;
 pub mod status;
 pub mod stop;
 
 use crate::bail;
-use crate::cli::{Cli, ConfigVerb, ControlArgs, MetaVerb, Verb};
-use crate::config::{CloneName, Plan};
-use crate::control::client::Client;
+use crate::cli::{Cli, ConfigVerb, MetaVerb, Verb};
+use crate::config::Plan;
 use crate::error::{Error, Result};
-use crate::runtime_dir::RuntimeDir;
 use std::io::{self, Write};
 
 /// Does what the command line says. `start` runs clones until it is told to stop: the daemon. `out` gets what the
@@ -26,6 +27,8 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>
             ConfigVerb::Check(of) => config::check(&of.files, out),
         },
         Verb::Status(args) => status::run(&args, out),
+        Verb::List(args) => list::run(&args, out),
+        Verb::Remove(args) => remove::run(&args),
         Verb::Message(args) => message::run(&args),
         Verb::Stop(args) => stop::run(&args),
         Verb::Meta(args) => match args.verb {
@@ -40,12 +43,4 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>
 /// What the output may not be written for: a closed pipe, a full disk.
 pub(crate) fn output_error(error: io::Error) -> Error {
     Error::from_io(error, "standard output")
-}
-
-/// Whom to ask about the clone `name`.
-fn client_of(name: &CloneName, control: &ControlArgs) -> Client {
-    match &control.control {
-        Some(path) => Client::new(path),
-        None => Client::new(RuntimeDir::of_user().control_socket(name)),
-    }
 }

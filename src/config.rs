@@ -65,6 +65,8 @@ pub struct DaemonConfig {
     pub shards: Option<u16>,
     /// The CPUs that shards are pinned to, in turn; `None` is those that the process may run on.
     pub cpus: Option<Vec<usize>>,
+    /// The daemon is for the one clone of its plan: none comes or goes ('hydrant clone').
+    pub one_clone: bool,
     /// Path of the control socket.
     pub control: PathBuf,
     /// Bytes of source data that each shard may hold while copying, all clones together; `None` is the default.
@@ -83,6 +85,7 @@ impl DaemonConfig {
         Self {
             shards: None,
             cpus: None,
+            one_clone: false,
             control,
             io_memory: None,
             spin: Duration::ZERO,

@@ -1,8 +1,8 @@
 //! The control interface: what a running daemon tells about its clones, and how they are steered.
 //!
 //! HTTP/1.1 with JSON over a unix socket that only its owner may open (mode 0600). [`api`] is what is said (types, pure),
-//! [`server`] answers on the daemon's executor, [`client`] asks, blocking, from the command line; [`http_io`] is
-//! what lets `hyper` run on both.
+//! [`server`] serves connections on the daemon's executor, [`routes`] is what can be asked there; [`client`] asks,
+//! blocking, from the command line; [`http_io`] is what lets `hyper` run on both.
 //!
 //! | request | answer |
 //! |---|---|
@@ -17,10 +17,12 @@
 pub mod api;
 pub mod client;
 pub mod http_io;
+pub mod routes;
 pub mod server;
 #[cfg(test)]
 mod tests;
 
+use crate::config::CloneConfig;
 use crate::error::Result;
 use crate::io_frontend::request::LocalBoxFuture;
 use api::{Message, Status};
@@ -32,6 +34,10 @@ pub trait Controlled {
     /// Carries a message out on every shard; returns when it is in force. It runs to its end even when the client
     /// that sent it is gone.
     fn message(&self, name: &str, message: &Message) -> LocalBoxFuture<'static, Result<()>>;
+    /// Starts a clone; returns when it is served.
+    fn create(&self, config: CloneConfig) -> LocalBoxFuture<'static, Result<()>>;
+    /// Ends a clone and forgets it; one that is in use only when `force` says so.
+    fn remove(&self, name: &str, force: bool) -> LocalBoxFuture<'static, Result<()>>;
     /// Asks the daemon to drain, commit and exit; returns at once. Asking again changes nothing.
     fn stop(&self) -> Result<()>;
 }

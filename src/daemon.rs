@@ -1,60 +1,65 @@
-//! The daemon: one clone in the foreground, from its configuration to its orderly end.
+//! The daemon: clones in the foreground, from their configuration to their orderly end.
 //!
-//! Everything that can fail is tried before the first change on disk: devices, locks, metadata, the source, the
-//! sockets. The end is: no new connections, what is in flight is finished, hydration drained, one last commit.
+//! [`registry`] has the clones by name; [`prepare`] tries everything that can fail before the first change on disk
+//! (devices, locks, metadata, the source), [`activate`] makes that change, [`running`] is a clone at work,
+//! [`listeners`] are where its clients come from, [`control`] is who steers it all. The end is: no new connections,
+//! what is in flight is finished, hydration drained, one last commit.
 
 mod activate;
-mod clients;
 mod control;
+mod listeners;
 mod prepare;
 mod rate;
+mod registry;
+mod running;
 
-use crate::config::{OnHydrated, Plan};
+use crate::bail;
+use crate::config::{CloneName, DaemonConfig, Plan, SHARDS_MAX};
 use crate::control::server::Server;
 use crate::dma_buf::DmaBuf;
 use crate::environment;
-use crate::error::{Error, ErrorKind, Result};
-use crate::io_frontend::nbd::listen::bind;
+use crate::error::{Error, Result};
 use crate::local::Notify;
 use crate::ring::Ring;
-use crate::shard::dispatch::Dispatcher;
+use crate::shard::Mesh;
 use crate::shard::pool::{self, PoolOptions, ShardContext};
-use crate::shard::{Mesh, ShardRequest};
-use crate::units::ShardIndex;
 use crate::unix_socket::BoundSocket;
-use activate::ActiveClone;
-use clients::Clients;
-use control::{Handle, Steering};
-use std::cell::{Cell, RefCell};
+use control::Handle;
+use registry::Daemon;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
-use std::time::{Duration, Instant};
 
-/// How often the daemon looks whether it is done, and samples the rate of hydration.
-const WATCH_INTERVAL: Duration = Duration::from_millis(200);
-/// Who asked how it goes within this time is watching: `--on-hydrated exit` gives them the time to see the end.
-const WATCHER_WINDOW: Duration = Duration::from_secs(2);
-/// How long the end waits for requests and copies in flight, say from a source that does not answer.
-const DRAIN_MAX: Duration = Duration::from_secs(10);
-/// The part of that which copies get in any case.
-const DRAIN_MIN: Duration = Duration::from_secs(1);
 /// `struct signalfd_siginfo` of signalfd(2).
 const SIGINFO_BYTES: usize = 128;
 /// Exit status of a process that a second signal ended: 128 + SIGINT, as shells have it.
 const EXIT_INTERRUPTED: i32 = 130;
 
-/// Runs one clone until it is told to stop (a signal, the control interface, `--on-hydrated exit`).
+/// Runs clones until it is told to stop (a signal, the control interface, `on_hydrated`).
 pub fn run(plan: Plan) -> Result<()> {
     environment::check_io_uring()?;
     environment::ignore_file_size_signal();
-    let cpus = environment::available_cpus()?;
-    let shards = plan.daemon.shards.map_or(cpus.len().min(usize::from(crate::config::SHARDS_MAX)), usize::from);
+    let cpus = cpus_of(&plan.daemon)?;
+    let shards = plan.daemon.shards.map_or(cpus.len().min(usize::from(SHARDS_MAX)), usize::from);
     environment::check_memlock(shards as u16)?;
     environment::check_nofile(shards as u16)?;
     let signals = block_signals()?;
     abort_on_panic();
-    let options = PoolOptions { cpus: cpus.iter().copied().cycle().take(shards).collect(), spin: Duration::ZERO };
+    let options = PoolOptions { cpus: cpus.iter().copied().cycle().take(shards).collect(), spin: plan.daemon.spin };
     pool::run(&options, move |context| live(context, plan, signals))?
+}
+
+/// The CPUs that shards may be pinned to.
+fn cpus_of(config: &DaemonConfig) -> Result<Vec<usize>> {
+    let available = environment::available_cpus()?;
+    let Some(wanted) = &config.cpus else { return Ok(available) };
+    if let Some(missing) = wanted.iter().find(|cpu| !available.contains(cpu)) {
+        let available: Vec<_> = available.iter().map(usize::to_string).collect();
+        bail!(Usage, "cpus: this process may not run on CPU {missing}, only on {}", available.join(", "));
+    }
+    if wanted.is_empty() {
+        bail!(Usage, "cpus: there is none in the list");
+    }
+    Ok(wanted.clone())
 }
 
 /// A shard that panicked would leave its regions without an owner: better no daemon, which a restart mends.
@@ -111,139 +116,71 @@ async fn watch_signals(signals: OwnedFd, stop: Rc<Notify>) {
 
 /// The life of the daemon, on shard 0.
 async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result<()> {
-    let config = plan.clones[0].clone();
     let stop: Rc<Notify> = Rc::default();
     context.env.spawn(Box::pin(watch_signals(signals, stop.clone())));
-    let shards = context.mesh.shards();
-    // Nothing is changed on disk yet, so a stop just gives up: a source may be slow to answer.
-    let stopped = async {
-        stop.notified().await;
-        Ok(None)
-    };
-    let prepared = async { prepare::prepare(&context, &config, shards).await.map(Some) };
-    let Some(prepared) = futures_lite::future::or(prepared, stopped).await? else {
-        log::info!("clone '{}': stopped before it was started; nothing was changed", config.name);
-        return Ok(());
-    };
-    for line in prepared.describe(&config) {
-        match plan.dry_run {
-            true => println!("{line}"),
-            false => log::info!("{line}"),
-        }
-    }
     if plan.dry_run {
-        println!("dry run: nothing was changed");
-        return Ok(());
+        return dry_run(&context, &plan, &stop).await;
     }
-    let bound = bind(&config.nbd.address)?;
-    let control_socket = BoundSocket::bind(&plan.daemon.control)?;
-    let clone = Rc::new(activate::activate(&context, &config, prepared).await?);
-    start_slices(&context, &clone).await?;
-
-    let clients = Clients::new(bound);
-    context.env.spawn(Box::pin(clients.clone().accept(context.clone())));
-    let steering = Rc::new(Steering {
-        context: context.clone(),
-        config,
-        clone: clone.clone(),
-        clients: clients.clone(),
-        rate: RefCell::default(),
-        started: Instant::now(),
-        last_asked: Cell::new(None),
-        stop: stop.clone(),
-    });
-    let server = Server::start(control_socket, Rc::new(Handle(steering.clone())), context.env.clone());
-    log::info!(
-        "clone '{}': serving NBD at {}, control at {}",
-        clone.state.name,
-        clients.address,
-        plan.daemon.control.display()
-    );
-    let done = Rc::new(Cell::new(false));
-    context.env.spawn_background(Box::pin(watch(steering.clone(), done.clone())));
+    let Plan { daemon: config, clones, .. } = plan;
+    let control_socket = BoundSocket::bind(&config.control)?;
+    let daemon = Daemon::new(context.clone(), config, stop.clone());
+    let server = Server::start(control_socket, Rc::new(Handle(daemon.clone())), context.env.clone());
+    let wanted = clones.len();
+    let (starter, stop_of_starter) = (daemon.clone(), stop.clone());
+    context.env.spawn(Box::pin(async move {
+        starter.start_all(clones).await;
+        let failures = starter.failures().len();
+        if wanted > 0 && failures == wanted {
+            return stop_of_starter.notify();
+        }
+        if wanted != 1 && !starter.is_stopping() {
+            let control = starter.config.control.display();
+            log::info!("serving {} clones of {wanted}, control at {control}", wanted - failures);
+        }
+    }));
+    context.env.spawn_background(Box::pin(daemon.clone().watch()));
     stop.notified().await;
-    done.set(true);
-
-    let deadline = context.env.now() + DRAIN_MAX;
-    clients.stop(&context, deadline).await;
-    let result = end(&context, &clone, deadline).await;
+    let ended = daemon.end().await;
     server.close().await;
-    result
+    ended?;
+    end_of_failures(daemon.failures(), wanted)
 }
 
-/// Exports the clone on every shard and starts hydration there.
-async fn start_slices(context: &Rc<ShardContext>, clone: &ActiveClone) -> Result<()> {
-    for shard in 0..context.mesh.shards() {
-        let state = clone.state.clone();
-        let started = context.mesh.run_on(context, ShardIndex(shard), move |context| {
-            Box::pin(async move {
-                let slice = context.shard.slice(state.id)?;
-                clients::export(Dispatcher::new(state, context.shard.clone(), context.mesh.clone()));
-                context.env.spawn_background(Box::pin(slice.hydrate()));
-                Ok::<(), Error>(())
-            })
-        });
-        started.await.unwrap_or_else(|| Err(Error::new(ErrorKind::Environment, "a shard has ended")))?;
-    }
-    Ok(())
-}
-
-/// Samples the rate, and ends the daemon when that was asked for and everything is hydrated.
-async fn watch(steering: Rc<Steering>, done: Rc<Cell<bool>>) {
-    let env = steering.context.env.clone();
-    let state = steering.clone.state.clone();
-    let region_bytes = state.geometry.region_size().bytes();
-    let mut complete_since: Option<Instant> = None;
-    while !done.get() {
-        steering.rate.borrow_mut().sample(env.now(), state.hydrated() * region_bytes);
-        let exits = steering.config.on_hydrated == OnHydrated::Exit;
-        if state.is_complete() && complete_since.is_none() {
-            complete_since = Some(Instant::now());
+/// What the exit status says of clones that could not be started.
+fn end_of_failures(failures: Vec<(CloneName, Error)>, wanted: usize) -> Result<()> {
+    match failures.as_slice() {
+        [] => Ok(()),
+        [(_, error)] if wanted == 1 => Err(error.clone()),
+        [(name, error)] => Err(error.clone().within(format!("clone '{name}' could not be started"))),
+        [(name, error), others @ ..] => {
+            let others: Vec<_> = others.iter().map(|(name, _)| format!("'{name}'")).collect();
+            let text = format!("clones {} and '{name}' could not be started; '{name}'", others.join(", "));
+            Err(error.clone().within(text))
         }
-        let watched = steering.last_asked.get().is_some_and(|asked| asked.elapsed() < WATCHER_WINDOW);
-        let seen = complete_since.is_some_and(|since| !watched || since.elapsed() >= WATCHER_WINDOW);
-        if exits && seen && steering.clients.connections() == 0 {
-            log::info!("clone '{}': hydrated, and the last client is gone: ending", state.name);
-            steering.stop.notify();
-            return;
-        }
-        env.sleep(WATCH_INTERVAL).await;
     }
 }
 
-/// Drains hydration and commits.
-async fn end(context: &Rc<ShardContext>, clone: &ActiveClone, deadline: Duration) -> Result<()> {
-    let state = &clone.state;
-    state.set_stopping();
-    let drained = Rc::new(Cell::new(0));
-    for shard in 0..context.mesh.shards() {
-        let drain = context.mesh.call(ShardIndex(shard), ShardRequest::Drain { clone: state.id });
-        let drained = drained.clone();
-        context.env.spawn(Box::pin(async move {
-            if let Err(error) = drain.await {
-                log::debug!("drain: {error}");
+/// Checks every clone and says what would be done.
+async fn dry_run(context: &Rc<ShardContext>, plan: &Plan, stop: &Notify) -> Result<()> {
+    let mut failures = Vec::new();
+    for config in &plan.clones {
+        let prepared = async { prepare::prepare(context, config, context.mesh.shards()).await.map(Some) };
+        let stopped = async {
+            stop.notified().await;
+            Ok(None)
+        };
+        match futures_lite::future::or(prepared, stopped).await {
+            Ok(Some(prepared)) => prepared.describe(config).iter().for_each(|line| println!("{line}")),
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                if plan.clones.len() > 1 {
+                    println!("clone '{}': can't be started: {error}", config.name);
+                }
+                failures.push((config.name.clone(), error));
             }
-            drained.set(drained.get() + 1);
-        }));
+        }
     }
-    // However long clients took: what only needs a moment gets it.
-    let deadline = deadline.max(context.env.now() + DRAIN_MIN);
-    while drained.get() < context.mesh.shards() && context.env.now() < deadline {
-        context.env.sleep(Duration::from_millis(2)).await;
-    }
-    let committed = clone.coordinator.commit().await;
-    clone.coordinator.end();
-    let (hydrated, regions) = (state.hydrated(), state.geometry.nr_regions());
-    match &committed {
-        Ok(()) => log::info!("clone '{}': stopped, {hydrated} of {regions} regions hydrated", state.name),
-        Err(_) => log::error!("clone '{}': stopped without its last commit", state.name),
-    }
-    for shard in 0..context.mesh.shards() {
-        let id = state.id;
-        let detached = context
-            .mesh
-            .run_on(context, ShardIndex(shard), move |context| Box::pin(async move { context.shard.detach(id) }));
-        detached.await;
-    }
-    committed.map_err(|error| error.within(format!("clone '{}': the last commit failed", state.name)))
+    end_of_failures(failures, plan.clones.len())?;
+    println!("dry run: nothing was changed");
+    Ok(())
 }

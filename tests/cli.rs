@@ -45,6 +45,8 @@ fn help_is_as_pinned() {
         &["config"],
         &["config", "check"],
         &["status"],
+        &["list"],
+        &["remove"],
         &["message"],
         &["stop"],
         &["meta"],

@@ -20,7 +20,7 @@ const LAYERS: [&str; 5] = [
      io_frontend/nbd/handshake io_frontend/nbd/admit io_frontend/nbd/reply",
     // 2, generic async, over the traits Disk, Source, Env and Mesh.
     "disk env source local local/* clone_state coordinator meta/store meta/store/sim
-     shard shard/slice shard/copy shard/hydrator shard/dispatch shard/locks
+     shard shard/slice shard/slice/* shard/copy shard/hydrator shard/dispatch shard/locks
      source/file source/remote source/fingerprint source/nbd/status_cache
      sim sim/*",
     // 3, edges: the kernel, sockets, glommio.

@@ -48,7 +48,7 @@ fn plan_of(args: CloneArgs, dir: &RuntimeDir) -> Result<Plan> {
     if let Some(table) = args.table {
         clone.set_table(table);
     }
-    let daemon = DaemonConfig { shards: args.shards, ..DaemonConfig::new(control) };
+    let daemon = DaemonConfig { shards: args.shards, one_clone: true, ..DaemonConfig::new(control) };
     Ok(Plan { daemon, clones: vec![clone], dry_run: args.dry_run })
 }
 
@@ -98,7 +98,7 @@ mod tests {
             force: false,
             table: None,
         };
-        let daemon = DaemonConfig::new(dir.path().join("clone.control"));
+        let daemon = DaemonConfig { one_clone: true, ..DaemonConfig::new(dir.path().join("clone.control")) };
         assert_eq!(plan, Plan { daemon, clones: vec![expected], dry_run: false });
     }
 
@@ -129,7 +129,7 @@ mod tests {
             force: true,
             table: None,
         };
-        let daemon = DaemonConfig { shards: Some(3), ..DaemonConfig::new("c".into()) };
+        let daemon = DaemonConfig { shards: Some(3), one_clone: true, ..DaemonConfig::new("c".into()) };
         assert_eq!(plan, Plan { daemon, clones: vec![expected], dry_run: true });
         assert_eq!(parse("--name vm1").unwrap().daemon.control.file_name(), Path::new("vm1.control").file_name());
         assert_eq!(parse("--region-size 4096").unwrap().clones[0].region_size.unwrap().bytes(), 4096);

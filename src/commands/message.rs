@@ -1,6 +1,6 @@
 //! `hydrant message`: one of dm-clone's messages to a running clone.
 
-use super::client_of;
+use super::daemons::client_of;
 use crate::cli::MessageArgs;
 use crate::control::api::Message;
 use crate::error::Result;

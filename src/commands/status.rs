@@ -1,13 +1,13 @@
 //! `hydrant status`: what running clones tell about themselves, for people and for programs.
 
-use super::{client_of, output_error};
+use super::daemons::find;
+use super::output_error;
 use crate::bail;
 use crate::cli::StatusArgs;
-use crate::control::api::{HydrationState, MetadataMode, Status};
+use crate::control::api::{CloneRunState, HydrationState, MetadataMode, Status};
 use crate::control::client::{self, Client};
 use crate::error::{Error, ErrorKind, Result};
 use crate::human::{count, duration, percent, rate, size};
-use crate::runtime_dir::RuntimeDir;
 use crate::units::ByteSize;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt::Write as _;
@@ -20,7 +20,10 @@ const WATCH_PAUSE_TERMINAL: Duration = Duration::from_millis(200);
 const WATCH_PAUSE_PLAIN: Duration = Duration::from_secs(1);
 
 pub fn run(args: &StatusArgs, out: &mut dyn Write) -> Result<()> {
-    let found = find(args)?;
+    let found = find(args.name.as_ref(), &args.control)?;
+    if found.is_empty() {
+        bail!(NotFound, "the daemon has no clones");
+    }
     if args.watch {
         let [(client, status)] = found.as_slice() else {
             let names: Vec<_> = found.iter().map(|(_, status)| status.name.as_str()).collect();
@@ -45,39 +48,15 @@ pub fn run(args: &StatusArgs, out: &mut dyn Write) -> Result<()> {
     Ok(())
 }
 
-/// The clones that are meant, at least one, each with its daemon.
-fn find(args: &StatusArgs) -> Result<Vec<(Client, Status)>> {
-    let all_of = |client: Client| -> Result<Vec<_>> {
-        Ok(client.status_of_all()?.into_iter().map(|status| (client.clone(), status)).collect())
-    };
-    match (&args.name, &args.control.control) {
-        (Some(name), _) => {
-            let client = client_of(name, &args.control);
-            let status = client.status(name)?;
-            Ok(vec![(client, status)])
-        }
-        (None, Some(path)) => {
-            let found = all_of(Client::new(path))?;
-            if found.is_empty() {
-                bail!(NotFound, "the daemon at {} has no clone", path.display());
-            }
-            Ok(found)
-        }
-        (None, None) => {
-            let dir = RuntimeDir::of_user();
-            let mut found = Vec::new();
-            for (name, path) in dir.clones()? {
-                match all_of(Client::new(path)) {
-                    Ok(clones) => found.extend(clones),
-                    Err(error) => log::warn!("{name}: {error}"),
-                }
-            }
-            if found.is_empty() {
-                bail!(NotFound, "no daemon is listening in {}; give NAME or --control", dir.path().display());
-            }
-            Ok(found)
-        }
+/// Of a clone that does not run.
+fn write_idle_text(text: &mut String, status: &Status) -> std::fmt::Result {
+    match &status.error {
+        Some(error) => writeln!(text, "{}: {}: {error}", status.name, status.state)?,
+        None => writeln!(text, "{}: {}", status.name, status.state)?,
     }
+    writeln!(text, "  {:<12} {}", "source", status.source.spec)?;
+    writeln!(text, "  {:<12} {}", "destination", status.destination)?;
+    writeln!(text, "  {:<12} {}", "metadata", status.metadata.path)
 }
 
 /// For people.
@@ -89,6 +68,9 @@ fn text_of(status: &Status) -> String {
 }
 
 fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
+    if matches!(status.state, CloneRunState::Starting | CloneRunState::Failed) {
+        return write_idle_text(text, status);
+    }
     let (hydration, io) = (&status.hydration, &status.io);
     writeln!(
         text,
@@ -325,6 +307,8 @@ mod tests {
     fn sample() -> Status {
         Status {
             name: "vm1".into(),
+            state: CloneRunState::Running,
+            error: None,
             size: 16 << 30,
             region_size: 64 << 10,
             nr_regions: 262144,

@@ -1,11 +1,10 @@
 //! `hydrant stop`: asks a daemon to drain, commit and exit, and waits until it has.
 
-use super::client_of;
+use super::daemons::{client_of, only_one};
 use crate::bail;
 use crate::cli::StopArgs;
 use crate::control::client::Client;
 use crate::error::Result;
-use crate::runtime_dir::RuntimeDir;
 use std::fs;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -21,10 +20,19 @@ pub fn run(args: &StopArgs) -> Result<()> {
         (None, Some(path)) => Client::new(path),
         (None, None) => only_one()?,
     };
-    let statuses = match &args.name {
-        Some(name) => vec![client.status(name)?],
-        None => client.status_of_all()?,
-    };
+    let statuses = client.status_of_all()?;
+    if let Some(name) = &args.name {
+        // So that an unknown name is told as that.
+        client.status(name)?;
+        if statuses.len() > 1 {
+            let others = statuses.len() - 1;
+            bail!(
+                Usage,
+                "the daemon has {others} other clones: 'hydrant remove {name}' ends this one, 'hydrant stop' without a \
+                 name ends the daemon"
+            );
+        }
+    }
     let daemon = statuses.first().map(|status| Process::new(status.pid));
     client.stop()?;
     let deadline = Instant::now() + END_TIME_MAX;
@@ -36,21 +44,6 @@ pub fn run(args: &StopArgs) -> Result<()> {
         sleep(POLL);
     }
     Ok(())
-}
-
-/// The one daemon that runs here.
-fn only_one() -> Result<Client> {
-    let dir = RuntimeDir::of_user();
-    let mut running = dir.clones()?;
-    running.retain(|(_, path)| Client::new(path).status_of_all().is_ok());
-    match running.as_slice() {
-        [(_, path)] => Ok(Client::new(path)),
-        [] => bail!(NotFound, "no daemon is listening in {}; give NAME or --control", dir.path().display()),
-        several => {
-            let names: Vec<_> = several.iter().map(|(name, _)| name.as_str()).collect();
-            bail!(Usage, "several clones run ({}): say which one to stop", names.join(", "))
-        }
-    }
 }
 
 /// A process, recognised again by its start time: its number may be given to another one.

@@ -19,6 +19,9 @@ pub const PREFIX: &str = "/v1";
 #[serde(default)]
 pub struct Status {
     pub name: String,
+    pub state: CloneRunState,
+    /// Why it could not be started; null unless `state` is `failed`.
+    pub error: Option<String>,
     /// Size of the clone, in bytes: that of the source.
     pub size: u64,
     /// In bytes.
@@ -47,6 +50,31 @@ pub struct Status {
     pub version: String,
     /// Process id of the daemon.
     pub pid: u32,
+}
+
+/// Whether a clone runs. One that does not has nothing to tell of sizes and regions: they are 0.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CloneRunState {
+    /// Its devices are being opened and checked.
+    Starting,
+    #[default]
+    Running,
+    /// It could not be started.
+    Failed,
+    /// It drains, to be removed.
+    Removing,
+}
+
+impl fmt::Display for CloneRunState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Failed => "failed",
+            Self::Removing => "removing",
+        })
+    }
 }
 
 /// The background copy.
@@ -182,6 +210,8 @@ pub enum SourceState {
     Lost,
     /// Let go: the hydration is complete and the source is not needed any more.
     Released,
+    /// The clone does not run.
+    Unopened,
 }
 
 impl fmt::Display for SourceState {
@@ -190,6 +220,7 @@ impl fmt::Display for SourceState {
             Self::Connected => "connected",
             Self::Lost => "lost",
             Self::Released => "released",
+            Self::Unopened => "not open",
         })
     }
 }
@@ -240,6 +271,14 @@ pub struct StatusList {
 #[serde(deny_unknown_fields)]
 pub struct MessageBody {
     pub message: String,
+}
+
+/// The body of `POST /v1/clones/NAME/remove`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RemoveBody {
+    /// Also when clients use it.
+    pub force: bool,
 }
 
 /// The body of an answer that is an error.
@@ -428,7 +467,7 @@ mod tests {
         let json = serde_json::to_value(Status { last_event: Some("x".into()), ..fresh() }).unwrap();
         let mut names = Vec::new();
         collect_names("", &json, &mut names);
-        let pinned = "name size region_size nr_regions hydrated_regions hydrating_regions hydration.enabled \
+        let pinned = "name state error size region_size nr_regions hydrated_regions hydrating_regions hydration.enabled \
              hydration.threshold hydration.batch_size hydration.threshold_effective hydration.batch_size_effective \
              hydration.state hydration.failed_regions hydration.bytes_per_second hydration.eta_seconds \
              features.no_hydration features.no_discard_passdown metadata.path metadata.mode metadata.block_size \

@@ -3,7 +3,7 @@
 //! One connection per question. What can go wrong while connecting gets its own words, since that is what users
 //! meet: no daemon, a daemon that crashed, somebody else's daemon.
 
-use super::api::{ErrorBody, Message, MessageBody, PREFIX, Status, StatusList};
+use super::api::{ErrorBody, Message, MessageBody, PREFIX, RemoveBody, Status, StatusList};
 use super::http_io::BlockingIo;
 use crate::config::CloneName;
 use crate::error::{Error, ErrorKind, Result};
@@ -12,6 +12,7 @@ use futures_lite::future::or;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::header::{CONTENT_TYPE, HOST};
 use hyper::{Method, Request, StatusCode};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -39,6 +40,11 @@ impl Client {
         &self.path
     }
 
+    /// Whether somebody listens there.
+    pub fn is_there(&self) -> bool {
+        self.connect().is_ok()
+    }
+
     /// The status of every clone of the daemon.
     pub fn status_of_all(&self) -> Result<Vec<Status>> {
         self.ask::<StatusList>(Method::GET, "/status", None).map(|list| list.clones)
@@ -50,9 +56,24 @@ impl Client {
 
     /// Returns when the message is in force.
     pub fn message(&self, name: &CloneName, message: &Message) -> Result<()> {
-        let body = serde_json::to_vec(&MessageBody { message: message.to_string() })
-            .map_err(|error| Error::new(ErrorKind::InvalidRequest, format!("message {message}: {error}")))?;
+        let body = self.body(&MessageBody { message: message.to_string() })?;
         self.ask::<serde_json::Value>(Method::POST, &format!("/clones/{name}/message"), Some(body)).map(drop)
+    }
+
+    /// Starts a clone; returns when it is served. `spec` is its JSON.
+    pub fn create(&self, spec: &impl Serialize) -> Result<()> {
+        self.ask::<serde_json::Value>(Method::POST, "/clones", Some(self.body(spec)?)).map(drop)
+    }
+
+    /// Ends a clone; returns when its devices are free. One that is in use only when `force` says so.
+    pub fn remove(&self, name: &CloneName, force: bool) -> Result<()> {
+        let body = self.body(&RemoveBody { force })?;
+        self.ask::<serde_json::Value>(Method::POST, &format!("/clones/{name}/remove"), Some(body)).map(drop)
+    }
+
+    fn body(&self, body: &impl Serialize) -> Result<Vec<u8>> {
+        serde_json::to_vec(body)
+            .map_err(|error| self.error(ErrorKind::InvalidRequest, format!("the request as JSON: {error}")))
     }
 
     /// Returns when the daemon has begun to go down.

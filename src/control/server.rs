@@ -1,26 +1,18 @@
 //! The control server: answers one request per connection, on the executor of the coordinator.
 //!
-//! It must never hold up the data path or take the daemon down: every size, count and time has a limit below, a
-//! broken client loses its connection and nothing else, and a message that has begun runs to its end whether or not
-//! the client waits for it.
+//! It must never hold up the data path or take the daemon down: every size, count and time has a limit below, and a
+//! broken client loses its connection and nothing else. What is asked for is the business of [`super::routes`].
 
 use super::Controlled;
-use super::api::{ErrorBody, ErrorText, Message, MessageBody, PREFIX, StatusList};
 use super::http_io::StreamIo;
+use super::routes::Routes;
 use crate::env::Env;
-use crate::error::{Error, ErrorKind, Result};
 use crate::local::{Notify, oneshot};
 use crate::net::{Listener, Stream};
 use crate::unix_socket::{BoundSocket, PathGuard};
-use bytes::Bytes;
 use futures_lite::future::or;
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use hyper::body::Incoming;
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode};
-use serde::Serialize;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -29,16 +21,12 @@ use std::time::Duration;
 
 /// Connections served at a time; more are closed at once.
 const CONNECTIONS_MAX: usize = 64;
-/// Largest body of a request, in bytes.
-const BODY_MAX: usize = 64 << 10;
 /// Most bytes of a request's head.
 const HEAD_MAX: usize = 16 << 10;
 /// Most header lines.
 const HEADERS_MAX: usize = 64;
 /// How long a connection may take, all in all.
 const CONNECTION_TIME_MAX: Duration = Duration::from_secs(30);
-/// How long a message may take to be in force; longer, and the client is told that it goes on without it.
-const MESSAGE_TIME_MAX: Duration = Duration::from_secs(20);
 /// How long [`Server::close`] waits for answers that are on their way.
 const CLOSE_TIME_MAX: Duration = Duration::from_millis(500);
 /// Pause after accept failed (no descriptors left, ...).
@@ -52,7 +40,7 @@ pub struct Server {
 }
 
 struct Shared {
-    controlled: Rc<dyn Controlled>,
+    routes: Rc<Routes>,
     env: Rc<dyn Env>,
     listener: Listener,
     /// Those that are served, by number.
@@ -66,7 +54,7 @@ impl Server {
     pub fn start(socket: BoundSocket, controlled: Rc<dyn Controlled>, env: Rc<dyn Env>) -> Self {
         let (fd, guard) = socket.into_parts();
         let shared = Rc::new(Shared {
-            controlled,
+            routes: Rc::new(Routes { controlled, env: env.clone() }),
             env: env.clone(),
             listener: Listener::new(fd),
             connections: RefCell::default(),
@@ -136,10 +124,10 @@ impl Shared {
 
     async fn serve(self: Rc<Self>, stream: Stream) {
         let service = {
-            let shared = self.clone();
+            let routes = self.routes.clone();
             service_fn(move |request| {
-                let shared = shared.clone();
-                async move { Ok::<_, Infallible>(shared.answer(request).await) }
+                let routes = routes.clone();
+                async move { Ok::<_, Infallible>(routes.answer(request).await) }
             })
         };
         let connection = http1::Builder::new()
@@ -156,138 +144,5 @@ impl Shared {
         };
         or(served, self.env.sleep(CONNECTION_TIME_MAX)).await;
         stream.shutdown();
-    }
-
-    async fn answer(self: Rc<Self>, request: Request<Incoming>) -> Response<Full<Bytes>> {
-        let path = request.uri().path().to_owned();
-        let route = path.strip_prefix(PREFIX).and_then(Route::of);
-        let Some(route) = route else {
-            return refusal(StatusCode::NOT_FOUND, ErrorKind::NotFound, "no such path in the control interface");
-        };
-        if *request.method() != route.method() {
-            let text = format!("use {} here", route.method());
-            let mut response = refusal(StatusCode::METHOD_NOT_ALLOWED, ErrorKind::Usage, &text);
-            let allowed = if route.method() == Method::GET { "GET" } else { "POST" };
-            response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
-            return response;
-        }
-        let result = match route {
-            Route::StatusOfAll => {
-                self.controlled.status(None).await.map(|clones| json(StatusCode::OK, &StatusList { clones }))
-            }
-            Route::Status(name) => self.controlled.status(Some(name)).await.and_then(|mut clones| match clones.pop() {
-                Some(status) => Ok(json(StatusCode::OK, &status)),
-                None => Err(Error::new(ErrorKind::NotFound, format!("no clone '{}'", name.escape_debug()))),
-            }),
-            Route::Stop => self.controlled.stop().map(|()| json(StatusCode::OK, &serde_json::json!({}))),
-            Route::Message(name) => match read_message(request.into_body()).await {
-                Ok(message) => {
-                    self.carry_out(name, message).await.map(|()| json(StatusCode::OK, &serde_json::json!({})))
-                }
-                Err(refused) => return refused,
-            },
-        };
-        result.unwrap_or_else(|error| refusal(http_status(error.kind()), error.kind(), &error.to_string()))
-    }
-
-    async fn carry_out(&self, name: &str, message: Message) -> Result<()> {
-        let (done, waiting) = oneshot();
-        let work = self.controlled.message(name, &message);
-        let log_as = format!("clone '{}': message {message}", name.escape_debug());
-        self.env.spawn(Box::pin(async move {
-            let result = work.await;
-            match &result {
-                Ok(()) => log::info!("{log_as}"),
-                Err(error) => log::warn!("{log_as}: {error}"),
-            }
-            done.send(result);
-        }));
-        let answered =
-            async { waiting.await.unwrap_or_else(|| Err(Error::new(ErrorKind::Shutdown, "the daemon is going down"))) };
-        let timed_out = async {
-            self.env.sleep(MESSAGE_TIME_MAX).await;
-            let seconds = MESSAGE_TIME_MAX.as_secs();
-            Err(Error::new(ErrorKind::Limit, format!("not in force after {seconds} s; it is still being carried out")))
-        };
-        or(answered, timed_out).await
-    }
-}
-
-/// What is asked for.
-enum Route<'a> {
-    StatusOfAll,
-    Status(&'a str),
-    Message(&'a str),
-    Stop,
-}
-
-impl<'a> Route<'a> {
-    /// `path` is what follows the version prefix.
-    fn of(path: &'a str) -> Option<Self> {
-        match path {
-            "/status" => Some(Self::StatusOfAll),
-            "/stop" => Some(Self::Stop),
-            _ => match path.strip_prefix("/clones/")?.split_once('/')? {
-                ("", _) => None,
-                (name, "status") => Some(Self::Status(name)),
-                (name, "message") => Some(Self::Message(name)),
-                _ => None,
-            },
-        }
-    }
-    fn method(&self) -> Method {
-        match self {
-            Self::StatusOfAll | Self::Status(_) => Method::GET,
-            Self::Message(_) | Self::Stop => Method::POST,
-        }
-    }
-}
-
-async fn read_message(body: Incoming) -> Result<Message, Response<Full<Bytes>>> {
-    let bad = |text: &str| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, text);
-    let body = match Limited::new(body, BODY_MAX).collect().await {
-        Ok(body) => body.to_bytes(),
-        Err(error) if error.is::<LengthLimitError>() => {
-            let text = format!("the body is larger than {BODY_MAX} bytes");
-            return Err(refusal(StatusCode::PAYLOAD_TOO_LARGE, ErrorKind::Limit, &text));
-        }
-        Err(error) => return Err(bad(&format!("can't read the body: {error}"))),
-    };
-    let body: MessageBody = serde_json::from_slice(&body)
-        .map_err(|error| bad(&format!(r#"the body is not {{"message": "..."}}: {error}"#)))?;
-    body.message.parse().map_err(|error: Error| bad(&error.to_string()))
-}
-
-fn json(status: StatusCode, body: &impl Serialize) -> Response<Full<Bytes>> {
-    let (status, mut text) = match serde_json::to_vec(body) {
-        Ok(text) => (status, text),
-        Err(error) => {
-            log::error!("control: can't write an answer as JSON: {error}");
-            (StatusCode::INTERNAL_SERVER_ERROR, Vec::new())
-        }
-    };
-    text.push(b'\n');
-    let mut response = Response::new(Full::new(Bytes::from(text)));
-    *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    response
-}
-
-fn refusal(status: StatusCode, kind: ErrorKind, message: &str) -> Response<Full<Bytes>> {
-    json(status, &ErrorBody { error: ErrorText { kind: kind.name().into(), message: message.into() } })
-}
-
-/// The HTTP status of an error.
-fn http_status(kind: ErrorKind) -> StatusCode {
-    match kind {
-        ErrorKind::Usage | ErrorKind::Config | ErrorKind::InvalidRequest | ErrorKind::NotSupported => {
-            StatusCode::BAD_REQUEST
-        }
-        ErrorKind::NotFound => StatusCode::NOT_FOUND,
-        ErrorKind::PermissionDenied => StatusCode::FORBIDDEN,
-        ErrorKind::InUse | ErrorKind::ReadOnly | ErrorKind::Failed => StatusCode::CONFLICT,
-        ErrorKind::Shutdown => StatusCode::SERVICE_UNAVAILABLE,
-        ErrorKind::Limit => StatusCode::GATEWAY_TIMEOUT,
-        _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

@@ -5,6 +5,7 @@ use super::api::{Message, Status};
 use super::client::Client;
 use super::server::Server;
 use crate::bail;
+use crate::config::CloneConfig;
 use crate::env::Env;
 use crate::env::glommio::GlommioEnv;
 use crate::error::{Error, ErrorKind, Result};
@@ -51,6 +52,26 @@ impl Controlled for Clones {
                 _ => bail!(NotFound, "no clone '{name}'"),
             }
             seen.lock().unwrap().push(format!("{name} {message}"));
+            Ok(())
+        })
+    }
+    fn create(&self, config: CloneConfig) -> LocalBoxFuture<'static, Result<()>> {
+        let seen = self.seen.clone();
+        Box::pin(async move {
+            match config.name.as_str() {
+                "a" | "b" => bail!(InUse, "there is a clone '{}' already", config.name),
+                name => seen.lock().unwrap().push(format!("create {name}")),
+            }
+            Ok(())
+        })
+    }
+    fn remove(&self, name: &str, force: bool) -> LocalBoxFuture<'static, Result<()>> {
+        let (seen, name) = (self.seen.clone(), name.to_owned());
+        Box::pin(async move {
+            if name == "b" && !force {
+                bail!(InUse, "clone 'b' is in use");
+            }
+            seen.lock().unwrap().push(format!("remove {name}"));
             Ok(())
         })
     }

@@ -95,8 +95,13 @@ struct ShardParts {
     source: SourceParts,
 }
 
-/// Starts the clone on all shards. Hydration is not started yet.
-pub async fn activate(context: &Rc<ShardContext>, config: &CloneConfig, prepared: Prepared) -> Result<ActiveClone> {
+/// Starts the clone on all shards. Hydration is not started yet. After an error [`abandon`] clears up.
+pub async fn activate(
+    context: &Rc<ShardContext>,
+    config: &CloneConfig,
+    id: CloneId,
+    prepared: Prepared,
+) -> Result<ActiveClone> {
     let Prepared { geometry, fingerprint, source, destination, metadata, found } = prepared;
     let (destination, created_destination) =
         open(Role::Destination, &config.destination, destination, geometry.size())?;
@@ -127,7 +132,7 @@ pub async fn activate(context: &Rc<ShardContext>, config: &CloneConfig, prepared
 
     let shards = context.mesh.shards();
     let state = Arc::new(CloneState::new(
-        CloneId(0),
+        id,
         config.name.to_string(),
         geometry,
         shards,
@@ -171,6 +176,19 @@ pub async fn activate(context: &Rc<ShardContext>, config: &CloneConfig, prepared
         metadata_blocks: metadata.size / codec::BLOCK_SIZE as u64,
         _devices: [destination, metadata],
     })
+}
+
+/// Lets go of everything that a clone has on any shard. What is in flight ends by itself.
+pub async fn abandon(context: &Rc<ShardContext>, id: CloneId) {
+    if let Ok(coordinator) = context.shard.coordinator(id) {
+        coordinator.end();
+    }
+    for shard in 0..context.mesh.shards() {
+        let detached = context
+            .mesh
+            .run_on(context, ShardIndex(shard), move |context| Box::pin(async move { context.shard.detach(id) }));
+        detached.await;
+    }
 }
 
 /// Turns what happens to an NBD source into events of the clone.

@@ -3,7 +3,7 @@
 use super::place::TempDir;
 use crate::bail;
 use crate::config::CloneName;
-use crate::control::api::Status;
+use crate::control::api::{CloneRunState, Status};
 use crate::control::client::Client;
 use crate::error::{Error, ErrorKind, Result};
 use std::fs::{self, File};
@@ -82,7 +82,7 @@ impl Daemon {
         let name = name.parse().map_err(|error: String| Error::new(ErrorKind::Usage, error))?;
         let mut daemon = Self { child, client: Client::new(&paths.control), name, log: paths.log.clone() };
         let deadline = Instant::now() + START_TIME_MAX;
-        while daemon.status().is_err() {
+        while !daemon.status().is_ok_and(|status| status.state == CloneRunState::Running) {
             if let Some(status) = daemon.child.try_wait().map_err(failed)? {
                 return Err(daemon.failure(&format!("the daemon ended at its start ({status})")));
             }

@@ -19,5 +19,5 @@ pub mod stats;
 
 pub use handshake::{CONTEXT_HYDRATED, Exports};
 pub use limits::Limits;
-pub use server::serve;
+pub use server::{Counted, Served, Stay, serve};
 pub use stats::ConnectionStats;

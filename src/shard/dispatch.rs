@@ -21,16 +21,18 @@ const PIECES_AT_A_TIME: usize = 16;
 /// A clone as the frontends of one shard see it.
 pub struct Dispatcher {
     state: Arc<CloneState>,
+    export: String,
     shard: Rc<Shard>,
     mesh: Rc<dyn Mesh>,
     preferred_block: u32,
 }
 
 impl Dispatcher {
-    pub fn new(state: Arc<CloneState>, shard: Rc<Shard>, mesh: Rc<dyn Mesh>) -> Rc<Self> {
+    /// `export` is the name that clients know it by.
+    pub fn new(state: Arc<CloneState>, export: String, shard: Rc<Shard>, mesh: Rc<dyn Mesh>) -> Rc<Self> {
         // Preferred: what causes neither read-modify-write nor a copy larger than the request.
         let preferred_block = state.geometry.region_size().bytes().clamp(4096, 1 << 20) as u32;
-        Rc::new(Self { state, shard, mesh, preferred_block })
+        Rc::new(Self { state, export, shard, mesh, preferred_block })
     }
 
     fn check(&self, range: ByteRange) -> Result<()> {
@@ -185,7 +187,7 @@ fn append<S: PartialEq>(
 impl Volume for Dispatcher {
     fn info(&self) -> VolumeInfo {
         VolumeInfo {
-            name: self.state.name.clone(),
+            name: self.export.clone(),
             size: self.state.geometry.size(),
             preferred_block: self.preferred_block,
         }

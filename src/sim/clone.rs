@@ -163,7 +163,7 @@ impl SimClone {
                 mesh: mesh.clone(),
             });
             net.shard(me).attach(slice);
-            dispatchers.push(Dispatcher::new(state.clone(), net.shard(me).clone(), mesh.clone()));
+            dispatchers.push(Dispatcher::new(state.clone(), state.name.clone(), net.shard(me).clone(), mesh.clone()));
             meshes.push(mesh);
         }
         if complete {

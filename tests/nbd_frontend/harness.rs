@@ -5,7 +5,7 @@ use hydrant::env::Env;
 use hydrant::env::glommio::GlommioEnv;
 use hydrant::error::{Error, ErrorKind, Result};
 use hydrant::io_frontend::nbd::listen::{NbdAddress, bind, configure_accepted};
-use hydrant::io_frontend::nbd::{ConnectionStats, Exports, Limits, serve};
+use hydrant::io_frontend::nbd::{ConnectionStats, Exports, Limits, Served, serve};
 use hydrant::io_frontend::request::{
     Allocation, Completion, LocalBoxFuture, Request, RequestFlags, StatusExtents, Volume, VolumeInfo, push_extent,
 };
@@ -159,6 +159,8 @@ impl Exports for One {
     }
 }
 
+impl Served for One {}
+
 /// A running server; [`Server::stop`] is graceful and checks that nothing was left behind.
 pub struct Server {
     pub address: NbdAddress,
@@ -285,7 +287,7 @@ async fn accept_all(
     let env: Rc<dyn Env> = Rc::new(GlommioEnv::new());
     let latch = Rc::new(Latch::default());
     let listener = Rc::new(Listener::new(fd));
-    let exports: Rc<dyn Exports> = Rc::new(One(volume));
+    let exports: Rc<dyn Served> = Rc::new(One(volume));
     let (watch_latch, watch_listener) = (latch.clone(), listener.clone());
     let watcher = glommio::spawn_local(async move {
         while !stop.load(Ordering::SeqCst) {

@@ -86,6 +86,7 @@ fn every_key_arrives() {
     let expected = DaemonConfig {
         shards: Some(3),
         cpus: Some(vec![0, 1, 2, 5]),
+        one_clone: false,
         control: files.path("run/control"),
         io_memory: Some(64 << 20),
         spin: Duration::from_micros(50),

@@ -25,16 +25,50 @@ use crate::net::Stream;
 use bytes::Bytes;
 use futures_lite::future::{self, or};
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::AcqRel};
 
 /// The sender gathers replies up to about this many bytes for one send: enough to save system calls, not so much
 /// that permits come back in gulps.
 const SEND_BATCH_BYTES: usize = 1 << 20;
 
-/// Serves one connection until its client leaves, breaks the protocol (an error), or `stop` opens: then no new
-/// requests are read, those in flight are finished and answered, and the connection is closed.
+/// Exports that can come and go while their listener stays.
+pub trait Served: Exports {
+    /// A connection begins to use the export that it was just shown. `None`: the export has gone.
+    fn enter(&self, _export: &str) -> Option<Stay> {
+        Some(Stay::default())
+    }
+}
+
+/// The stay of a connection in its export: counted while it lives.
+#[derive(Default)]
+pub struct Stay {
+    /// Opens when the export is about to go: the connection then ends as at a stop of the server.
+    pub ends: Rc<Latch>,
+    pub counted: Option<Counted>,
+}
+
+/// One of those that a number counts, while it lives.
+pub struct Counted(Arc<AtomicU64>);
+
+impl Counted {
+    pub fn new(count: Arc<AtomicU64>) -> Self {
+        count.fetch_add(1, AcqRel);
+        Self(count)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, AcqRel);
+    }
+}
+
+/// Serves one connection until its client leaves, breaks the protocol (an error), or `stop` opens (or the end of its
+/// export): then no new requests are read, those in flight are finished and answered, and the connection is closed.
 pub async fn serve(
     stream: Stream,
-    exports: Rc<dyn Exports>,
+    exports: Rc<dyn Served>,
     env: Rc<dyn Env>,
     limits: Limits,
     stats: Rc<ConnectionStats>,
@@ -53,7 +87,7 @@ pub async fn serve(
 
 async fn connection(
     stream: &Stream,
-    exports: &dyn Exports,
+    exports: &dyn Served,
     env: Rc<dyn Env>,
     limits: Limits,
     stats: Rc<ConnectionStats>,
@@ -68,7 +102,8 @@ async fn connection(
         stop.opened().await;
         Ok(None)
     };
-    let Some(session) = or(handshake(stream, &mut inbox, exports, &limits), or(too_slow, stopped)).await? else {
+    let Some((session, stay)) = or(handshake(stream, &mut inbox, exports, &limits), or(too_slow, stopped)).await?
+    else {
         return Ok(());
     };
     let connection = Rc::new(Connection::new(stream.clone(), session, env, limits, stats));
@@ -79,7 +114,7 @@ async fn connection(
         drop(sender_guard);
     }));
     let result = or(connection.read_requests(&mut inbox), async {
-        stop.opened().await;
+        or(stop.opened(), stay.ends.opened()).await;
         Ok(())
     })
     .await;
@@ -87,7 +122,7 @@ async fn connection(
     if result.is_err() {
         stream.shutdown();
     }
-    connection.drain(stop).await;
+    connection.drain(or(stop.opened(), stay.ends.opened())).await;
     connection.replies.close();
     sender_ended.await;
     result
@@ -97,9 +132,9 @@ async fn connection(
 async fn handshake(
     stream: &Stream,
     inbox: &mut Inbox,
-    exports: &dyn Exports,
+    exports: &dyn Served,
     limits: &Limits,
-) -> Result<Option<Session>> {
+) -> Result<Option<(Session, Stay)>> {
     let lost = |error| Error::from_io(error, "connection");
     stream.send(vec![Bytes::copy_from_slice(&Handshake::greeting())]).await.map_err(lost)?;
     let mut machine = Handshake::new(*limits);
@@ -112,10 +147,15 @@ async fn handshake(
             }
             Step::Answer { consumed, send, next } => {
                 inbox.consume(consumed);
+                // Right after the export was found, before anything is awaited: it can't have gone in between.
+                let stay = match &next {
+                    Next::Transmission(session) => exports.enter(&session.info.name),
+                    _ => None,
+                };
                 let sent = stream.send(vec![send.into()]).await.map_err(lost);
                 match next {
                     Next::Continue => sent?,
-                    Next::Transmission(session) => return sent.map(|()| Some(session)),
+                    Next::Transmission(session) => return sent.map(|()| stay.map(|stay| (session, stay))),
                     // A client may close without waiting for the answer to its ABORT.
                     Next::Close => return Ok(None),
                 }
@@ -246,12 +286,12 @@ impl Connection {
 
     /// Waits until no request is in flight and every reply was sent or thrown away. A client that does not take
     /// its replies can't hold up a stop.
-    async fn drain(&self, stop: &Latch) {
+    async fn drain(&self, stopped: impl Future<Output = ()>) {
         let all = async {
             self.requests.acquire(self.limits.requests_in_flight_max).await;
         };
         let cut = async {
-            stop.opened().await;
+            stopped.await;
             self.env.sleep(self.limits.drain_time_max).await;
             self.stream.shutdown();
             future::pending().await

@@ -1,0 +1,191 @@
+//! What is asked of the control interface, and what is answered: from a path and a body to [`Controlled`] and back.
+//!
+//! One variant of [`Route`] per request; every route says its method, so that a wrong one is told which is right.
+//! Nothing here knows of connections. A message that has begun runs to its end whether or not the client waits.
+
+use super::Controlled;
+use super::api::{ErrorBody, ErrorText, Message, MessageBody, PREFIX, RemoveBody, StatusList};
+use crate::env::Env;
+use crate::error::{Error, ErrorKind, Result};
+use crate::io_frontend::request::LocalBoxFuture;
+use crate::local::oneshot;
+use bytes::Bytes;
+use futures_lite::future::or;
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Largest body of a request, in bytes.
+const BODY_MAX: usize = 64 << 10;
+/// How long a message may take to be in force; longer, and the client is told that it goes on without it.
+const MESSAGE_TIME_MAX: Duration = Duration::from_secs(20);
+
+/// Answers requests, one at a time or many.
+pub struct Routes {
+    pub controlled: Rc<dyn Controlled>,
+    pub env: Rc<dyn Env>,
+}
+
+impl Routes {
+    pub async fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        let path = request.uri().path().to_owned();
+        let route = path.strip_prefix(PREFIX).and_then(Route::of);
+        let Some(route) = route else {
+            return refusal(StatusCode::NOT_FOUND, ErrorKind::NotFound, "no such path in the control interface");
+        };
+        if *request.method() != route.method() {
+            let text = format!("use {} here", route.method());
+            let mut response = refusal(StatusCode::METHOD_NOT_ALLOWED, ErrorKind::Usage, &text);
+            let allowed = if route.method() == Method::GET { "GET" } else { "POST" };
+            response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
+            return response;
+        }
+        let result = match route {
+            Route::StatusOfAll => {
+                self.controlled.status(None).await.map(|clones| json(StatusCode::OK, &StatusList { clones }))
+            }
+            Route::Status(name) => self.controlled.status(Some(name)).await.and_then(|mut clones| match clones.pop() {
+                Some(status) => Ok(json(StatusCode::OK, &status)),
+                None => Err(Error::new(ErrorKind::NotFound, format!("no clone '{}'", name.escape_debug()))),
+            }),
+            Route::Stop => self.controlled.stop().map(|()| json(StatusCode::OK, &serde_json::json!({}))),
+            Route::Message(name) => match read_message(request.into_body()).await {
+                Ok(message) => {
+                    let log_as = format!("clone '{}': message {message}", name.escape_debug());
+                    self.carry_out(log_as, self.controlled.message(name, &message)).await
+                }
+                Err(refused) => return refused,
+            },
+            Route::Remove(name) => match read_body::<RemoveBody>(request.into_body(), r#"{"force": false}"#).await {
+                Ok(RemoveBody { force }) => {
+                    let log_as =
+                        format!("clone '{}': remove{}", name.escape_debug(), if force { " --force" } else { "" });
+                    self.carry_out(log_as, self.controlled.remove(name, force)).await
+                }
+                Err(refused) => return refused,
+            },
+        };
+        result.unwrap_or_else(|error| refusal(http_status(error.kind()), error.kind(), &error.to_string()))
+    }
+
+    /// Lets `work` run to its end, and answers when it has, or when that takes too long.
+    async fn carry_out(
+        &self,
+        log_as: String,
+        work: LocalBoxFuture<'static, Result<()>>,
+    ) -> Result<Response<Full<Bytes>>> {
+        let (done, waiting) = oneshot();
+        self.env.spawn(Box::pin(async move {
+            let result = work.await;
+            match &result {
+                Ok(()) => log::info!("{log_as}"),
+                Err(error) => log::warn!("{log_as}: {error}"),
+            }
+            done.send(result);
+        }));
+        let answered =
+            async { waiting.await.unwrap_or_else(|| Err(Error::new(ErrorKind::Shutdown, "the daemon is going down"))) };
+        let timed_out = async {
+            self.env.sleep(MESSAGE_TIME_MAX).await;
+            let seconds = MESSAGE_TIME_MAX.as_secs();
+            Err(Error::new(ErrorKind::Limit, format!("not in force after {seconds} s; it is still being carried out")))
+        };
+        or(answered, timed_out).await.map(|()| json(StatusCode::OK, &serde_json::json!({})))
+    }
+}
+
+/// What is asked for.
+enum Route<'a> {
+    StatusOfAll,
+    Status(&'a str),
+    Message(&'a str),
+    Remove(&'a str),
+    Stop,
+}
+
+impl<'a> Route<'a> {
+    /// `path` is what follows the version prefix.
+    fn of(path: &'a str) -> Option<Self> {
+        match path {
+            "/status" => Some(Self::StatusOfAll),
+            "/stop" => Some(Self::Stop),
+            _ => match path.strip_prefix("/clones/")?.split_once('/')? {
+                ("", _) => None,
+                (name, "status") => Some(Self::Status(name)),
+                (name, "message") => Some(Self::Message(name)),
+                (name, "remove") => Some(Self::Remove(name)),
+                _ => None,
+            },
+        }
+    }
+    fn method(&self) -> Method {
+        match self {
+            Self::StatusOfAll | Self::Status(_) => Method::GET,
+            Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
+        }
+    }
+}
+
+async fn read_message(body: Incoming) -> Result<Message, Response<Full<Bytes>>> {
+    let body: MessageBody = read_body(body, r#"{"message": "..."}"#).await?;
+    let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
+    body.message.parse().map_err(bad)
+}
+
+/// Reads JSON that is to look like `example`.
+async fn read_body<T: DeserializeOwned>(body: Incoming, example: &str) -> Result<T, Response<Full<Bytes>>> {
+    let bytes = read_bytes(body).await?;
+    serde_json::from_slice(&bytes).map_err(|error| {
+        refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &format!("the body is not {example}: {error}"))
+    })
+}
+
+async fn read_bytes(body: Incoming) -> Result<Bytes, Response<Full<Bytes>>> {
+    match Limited::new(body, BODY_MAX).collect().await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => {
+            let text = format!("the body is larger than {BODY_MAX} bytes");
+            Err(refusal(StatusCode::PAYLOAD_TOO_LARGE, ErrorKind::Limit, &text))
+        }
+        Err(error) => Err(refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &format!("can't read the body: {error}"))),
+    }
+}
+
+fn json(status: StatusCode, body: &impl Serialize) -> Response<Full<Bytes>> {
+    let (status, mut text) = match serde_json::to_vec(body) {
+        Ok(text) => (status, text),
+        Err(error) => {
+            log::error!("control: can't write an answer as JSON: {error}");
+            (StatusCode::INTERNAL_SERVER_ERROR, Vec::new())
+        }
+    };
+    text.push(b'\n');
+    let mut response = Response::new(Full::new(Bytes::from(text)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+fn refusal(status: StatusCode, kind: ErrorKind, message: &str) -> Response<Full<Bytes>> {
+    json(status, &ErrorBody { error: ErrorText { kind: kind.name().into(), message: message.into() } })
+}
+
+/// The HTTP status of an error.
+fn http_status(kind: ErrorKind) -> StatusCode {
+    match kind {
+        ErrorKind::Usage | ErrorKind::Config | ErrorKind::InvalidRequest | ErrorKind::NotSupported => {
+            StatusCode::BAD_REQUEST
+        }
+        ErrorKind::NotFound => StatusCode::NOT_FOUND,
+        ErrorKind::PermissionDenied => StatusCode::FORBIDDEN,
+        ErrorKind::InUse | ErrorKind::ReadOnly | ErrorKind::Failed => StatusCode::CONFLICT,
+        ErrorKind::Shutdown => StatusCode::SERVICE_UNAVAILABLE,
+        ErrorKind::Limit => StatusCode::GATEWAY_TIMEOUT,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}

@@ -1,0 +1,435 @@
+//! The clones of a daemon, by name: started together or one by one, removed, and looked up. On shard 0.
+//!
+//! Every clone lives on its own: one that can't start, or fails, leaves the others alone. A name is taken from the
+//! moment its clone is asked for until nothing of it runs any more, so that no two of one name ever meet.
+
+use super::listeners::Listeners;
+use super::prepare;
+use super::running::RunningClone;
+use crate::bail;
+use crate::config::{CloneConfig, CloneName, DaemonConfig, OnHydrated};
+use crate::control::api::{CloneRunState, MetadataMode, MetadataStatus, NbdStatus, SourceState, SourceStatus, Status};
+use crate::error::{Error, ErrorKind, Result};
+use crate::local::latch::Latch;
+use crate::local::{Notify, join_some};
+use crate::shard::Mesh;
+use crate::shard::pool::ShardContext;
+use crate::units::CloneId;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+/// Most clones of one daemon: bounds memory, and what a hostile owner of the control socket can ask for.
+pub const CLONES_MAX: usize = 1024;
+/// Clones that start, or end, at the same time.
+const AT_A_TIME: usize = 16;
+/// How often the daemon looks whether clones are done, and samples the rate of hydration.
+const WATCH_INTERVAL: Duration = Duration::from_millis(200);
+/// Who asked how it goes within this time is watching: `on_hydrated` gives them the time to see the end.
+const WATCHER_WINDOW: Duration = Duration::from_secs(2);
+/// How long an end waits for requests and copies in flight, say from a source that does not answer.
+const DRAIN_MAX: Duration = Duration::from_secs(10);
+
+/// What is known of one name.
+enum Entry {
+    Starting(Rc<CloneConfig>),
+    Running(Rc<RunningClone>),
+    /// It could not be started.
+    Failed(Rc<CloneConfig>, Error),
+    /// It is draining.
+    Removing(Rc<RunningClone>),
+}
+
+/// How the start of a clone went, when it did not fail.
+pub enum Started {
+    Serving,
+    /// The daemon was told to stop before anything was changed.
+    GivenUp,
+}
+
+/// A daemon and its clones.
+pub struct Daemon {
+    pub context: Rc<ShardContext>,
+    pub config: DaemonConfig,
+    listeners: Listeners,
+    entries: RefCell<BTreeMap<CloneName, Entry>>,
+    next_id: Cell<u32>,
+    /// Notified when the daemon is to end.
+    pub stop: Rc<Notify>,
+    /// Opened when it does.
+    stopping: Latch,
+    /// Starts and removals that are going on.
+    busy: Cell<usize>,
+    /// When somebody last asked how it goes.
+    pub last_asked: Cell<Option<Instant>>,
+}
+
+type LocalFuture<T> = Pin<Box<dyn Future<Output = T>>>;
+
+impl Daemon {
+    pub fn new(context: Rc<ShardContext>, config: DaemonConfig, stop: Rc<Notify>) -> Rc<Self> {
+        Rc::new(Self {
+            context,
+            config,
+            listeners: Listeners::default(),
+            entries: RefCell::default(),
+            next_id: Cell::new(0),
+            stop,
+            stopping: Latch::default(),
+            busy: Cell::new(0),
+            last_asked: Cell::new(None),
+        })
+    }
+
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.is_open()
+    }
+
+    /// Starts clones side by side. Those that can't be started stay listed as failed.
+    pub async fn start_all(self: &Rc<Self>, clones: Vec<CloneConfig>) {
+        let only_one = clones.len() == 1;
+        let starts = clones.into_iter().map(|config| {
+            let daemon = self.clone();
+            async move {
+                let name = config.name.clone();
+                // The only one: its failure is that of the daemon, which is told there.
+                if let Err(error) = daemon.start(config, true).await
+                    && !only_one
+                {
+                    log::error!("clone '{name}' can't be started: {error}");
+                }
+            }
+        });
+        join_some(starts, AT_A_TIME).await;
+    }
+
+    /// Starts a clone under a name that is free, or that of one that could not be started. `keep`: list it as failed when
+    /// it can't be started.
+    pub fn start(self: &Rc<Self>, config: CloneConfig, keep: bool) -> LocalFuture<Result<Started>> {
+        let config = Rc::new(config);
+        let claimed = self.claim(&config);
+        let daemon = self.clone();
+        Box::pin(async move {
+            let replaces_failed = claimed?;
+            let _busy = Busy::new(&daemon.busy);
+            let started = daemon.bring_up(&config).await;
+            let mut entries = daemon.entries.borrow_mut();
+            match started {
+                Ok(Some(running)) => {
+                    entries.insert(config.name.clone(), Entry::Running(running));
+                    Ok(Started::Serving)
+                }
+                Ok(None) => {
+                    entries.remove(&config.name);
+                    log::info!("clone '{}': stopped before it was started; nothing was changed", config.name);
+                    Ok(Started::GivenUp)
+                }
+                Err(error) => {
+                    if keep || replaces_failed {
+                        entries.insert(config.name.clone(), Entry::Failed(config.clone(), error.clone()));
+                    } else {
+                        entries.remove(&config.name);
+                    }
+                    Err(error)
+                }
+            }
+        })
+    }
+
+    /// Takes the name; whether it was that of a clone that could not be started.
+    fn claim(&self, config: &Rc<CloneConfig>) -> Result<bool> {
+        if self.is_stopping() {
+            bail!(Shutdown, "the daemon is stopping");
+        }
+        let mut entries = self.entries.borrow_mut();
+        let replaces_failed = match entries.get(&config.name) {
+            None if entries.len() >= CLONES_MAX => {
+                bail!(Limit, "the daemon has {CLONES_MAX} clones, the most it can have")
+            }
+            None => false,
+            Some(Entry::Failed(..)) => true,
+            Some(Entry::Removing(_)) => bail!(InUse, "clone '{}' is being removed: try again", config.name),
+            Some(_) => bail!(InUse, "there is a clone '{}' already", config.name),
+        };
+        entries.insert(config.name.clone(), Entry::Starting(config.clone()));
+        Ok(replaces_failed)
+    }
+
+    /// `None`: the daemon was told to stop before anything was changed.
+    async fn bring_up(&self, config: &Rc<CloneConfig>) -> Result<Option<Rc<RunningClone>>> {
+        let prepared = async { prepare::prepare(&self.context, config, self.context.mesh.shards()).await.map(Some) };
+        // Nothing is changed on disk yet, so a stop just gives up: a source may be slow to answer.
+        let stopped = async {
+            self.stopping.opened().await;
+            Ok(None)
+        };
+        let Some(prepared) = futures_lite::future::or(prepared, stopped).await? else { return Ok(None) };
+        prepared.describe(config).iter().for_each(|line| log::info!("{line}"));
+        let id = CloneId(self.next_id.replace(self.next_id.get() + 1));
+        let running = RunningClone::start(&self.context, &self.listeners, id, (**config).clone(), prepared).await?;
+        log::info!(
+            "clone '{}': serving NBD at {}, control at {}",
+            config.name,
+            running.exported.listener.address,
+            self.config.control.display()
+        );
+        Ok(Some(running))
+    }
+
+    /// Ends a clone and forgets it; its devices are free then. One that NBD clients use is refused unless `force`.
+    pub async fn remove(self: &Rc<Self>, name: &str, force: bool) -> Result<()> {
+        if self.config.one_clone {
+            self.running(name)?;
+            bail!(NotSupported, "this daemon is for clone '{name}' alone: end it with 'hydrant stop {name}'");
+        }
+        let running = {
+            let mut entries = self.entries.borrow_mut();
+            let Some((name, entry)) = name.parse().ok().and_then(|name: CloneName| entries.remove_entry(&name)) else {
+                return Err(self.no_clone_in(name, &entries));
+            };
+            match entry {
+                Entry::Failed(..) => return Ok(()),
+                Entry::Running(running) => {
+                    entries.insert(name, Entry::Removing(running.clone()));
+                    running
+                }
+                Entry::Starting(config) => {
+                    entries.insert(name.clone(), Entry::Starting(config));
+                    bail!(InUse, "clone '{name}' is starting: try again");
+                }
+                Entry::Removing(running) => {
+                    entries.insert(name.clone(), Entry::Removing(running));
+                    bail!(InUse, "clone '{name}' is being removed already");
+                }
+            }
+        };
+        let _busy = Busy::new(&self.busy);
+        let name = running.config.name.clone();
+        // Nobody new comes in while it is decided.
+        running.exported.set_hidden(&self.context, true).await;
+        let connections = running.exported.connections();
+        if connections > 0 && !force {
+            running.exported.set_hidden(&self.context, false).await;
+            self.entries.borrow_mut().insert(name.clone(), Entry::Running(running));
+            let clients = if connections == 1 { "an NBD client uses it" } else { "NBD clients use it" };
+            bail!(InUse, "clone '{name}' is in use ({connections} connections): {clients}; disconnect, or use --force");
+        }
+        let deadline = self.context.env.now() + DRAIN_MAX;
+        let ended = running.end(&self.context, &self.listeners, deadline).await;
+        self.entries.borrow_mut().remove(&name);
+        log::info!("clone '{name}': removed");
+        ended
+    }
+
+    fn no_clone_in(&self, name: &str, entries: &BTreeMap<CloneName, Entry>) -> Error {
+        let known: Vec<_> = entries.keys().map(CloneName::as_str).take(8).collect();
+        let text = match (known.as_slice(), entries.len() - known.len()) {
+            ([], _) => "the daemon has no clones".into(),
+            ([only], 0) => format!("only '{only}'"),
+            (known, 0) => format!("there are {}", known.join(", ")),
+            (known, more) => format!("there are {} and {more} more", known.join(", ")),
+        };
+        Error::new(ErrorKind::NotFound, format!("no clone '{}' here, {text}", name.escape_debug()))
+    }
+
+    /// A clone that runs. `NotFound` when there is none of that name, the reason when it could not be started.
+    pub fn running(&self, name: &str) -> Result<Rc<RunningClone>> {
+        let entries = self.entries.borrow();
+        match name.parse().ok().and_then(|name: CloneName| entries.get(&name)) {
+            None => Err(self.no_clone_in(name, &entries)),
+            Some(Entry::Running(running)) => Ok(running.clone()),
+            Some(Entry::Starting(_)) => bail!(InUse, "clone '{name}' is starting: try again"),
+            Some(Entry::Removing(_)) => bail!(Shutdown, "clone '{name}' is being removed"),
+            Some(Entry::Failed(_, error)) => {
+                Err(error.clone().within(format!("clone '{name}' does not run, it could not be started")))
+            }
+        }
+    }
+
+    /// All that run now.
+    pub fn all_running(&self) -> Vec<Rc<RunningClone>> {
+        let entries = self.entries.borrow();
+        entries
+            .values()
+            .filter_map(|entry| if let Entry::Running(r) = entry { Some(r.clone()) } else { None })
+            .collect()
+    }
+
+    /// The status of one clone, or of all, by name.
+    pub async fn status(self: &Rc<Self>, name: Option<&str>) -> Result<Vec<Status>> {
+        let names: Vec<CloneName> = match name {
+            None => self.entries.borrow().keys().cloned().collect(),
+            Some(name) => {
+                let entries = self.entries.borrow();
+                let known = name.parse().ok().filter(|name| entries.contains_key(name));
+                vec![known.ok_or_else(|| self.no_clone_in(name, &entries))?]
+            }
+        };
+        let mut all = Vec::new();
+        for name in names {
+            // Gone meanwhile: not there.
+            if let Some(status) = self.status_of(&name).await? {
+                all.push(status);
+            }
+        }
+        Ok(all)
+    }
+
+    async fn status_of(&self, name: &CloneName) -> Result<Option<Status>> {
+        let (running, run_state) = match self.entries.borrow().get(name) {
+            None => return Ok(None),
+            Some(Entry::Starting(config)) => return Ok(Some(self.idle_status(config, None))),
+            Some(Entry::Failed(config, error)) => return Ok(Some(self.idle_status(config, Some(error)))),
+            Some(Entry::Running(running)) => (running.clone(), CloneRunState::Running),
+            Some(Entry::Removing(running)) => (running.clone(), CloneRunState::Removing),
+        };
+        match running.status(&self.context).await {
+            Ok(status) => Ok(Some(Status { state: run_state, ..status })),
+            // Its shards have let go of it while they were asked.
+            Err(error) if error.kind() == ErrorKind::Shutdown => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Of a clone that does not run.
+    fn idle_status(&self, config: &CloneConfig, error: Option<&Error>) -> Status {
+        let state = if error.is_some() { CloneRunState::Failed } else { CloneRunState::Starting };
+        Status {
+            name: config.name.to_string(),
+            state,
+            error: error.map(Error::to_string),
+            region_size: config.region_size.map_or(0, |size| size.bytes()),
+            metadata: MetadataStatus {
+                path: config.metadata.display().to_string(),
+                mode: MetadataMode::Fail,
+                ..Default::default()
+            },
+            source: SourceStatus { spec: config.source.clone(), state: SourceState::Unopened, ..Default::default() },
+            destination: config.destination.display().to_string(),
+            nbd: NbdStatus {
+                address: config.nbd.address.to_string(),
+                export: config.nbd.export.to_string(),
+                connections: 0,
+            },
+            shards: u32::from(self.context.mesh.shards()),
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            ..Default::default()
+        }
+    }
+
+    /// Those that could not be started, and why.
+    pub fn failures(&self) -> Vec<(CloneName, Error)> {
+        let failed = |(name, entry): (&CloneName, &Entry)| match entry {
+            Entry::Failed(_, error) => Some((name.clone(), error.clone())),
+            _ => None,
+        };
+        self.entries.borrow().iter().filter_map(failed).collect()
+    }
+
+    /// Samples the rates, and does what clones want when they are hydrated. Until the daemon stops.
+    pub async fn watch(self: Rc<Self>) {
+        while !self.is_stopping() {
+            let now = self.context.env.now();
+            for running in self.all_running() {
+                let state = &running.clone.state;
+                let bytes = state.hydrated() * state.geometry.region_size().bytes();
+                running.rate.borrow_mut().sample(now, bytes);
+                if state.is_complete() && running.complete_since.get().is_none() {
+                    running.complete_since.set(Some(Instant::now()));
+                }
+                if running.config.on_hydrated == OnHydrated::Remove && !self.config.one_clone && self.is_done(&running)
+                {
+                    log::info!("clone '{}': hydrated, and the last client is gone: removing it", state.name);
+                    let (daemon, name) = (self.clone(), state.name.clone());
+                    self.context.env.spawn(Box::pin(async move {
+                        if let Err(error) = daemon.remove(&name, false).await {
+                            // A client came in between, or somebody else removes it.
+                            log::debug!("clone '{name}': not removed: {error}");
+                        }
+                    }));
+                }
+            }
+            if self.has_done_all() {
+                self.stop.notify();
+                return;
+            }
+            self.context.env.sleep(WATCH_INTERVAL).await;
+        }
+    }
+
+    /// Whether a clone is hydrated, nobody uses it, and whoever watches has seen that.
+    fn is_done(&self, running: &RunningClone) -> bool {
+        let watched = self.last_asked.get().is_some_and(|asked| asked.elapsed() < WATCHER_WINDOW);
+        let since = running.complete_since.get();
+        let seen = since.is_some_and(|since| !watched || since.elapsed() >= WATCHER_WINDOW);
+        seen && running.exported.connections() == 0
+    }
+
+    /// Whether a clone that is done keeps the daemon no longer.
+    fn ends_with(&self, running: &RunningClone) -> bool {
+        match running.config.on_hydrated {
+            OnHydrated::Stay => false,
+            OnHydrated::Exit => true,
+            OnHydrated::Remove => self.config.one_clone,
+        }
+    }
+
+    /// Whether every clone has said `exit`, and is done.
+    fn has_done_all(&self) -> bool {
+        let entries = self.entries.borrow();
+        let mut clones = 0;
+        for entry in entries.values() {
+            match entry {
+                Entry::Failed(..) => {}
+                Entry::Running(running) if self.ends_with(running) && self.is_done(running) => clones += 1,
+                _ => return false,
+            }
+        }
+        if clones > 0 {
+            let names: Vec<_> = entries.keys().map(|name| format!("'{name}'")).collect();
+            log::info!("clone {}: hydrated, and the last client is gone: ending", names.join(", "));
+        }
+        clones > 0
+    }
+
+    /// The end of the daemon: no new clients or clones, what is in flight is finished, everything is committed. The first
+    /// failure is returned, after all clones have ended.
+    pub async fn end(self: &Rc<Self>) -> Result<()> {
+        self.stopping.open();
+        let deadline = self.context.env.now() + DRAIN_MAX;
+        self.listeners.stop(&self.context, deadline).await;
+        // Who has begun to change something finishes; then it is ended like the others.
+        while self.busy.get() > 0 {
+            self.context.env.sleep(Duration::from_millis(2)).await;
+        }
+        let ends = self.all_running().into_iter().map(|running| {
+            let daemon = self.clone();
+            async move {
+                let ended = running.end(&daemon.context, &daemon.listeners, deadline).await;
+                daemon.entries.borrow_mut().remove(&running.config.name);
+                ended
+            }
+        });
+        join_some(ends, AT_A_TIME).await.into_iter().collect()
+    }
+}
+
+/// Counts something that is going on, while it lives.
+struct Busy<'a>(&'a Cell<usize>);
+
+impl<'a> Busy<'a> {
+    fn new(count: &'a Cell<usize>) -> Self {
+        count.set(count.get() + 1);
+        Self(count)
+    }
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}

@@ -1,0 +1,278 @@
+//! A clone that runs: from what was prepared to its orderly end, and what it tells about itself.
+
+use super::activate::{self, ActiveClone};
+use super::listeners::{Exported, Listeners};
+use super::prepare::Prepared;
+use super::rate::Rate;
+use crate::clone_state::{AUTOMATIC, Mode};
+use crate::config::CloneConfig;
+use crate::control::api::{
+    CloneRunState, Features, HydrationState, HydrationStatus, IoCounters, Message, MetadataMode, MetadataStatus,
+    NbdStatus, SourceState, SourceStatus, Status,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::meta::codec;
+use crate::shard::dispatch::Dispatcher;
+use crate::shard::hydrator::automatic_batch_regions;
+use crate::shard::pool::ShardContext;
+use crate::shard::slice::SliceStats;
+use crate::shard::{Mesh, ShardReply, ShardRequest};
+use crate::units::{CloneId, ShardIndex};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+/// The part of the time for the end that copies get in any case, however long clients took.
+const DRAIN_MIN: Duration = Duration::from_secs(1);
+/// Between two looks whether what is in flight has ended.
+const DRAIN_POLL: Duration = Duration::from_millis(2);
+
+/// A clone that is served. On shard 0.
+pub struct RunningClone {
+    pub config: CloneConfig,
+    pub clone: ActiveClone,
+    pub exported: Exported,
+    pub rate: RefCell<Rate>,
+    pub started: Instant,
+    /// When every region was hydrated, as far as was noticed.
+    pub complete_since: Cell<Option<Instant>>,
+}
+
+impl RunningClone {
+    /// Starts a clone that was prepared: the first change on disk is in here. After an error nothing of it runs.
+    pub async fn start(
+        context: &Rc<ShardContext>,
+        listeners: &Listeners,
+        id: CloneId,
+        config: CloneConfig,
+        prepared: Prepared,
+    ) -> Result<Rc<Self>> {
+        let export = config.nbd.export.clone();
+        let listener = listeners.acquire(&config.nbd.address, &export)?;
+        let clone = match activate::activate(context, &config, id, prepared).await {
+            Ok(clone) => clone,
+            Err(error) => {
+                activate::abandon(context, id).await;
+                listeners.release(context, &listener, &export).await;
+                return Err(error);
+            }
+        };
+        let exported = Exported::new(listener, export, id);
+        let running = Rc::new(Self {
+            config,
+            clone,
+            exported,
+            rate: RefCell::default(),
+            started: Instant::now(),
+            complete_since: Cell::new(None),
+        });
+        if let Err(error) = running.serve(context).await {
+            // What it says of its end is less than why.
+            let _ = running.end(context, listeners, context.env.now()).await;
+            return Err(error);
+        }
+        Ok(running)
+    }
+
+    /// Offers the clone on every shard and starts hydration there.
+    async fn serve(&self, context: &Rc<ShardContext>) -> Result<()> {
+        for shard in 0..context.mesh.shards() {
+            let (state, handle) = (self.clone.state.clone(), self.exported.handle());
+            let name = self.exported.name.to_string();
+            let started = context.mesh.run_on(context, ShardIndex(shard), move |context| {
+                Box::pin(async move {
+                    let slice = context.shard.slice(state.id)?;
+                    handle.offer(Dispatcher::new(state, name, context.shard.clone(), context.mesh.clone()));
+                    context.env.spawn_background(Box::pin(slice.hydrate()));
+                    Ok::<(), Error>(())
+                })
+            });
+            started.await.unwrap_or_else(|| Err(Error::new(ErrorKind::Environment, "a shard has ended")))?;
+        }
+        self.exported.listener.start(context);
+        Ok(())
+    }
+
+    /// Ends it: clients, then copies in flight, get until `deadline`; one last commit. Nothing of it runs after that,
+    /// whatever is returned.
+    pub async fn end(&self, context: &Rc<ShardContext>, listeners: &Listeners, deadline: Duration) -> Result<()> {
+        let state = &self.clone.state;
+        if !self.exported.end(context, deadline).await {
+            log::warn!("clone '{}': {} connections did not drain", state.name, self.exported.connections());
+        }
+        state.set_stopping();
+        let drained = Rc::new(Cell::new(0));
+        for shard in 0..context.mesh.shards() {
+            let drain = context.mesh.call(ShardIndex(shard), ShardRequest::Drain { clone: state.id });
+            let drained = drained.clone();
+            context.env.spawn(Box::pin(async move {
+                if let Err(error) = drain.await {
+                    log::debug!("drain: {error}");
+                }
+                drained.set(drained.get() + 1);
+            }));
+        }
+        // However long clients took: what only needs a moment gets it.
+        let deadline = deadline.max(context.env.now() + DRAIN_MIN);
+        while drained.get() < context.mesh.shards() && context.env.now() < deadline {
+            context.env.sleep(DRAIN_POLL).await;
+        }
+        let committed = self.clone.coordinator.commit().await;
+        let (hydrated, regions) = (state.hydrated(), state.geometry.nr_regions());
+        match &committed {
+            Ok(()) => log::info!("clone '{}': stopped, {hydrated} of {regions} regions hydrated", state.name),
+            Err(_) => log::error!("clone '{}': stopped without its last commit", state.name),
+        }
+        activate::abandon(context, state.id).await;
+        listeners.release(context, &self.exported.listener, &self.exported.name).await;
+        committed.map_err(|error| error.within(format!("clone '{}': the last commit failed", state.name)))
+    }
+
+    /// The counters of all shards together.
+    async fn stats(&self, context: &Rc<ShardContext>) -> Result<SliceStats> {
+        let mut total = SliceStats::default();
+        for shard in 0..context.mesh.shards() {
+            let request = ShardRequest::Stats { clone: self.clone.state.id };
+            match context.mesh.call(ShardIndex(shard), request).await? {
+                ShardReply::Stats(stats) => total += *stats,
+                other => unreachable!("stats answer a question for them, not {other:?}"),
+            }
+        }
+        Ok(total)
+    }
+
+    pub async fn status(&self, context: &Rc<ShardContext>) -> Result<Status> {
+        let stats = self.stats(context).await?;
+        let (state, config) = (&self.clone.state, &self.config);
+        let geometry = &state.geometry;
+        let source = self.source();
+        let hydration_state = self.hydration_state(&stats, source.state);
+        let (event_nr, last_event) = state.events();
+        let commits = self.clone.coordinator.stats();
+        Ok(Status {
+            name: state.name.clone(),
+            state: CloneRunState::Running,
+            error: None,
+            size: geometry.size(),
+            region_size: geometry.region_size().bytes(),
+            nr_regions: geometry.nr_regions(),
+            hydrated_regions: state.hydrated(),
+            hydrating_regions: state.hydrating(),
+            hydration: self.hydration(context, &stats, hydration_state),
+            features: Features { no_hydration: !state.knobs().enabled, no_discard_passdown: !state.discard_passdown },
+            metadata: MetadataStatus {
+                path: config.metadata.display().to_string(),
+                mode: match state.mode() {
+                    Mode::ReadWrite => MetadataMode::ReadWrite,
+                    Mode::ReadOnly => MetadataMode::ReadOnly,
+                    Mode::Failed => MetadataMode::Fail,
+                },
+                block_size: codec::BLOCK_SIZE as u32,
+                used_blocks: codec::SUPERBLOCK_COPIES + geometry.nr_zones(),
+                total_blocks: self.clone.metadata_blocks,
+                generation: self.clone.coordinator.generation().0,
+            },
+            event_nr,
+            last_event: last_event.map(|event| event.text),
+            source,
+            destination: config.destination.display().to_string(),
+            nbd: NbdStatus {
+                address: self.exported.listener.address.to_string(),
+                export: self.exported.name.to_string(),
+                connections: u32::try_from(self.exported.connections()).unwrap_or(u32::MAX),
+            },
+            io: IoCounters {
+                reads: stats.reads,
+                writes: stats.writes,
+                trims: stats.trims,
+                write_zeroes: stats.write_zeroes,
+                flushes: commits.requests,
+                read_bytes: stats.read_bytes,
+                write_bytes: stats.write_bytes,
+                trim_bytes: stats.trim_bytes,
+                write_zeroes_bytes: stats.write_zeroes_bytes,
+                errors: stats.errors,
+                source_read_bytes: stats.copied_bytes + stats.source_read_bytes,
+                hydrated_bytes: stats.copied_bytes + stats.zero_bytes,
+                commits: commits.commits,
+            },
+            shards: u32::from(context.mesh.shards()),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+        })
+    }
+
+    fn hydration_state(&self, stats: &SliceStats, source: SourceState) -> HydrationState {
+        let state = &self.clone.state;
+        let knobs = state.knobs();
+        if state.is_complete() {
+            HydrationState::Complete
+        } else if !knobs.enabled || knobs.threshold == 0 {
+            HydrationState::Paused
+        } else if source == SourceState::Lost {
+            HydrationState::SourceLost
+        } else if stats.hydration_paused > 0 || state.mode() != Mode::ReadWrite {
+            HydrationState::Failing
+        } else if state.hydrating() > 0 {
+            HydrationState::Running
+        } else if stats.failed_regions > 0 {
+            HydrationState::Failing
+        } else {
+            HydrationState::Idle
+        }
+    }
+
+    fn hydration(&self, context: &ShardContext, stats: &SliceStats, now: HydrationState) -> HydrationStatus {
+        let state = &self.clone.state;
+        let (geometry, knobs) = (&state.geometry, state.knobs());
+        let automatic_batch = automatic_batch_regions(geometry);
+        let batch = if knobs.batch_size == AUTOMATIC { automatic_batch } else { knobs.batch_size.max(1) };
+        let automatic_threshold = automatic_batch * u64::from(context.mesh.shards()) * 16;
+        let threshold = if knobs.threshold == AUTOMATIC { automatic_threshold } else { knobs.threshold };
+        let set = |value: u64| u32::try_from(value).ok();
+        let running = matches!(now, HydrationState::Running | HydrationState::Idle);
+        let bytes_per_second = if running { self.rate.borrow().bytes_per_second() } else { 0 };
+        let left = (geometry.nr_regions() - state.hydrated()) * geometry.region_size().bytes();
+        HydrationStatus {
+            enabled: knobs.enabled,
+            threshold: set(knobs.threshold),
+            batch_size: set(knobs.batch_size),
+            threshold_effective: u32::try_from(threshold).unwrap_or(u32::MAX),
+            batch_size_effective: u32::try_from(batch.min(threshold.max(1))).unwrap_or(u32::MAX),
+            state: now,
+            failed_regions: stats.failed_regions,
+            bytes_per_second,
+            eta_seconds: left.checked_div(bytes_per_second).filter(|_| !state.is_complete()),
+        }
+    }
+
+    fn source(&self) -> SourceStatus {
+        let mut status = SourceStatus { spec: self.config.source.clone(), ..Default::default() };
+        status.losses = self.clone.source_counts.losses.get();
+        status.reconnects = self.clone.source_counts.reconnects.get();
+        if self.clone.state.is_complete() {
+            status.state = SourceState::Released;
+        }
+        let source = self.clone.nbd_source.as_ref().and_then(|source| source.upgrade());
+        if status.state == SourceState::Connected && source.is_some_and(|source| !source.state().is_connected()) {
+            status.state = SourceState::Lost;
+        }
+        status
+    }
+
+    /// Carries a message out; returns when it is in force on every shard.
+    pub async fn apply(&self, context: &Rc<ShardContext>, message: Message) -> Result<()> {
+        let state = &self.clone.state;
+        match message {
+            Message::EnableHydration => state.set_hydration_enabled(true),
+            Message::DisableHydration => state.set_hydration_enabled(false),
+            Message::HydrationThreshold(regions) => state.set_hydration_threshold(u64::from(regions)),
+            Message::HydrationBatchSize(regions) => state.set_hydration_batch_size(u64::from(regions)),
+        }
+        for shard in 0..context.mesh.shards() {
+            context.mesh.call(ShardIndex(shard), ShardRequest::Wake { clone: state.id }).await?;
+        }
+        Ok(())
+    }
+}

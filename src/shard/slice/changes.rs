@@ -1,0 +1,231 @@
+//! Changes of one slice: write, trim, write zeroes; of hydrated bytes straight to the destination, of others by
+//! overwriting whole regions or by copying the rest of a region first.
+//!
+//! Invariants:
+//! * What sets a bit holds the region's bytes exclusively from before it looks at the bit until after it has set it.
+//! * Never a bare discard: what is trimmed or zeroed reads as zeros, or, of hydrated regions, stays as it was.
+
+use super::super::copy::COPY_UNIT_BYTES;
+use super::super::inflight::Hold;
+use super::super::plan::{ChangeRoute, plan_change};
+use super::{CloneSlice, PARTS_AT_A_TIME, count};
+use crate::clone_state::Mode;
+use crate::disk::ZeroFlags;
+use crate::dma_buf::DmaBuf;
+use crate::error::{Error, ErrorKind, Result};
+use crate::io_frontend::request::{Completion, LocalBoxFuture, RequestFlags};
+use crate::local::join_some;
+use crate::units::{ByteRange, RegionIndex, RegionRange};
+use bytes::Bytes;
+use std::rc::Rc;
+
+/// What a change writes.
+#[derive(Clone)]
+pub(super) enum Change {
+    Data(Bytes),
+    Zeroes(ZeroFlags),
+    /// As zeroes where all of a region is meant, else only advice.
+    Trim(ZeroFlags),
+}
+
+impl CloneSlice {
+    pub(super) async fn change(
+        self: &Rc<Self>,
+        range: ByteRange,
+        change: Change,
+        flags: RequestFlags,
+    ) -> Result<Completion> {
+        let fua = flags.contains(RequestFlags::FUA);
+        if self.uniform(self.geometry.touched(range)) == Some(true) {
+            // Only the data needs to be durable if the bits are. A zone has one state, so any region tells.
+            let direct = fua && self.map.borrow().is_durable(self.geometry.region_of(range.start()));
+            match (change, direct) {
+                (Change::Data(data), true) => {
+                    self.state.check_mode(true)?;
+                    self.write_durably(range, data).await?;
+                    return Ok(Completion::Done);
+                }
+                (change, _) => self.change_destination(range, change).await?,
+            }
+        } else {
+            self.change_mixed(range, change).await?;
+        }
+        if fua {
+            self.commit().await?;
+        }
+        Ok(Completion::Done)
+    }
+
+    /// A change, part by part.
+    async fn change_mixed(self: &Rc<Self>, range: ByteRange, change: Change) -> Result<()> {
+        let routes = plan_change(&self.geometry, &*self.map.borrow(), range);
+        if let Change::Zeroes(zero) = &change
+            && zero.contains(ZeroFlags::FAST_ONLY)
+            && routes.iter().any(|route| matches!(route, ChangeRoute::Part { .. }))
+        {
+            return Err(Error::new(
+                ErrorKind::NotSupported,
+                format!("no fast way to zero {range}: it is not hydrated"),
+            ));
+        }
+        let part_of = |bytes: ByteRange| match &change {
+            Change::Data(data) => {
+                let start = (bytes.start() - range.start()) as usize;
+                Change::Data(data.slice(start..start + bytes.len() as usize))
+            }
+            other => other.clone(),
+        };
+        let part_of = &part_of;
+        let pieces = routes.into_iter().map(|route| async move {
+            match route {
+                ChangeRoute::Destination(bytes) => self.change_destination(bytes, part_of(bytes)).await,
+                ChangeRoute::Whole(regions) => {
+                    self.change_whole(regions, part_of(self.geometry.bytes_of(regions))).await
+                }
+                ChangeRoute::Part { region, range } => self.change_part(region, range, part_of(range)).await,
+            }
+        });
+        join_some(pieces, PARTS_AT_A_TIME).await.into_iter().collect()
+    }
+
+    /// A change of hydrated bytes.
+    async fn change_destination(&self, range: ByteRange, change: Change) -> Result<()> {
+        match change {
+            Change::Data(data) => self.write_destination(range, data, false).await,
+            Change::Zeroes(flags) => {
+                let outer = self.outer(range);
+                let hold = if outer == range { Hold::Shared } else { Hold::Exclusive };
+                let _held = self.locks.hold(outer, hold).await;
+                self.zero_held(range, flags).await
+            }
+            Change::Trim(flags) => {
+                let inner = self.inner(range);
+                let Some(inner) = inner.filter(|_| self.state.discard_passdown) else { return Ok(()) };
+                let _held = self.locks.hold(inner, Hold::Shared).await;
+                match self.destination.zero(inner, flags | ZeroFlags::FAST_ONLY).await {
+                    // Only advice: a destination that can't punch keeps its data.
+                    Err(error) if error.kind() == ErrorKind::NotSupported => Ok(()),
+                    result => result,
+                }
+            }
+        }
+    }
+
+    /// A write of hydrated bytes that is durable when it returns. A write that fails is its client's affair; but when
+    /// only its flush failed, writes that were acknowledged before it may be lost too, as after any failed flush.
+    async fn write_durably(&self, range: ByteRange, data: Bytes) -> Result<()> {
+        let Err(error) = self.write_destination(range, data.clone(), true).await else { return Ok(()) };
+        if self.write_destination(range, data, false).await.is_ok() {
+            self.state.degrade(Mode::ReadOnly, &error);
+        }
+        Err(error)
+    }
+
+    async fn write_destination(&self, range: ByteRange, data: Bytes, fua: bool) -> Result<()> {
+        let outer = self.outer(range);
+        let hold = if outer == range { Hold::Shared } else { Hold::Exclusive };
+        let _held = self.locks.hold(outer, hold).await;
+        self.write_held(range, data, fua).await
+    }
+
+    /// Writes; the bytes around it, to whole blocks, are held exclusively unless the range is aligned.
+    pub(in crate::shard) async fn write_held(&self, range: ByteRange, data: Bytes, fua: bool) -> Result<()> {
+        let outer = self.outer(range);
+        if outer == range {
+            return self.destination.write(range.start(), data, fua).await;
+        }
+        // Read-modify-write of the blocks at the edges.
+        let block = u64::from(self.destination.info().block);
+        let mut merged = DmaBuf::new(outer.len() as usize);
+        let head = ByteRange::between(outer.start(), outer.end().min(outer.start() + block)).expect("not empty");
+        let tail_start = (outer.end() - 1) / block * block;
+        let tail = ByteRange::between(tail_start, outer.end()).expect("not empty");
+        if head.start() < range.start() || tail == head {
+            merged[..head.len() as usize].copy_from_slice(&self.destination.read(head).await?);
+        }
+        if tail != head && tail.end() > range.end() {
+            let at = (tail.start() - outer.start()) as usize;
+            merged[at..].copy_from_slice(&self.destination.read(tail).await?);
+        }
+        let at = (range.start() - outer.start()) as usize;
+        merged[at..at + data.len()].copy_from_slice(&data);
+        self.destination.write(outer.start(), merged.into(), fua).await
+    }
+
+    /// Zeroes; held as for [`Self::write_held`].
+    pub(in crate::shard) async fn zero_held(&self, range: ByteRange, flags: ZeroFlags) -> Result<()> {
+        let Some(inner) = self.inner(range) else {
+            let zeros = Bytes::from(DmaBuf::zeroed(range.len() as usize));
+            return self.write_held(range, zeros, false).await;
+        };
+        self.destination.zero(inner, flags).await?;
+        let edges = [ByteRange::between(range.start(), inner.start()), ByteRange::between(inner.end(), range.end())];
+        for edge in edges.into_iter().flatten() {
+            self.write_held(edge, Bytes::from(DmaBuf::zeroed(edge.len() as usize)), false).await?;
+        }
+        Ok(())
+    }
+
+    /// Overwrites or discards whole regions that were not hydrated when this was planned: nothing is copied.
+    async fn change_whole(self: &Rc<Self>, regions: RegionRange, change: Change) -> Result<()> {
+        let bytes = self.geometry.bytes_of(regions);
+        let held = self.locks.hold(bytes, Hold::Exclusive).await;
+        if self.uniform(regions) != Some(false) {
+            drop(held);
+            let again: LocalBoxFuture<'_, _> = Box::pin(self.change_mixed(bytes, change));
+            return again.await;
+        }
+        self.state.check_mode(true)?;
+        let counter = match change {
+            Change::Data(data) => {
+                self.write_held(bytes, data, false).await?;
+                &self.counters.overwritten_regions
+            }
+            Change::Zeroes(flags) | Change::Trim(flags) => {
+                self.zero_held(bytes, flags).await?;
+                &self.counters.discarded_regions
+            }
+        };
+        count(counter, regions.count());
+        self.mark_hydrated(regions);
+        Ok(())
+    }
+
+    /// Changes a part of one region that was not hydrated when this was planned: the rest comes from the source.
+    async fn change_part(self: &Rc<Self>, region: RegionIndex, range: ByteRange, change: Change) -> Result<()> {
+        if let Change::Trim(_) = change {
+            return Ok(()); // Only whole unhydrated regions can be dropped.
+        }
+        let regions = RegionRange::single(region);
+        let bytes = self.geometry.bytes_of(regions);
+        let held = self.locks.hold(bytes, Hold::Exclusive).await;
+        if self.uniform(regions) == Some(true) {
+            drop(held);
+            return self.change_destination(range, change).await;
+        }
+        self.state.check_mode(true)?;
+        let copy = self.begin_copy(regions, held);
+        if bytes.len() > COPY_UNIT_BYTES {
+            self.copy_chunks(bytes).await?;
+            match change {
+                Change::Data(data) => self.write_held(range, data, false).await?,
+                Change::Zeroes(flags) | Change::Trim(flags) => self.zero_held(range, flags).await?,
+            }
+            self.mark_hydrated(copy.regions());
+            return Ok(());
+        }
+        // Merged in memory, so that one write does both.
+        let _memory = self.copy_memory.acquire(bytes.len()).await;
+        let mut buf = self.source()?.read(bytes).await?;
+        count(&self.counters.copied_bytes, bytes.len());
+        let at = (range.start() - bytes.start()) as usize;
+        let changed = &mut buf[at..at + range.len() as usize];
+        match change {
+            Change::Data(data) => changed.copy_from_slice(&data),
+            Change::Zeroes(_) | Change::Trim(_) => changed.fill(0),
+        }
+        self.write_held(bytes, buf.into(), false).await?;
+        self.mark_hydrated(copy.regions());
+        Ok(())
+    }
+}
