@@ -53,11 +53,14 @@ pub enum Verb {
     Serve(ServeArgs),
     Config(ConfigArgs),
     Status(StatusArgs),
+    Table(TableArgs),
+    Create(CreateArgs),
     List(ListArgs),
     Remove(RemoveArgs),
     Message(MessageArgs),
     Stop(StopArgs),
     Meta(MetaArgs),
+    Version(VersionArgs),
     Demo(DemoArgs),
 }
 
@@ -310,6 +313,43 @@ pub struct StatusArgs {
     pub control: ControlArgs,
 }
 
+/// Print the table line of clones that run, as 'dmsetup table' does
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Prints dm-clone's table line of a clone, or of all clones that run here, each after its name: what 'hydrant clone --table' \
+or 'table' in a configuration file would start it with. Messages never change it; 'hydrant status --dm' shows what is in \
+force.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant table vm1
+      0 524288 clone /var/lib/vm1.meta /dev/vg/vm1 nbd://backup/vm1 128 1 no_hydration")]
+pub struct TableArgs {
+    /// Which clone [default: all]
+    pub name: Option<CloneName>,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Start the clones of a configuration file in a daemon that runs
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Starts the clones that a configuration file describes in the daemon of 'hydrant serve', without disturbing the others, and \
+returns when they are served. The file has [[clone]] only. A clone that can't be started does not keep the others of the \
+file from it.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant create vm7.toml
+  hydrant create --control /run/appliance.control vm7.toml")]
+pub struct CreateArgs {
+    /// Configuration file
+    #[arg(value_name = "FILE.toml")]
+    pub file: PathBuf,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
 /// List the clones that run here
 #[derive(Args, Debug)]
 #[command(long_about = "\
@@ -437,6 +477,23 @@ pub struct DemoArgs {
     /// Where to make the temporary directory [default: $TMPDIR or /tmp; /var/tmp when that is in memory]
     #[arg(long, value_name = "PATH")]
     pub dir: Option<PathBuf>,
+}
+
+/// Print the version of hydrant, and of what it is made of
+#[derive(Args, Debug)]
+#[command(after_long_help = "\
+Examples:
+  hydrant version --targets        as 'dmsetup targets' for the kernel's
+      engine    clone            v1.0.0
+      frontend  nbd              v1.0.0")]
+pub struct VersionArgs {
+    /// Every engine, frontend, source and metadata format of this build
+    #[arg(long)]
+    pub targets: bool,
+
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// How to find the daemon.

@@ -2,6 +2,7 @@
 
 pub mod clone;
 pub mod config;
+pub mod create;
 pub mod daemons;
 pub mod list;
 pub mod message;
@@ -10,6 +11,8 @@ pub mod remove;
 pub mod serve;
 pub mod status;
 pub mod stop;
+pub mod table;
+pub mod version;
 
 use crate::bail;
 use crate::cli::{Cli, ConfigVerb, MetaVerb, Verb};
@@ -27,6 +30,8 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>
             ConfigVerb::Check(of) => config::check(&of.files, out),
         },
         Verb::Status(args) => status::run(&args, out),
+        Verb::Table(args) => table::run(&args, out),
+        Verb::Create(args) => create::run(&args),
         Verb::List(args) => list::run(&args, out),
         Verb::Remove(args) => remove::run(&args),
         Verb::Message(args) => message::run(&args),
@@ -36,6 +41,7 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>
             MetaVerb::Check(of) => bail!(Damaged, "metadata {}: not clean, see the findings", of.path.display()),
             MetaVerb::Dump(of) => meta::dump(&of.path, of.json, out),
         },
+        Verb::Version(args) => version::run(&args, out),
         Verb::Demo(args) => crate::demo::run(&args, out),
     }
 }

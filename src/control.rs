@@ -8,6 +8,9 @@
 //! |---|---|
 //! | `GET /v1/status` | `{"clones": [Status, ...]}` |
 //! | `GET /v1/clones/NAME/status` | [`api::Status`] |
+//! | `GET /v1/clones/NAME/table` | `{"table": "0 2048 clone ..."}` |
+//! | `GET /v1/version` | [`api::VersionInfo`] |
+//! | `POST /v1/clones` with a [`crate::config::spec::CloneSpec`] | `{}` when it is served |
 //! | `POST /v1/clones/NAME/message` with `{"message": "hydration_threshold 16"}` | `{}` |
 //! | `POST /v1/stop` | `{}`; the daemon then drains, commits and exits |
 //!
@@ -31,6 +34,8 @@ use api::{Message, Status};
 pub trait Controlled {
     /// The status of the clone `name`, or of all clones, by name. `NotFound` when there is no such clone.
     fn status(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<Vec<Status>>>;
+    /// dm-clone's table line of a clone that runs: what it was started with, whatever messages said since.
+    fn table(&self, name: &str) -> Result<String>;
     /// Carries a message out on every shard; returns when it is in force. It runs to its end even when the client
     /// that sent it is gone.
     fn message(&self, name: &str, message: &Message) -> LocalBoxFuture<'static, Result<()>>;

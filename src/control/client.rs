@@ -3,7 +3,7 @@
 //! One connection per question. What can go wrong while connecting gets its own words, since that is what users
 //! meet: no daemon, a daemon that crashed, somebody else's daemon.
 
-use super::api::{ErrorBody, Message, MessageBody, PREFIX, RemoveBody, Status, StatusList};
+use super::api::{ErrorBody, Message, MessageBody, PREFIX, RemoveBody, Status, StatusList, TableBody, VersionInfo};
 use super::http_io::BlockingIo;
 use crate::config::CloneName;
 use crate::error::{Error, ErrorKind, Result};
@@ -52,6 +52,16 @@ impl Client {
 
     pub fn status(&self, name: &CloneName) -> Result<Status> {
         self.ask(Method::GET, &format!("/clones/{name}/status"), None)
+    }
+
+    /// dm-clone's table line.
+    pub fn table(&self, name: &CloneName) -> Result<String> {
+        self.ask::<TableBody>(Method::GET, &format!("/clones/{name}/table"), None).map(|body| body.table)
+    }
+
+    /// Of the daemon.
+    pub fn version(&self) -> Result<VersionInfo> {
+        self.ask(Method::GET, "/version", None)
     }
 
     /// Returns when the message is in force.

@@ -4,11 +4,15 @@
 //! Nothing here knows of connections. A message that has begun runs to its end whether or not the client waits.
 
 use super::Controlled;
-use super::api::{ErrorBody, ErrorText, Message, MessageBody, PREFIX, RemoveBody, StatusList};
+use super::api::{ErrorBody, ErrorText, Message, MessageBody, PREFIX, RemoveBody, StatusList, TableBody};
+use crate::config::CloneConfig;
+use crate::config::spec::CloneSpec;
 use crate::env::Env;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::oneshot;
+use crate::runtime_dir::RuntimeDir;
+use crate::targets;
 use bytes::Bytes;
 use futures_lite::future::or;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
@@ -53,6 +57,15 @@ impl Routes {
                 Some(status) => Ok(json(StatusCode::OK, &status)),
                 None => Err(Error::new(ErrorKind::NotFound, format!("no clone '{}'", name.escape_debug()))),
             }),
+            Route::Table(name) => self.controlled.table(name).map(|table| json(StatusCode::OK, &TableBody { table })),
+            Route::Version => Ok(json(StatusCode::OK, &targets::info())),
+            Route::Create => match read_clone(request.into_body()).await {
+                Ok(config) => {
+                    let log_as = format!("clone '{}': create", config.name);
+                    self.carry_out(log_as, self.controlled.create(config)).await
+                }
+                Err(refused) => return refused,
+            },
             Route::Stop => self.controlled.stop().map(|()| json(StatusCode::OK, &serde_json::json!({}))),
             Route::Message(name) => match read_message(request.into_body()).await {
                 Ok(message) => {
@@ -102,7 +115,10 @@ impl Routes {
 /// What is asked for.
 enum Route<'a> {
     StatusOfAll,
+    Version,
+    Create,
     Status(&'a str),
+    Table(&'a str),
     Message(&'a str),
     Remove(&'a str),
     Stop,
@@ -114,9 +130,12 @@ impl<'a> Route<'a> {
         match path {
             "/status" => Some(Self::StatusOfAll),
             "/stop" => Some(Self::Stop),
+            "/version" => Some(Self::Version),
+            "/clones" => Some(Self::Create),
             _ => match path.strip_prefix("/clones/")?.split_once('/')? {
                 ("", _) => None,
                 (name, "status") => Some(Self::Status(name)),
+                (name, "table") => Some(Self::Table(name)),
                 (name, "message") => Some(Self::Message(name)),
                 (name, "remove") => Some(Self::Remove(name)),
                 _ => None,
@@ -125,8 +144,8 @@ impl<'a> Route<'a> {
     }
     fn method(&self) -> Method {
         match self {
-            Self::StatusOfAll | Self::Status(_) => Method::GET,
-            Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
+            Self::StatusOfAll | Self::Version | Self::Status(_) | Self::Table(_) => Method::GET,
+            Self::Create | Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
         }
     }
 }
@@ -135,6 +154,18 @@ async fn read_message(body: Incoming) -> Result<Message, Response<Full<Bytes>>> 
     let body: MessageBody = read_body(body, r#"{"message": "..."}"#).await?;
     let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
     body.message.parse().map_err(bad)
+}
+
+/// Reads a clone that is to be created, and makes the directory of its socket when that is ours.
+async fn read_clone(body: Incoming) -> Result<CloneConfig, Response<Full<Bytes>>> {
+    let bytes = read_bytes(body).await?;
+    let dir = RuntimeDir::of_user();
+    let read = || {
+        let config = CloneSpec::from_json(&bytes)?.into_config(&dir)?;
+        dir.create_for_clone(&config)?;
+        Ok(config)
+    };
+    read().map_err(|error: Error| refusal(http_status(error.kind()), error.kind(), &error.to_string()))
 }
 
 /// Reads JSON that is to look like `example`.

@@ -55,6 +55,12 @@ impl Controlled for Clones {
             Ok(())
         })
     }
+    fn table(&self, name: &str) -> Result<String> {
+        match name {
+            "a" => Ok("0 8 clone /m /d /s 8".into()),
+            _ => bail!(NotFound, "no clone '{name}'"),
+        }
+    }
     fn create(&self, config: CloneConfig) -> LocalBoxFuture<'static, Result<()>> {
         let seen = self.seen.clone();
         Box::pin(async move {

@@ -23,6 +23,10 @@ impl Controlled for Handle {
         Box::pin(async move { daemon.status(name.as_deref()).await })
     }
 
+    fn table(&self, name: &str) -> Result<String> {
+        self.0.running(name).map(|running| running.table())
+    }
+
     fn message(&self, name: &str, message: &Message) -> LocalBoxFuture<'static, Result<()>> {
         let (daemon, running, message) = (self.0.clone(), self.0.running(name), *message);
         Box::pin(async move {
