@@ -253,19 +253,18 @@ where
             .name(&format!("shard-{me}"))
             .io_memory(IO_MEMORY_BYTES)
             .preempt_timer(PREEMPT_TIMER)
-            .spin_before_park(options.spin)
             .blocking_thread_pool_placement(PoolPlacement::Unbound(1));
         let failed = move |error: glommio::GlommioError<()>| {
             Error::new(ErrorKind::Environment, format!("executor of shard {me} on CPU {cpu} can't start: {error}"))
         };
         let (start, started) = mpsc::channel();
         starts.push(start);
-        let gate = Gate { ready: ready.clone(), started };
+        let (gate, spin) = (Gate { ready: ready.clone(), started }, options.spin);
         if let Some(main) = main.take() {
-            first = Some(builder.spawn(move || run_shard(me, shards, mailboxes, gate, main)).map_err(failed)?);
+            first = Some(builder.spawn(move || run_shard(me, shards, mailboxes, gate, spin, main)).map_err(failed)?);
         } else {
             let ended = |_: Rc<ShardContext>| std::future::pending::<()>();
-            others.push(builder.spawn(move || run_shard(me, shards, mailboxes, gate, ended)).map_err(failed)?);
+            others.push(builder.spawn(move || run_shard(me, shards, mailboxes, gate, spin, ended)).map_err(failed)?);
         }
     }
     drop(ready);
@@ -318,6 +317,7 @@ async fn run_shard<T: 'static, F, Fut>(
     shards: u16,
     mailboxes: Arc<[Mailbox]>,
     gate: Gate,
+    spin: Duration,
     main: F,
 ) -> Result<Option<T>>
 where
@@ -331,6 +331,7 @@ where
         };
         Error::from_io(error, format!("io_uring of shard {me} can't be set up{hint}"))
     })?;
+    ring.set_spin(spin);
     if !gate.pass() {
         ring.shutdown().await;
         return Ok(None);

@@ -5,6 +5,7 @@
 
 mod harness;
 
+mod appliance;
 mod clones;
 mod control;
 mod discard;

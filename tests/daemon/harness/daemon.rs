@@ -127,33 +127,13 @@ impl CloneCommand {
 
     /// Starts it.
     pub fn spawn(&self) -> Daemon {
-        let mut child = self.command().stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let lines = Arc::new(Mutex::new(Vec::new()));
-        let mut readers = Vec::new();
-        let streams: [Box<dyn std::io::Read + Send>; 2] =
-            [Box::new(child.stderr.take().unwrap()), Box::new(child.stdout.take().unwrap())];
-        for stream in streams {
-            let lines = lines.clone();
-            readers.push(std::thread::spawn(move || {
-                for line in BufReader::new(stream).lines().map_while(Result::ok) {
-                    lines.lock().unwrap().push(line);
-                }
-            }));
-        }
         let dir = self.runtime.join("hydrant");
         let control = match self.args.iter().position(|arg| arg == "--control") {
             Some(at) => PathBuf::from(&self.args[at + 1]),
             None => dir.join(format!("{}.control", self.name)),
         };
-        Daemon {
-            child: Some(child),
-            name: self.name.clone(),
-            socket: dir.join(format!("{}.sock", self.name)),
-            control,
-            runtime: self.runtime.clone(),
-            lines,
-            readers,
-        }
+        let socket = dir.join(format!("{}.sock", self.name));
+        Daemon::spawn(self.command(), &self.name, socket, control, &self.runtime)
     }
 
     /// Runs it to its end, which must come by itself.
@@ -205,6 +185,86 @@ pub struct Daemon {
 }
 
 impl Daemon {
+    fn spawn(mut command: Command, name: &str, socket: PathBuf, control: PathBuf, runtime: &Path) -> Self {
+        let mut child = command.stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        let mut readers = Vec::new();
+        let streams: [Box<dyn std::io::Read + Send>; 2] =
+            [Box::new(child.stderr.take().unwrap()), Box::new(child.stdout.take().unwrap())];
+        for stream in streams {
+            let lines = lines.clone();
+            readers.push(std::thread::spawn(move || {
+                for line in BufReader::new(stream).lines().map_while(Result::ok) {
+                    lines.lock().unwrap().push(line);
+                }
+            }));
+        }
+        let child = Some(child);
+        Daemon { child, name: name.into(), socket, control, runtime: runtime.into(), lines, readers }
+    }
+
+    /// `hydrant serve` of a file with this text.
+    pub fn serve(bench: &Bench, config: &str) -> Self {
+        let path = bench.path("config.toml");
+        std::fs::write(&path, config).unwrap();
+        Self::serve_files(bench, &[&path], &[])
+    }
+
+    /// `hydrant serve`, until it has a control socket. Its clones may still be starting.
+    pub fn serve_files(bench: &Bench, files: &[&Path], args: &[&str]) -> Self {
+        let runtime = bench.runtime();
+        let mut command = hydrant(&runtime);
+        command.arg("serve").args(files).args(args);
+        let dir = runtime.join("hydrant");
+        let daemon = Self::spawn(command, "daemon", dir.join("none"), dir.join("control"), &runtime);
+        let start = Instant::now();
+        while !daemon.client().is_there() && !daemon.has_ended() && start.elapsed() < START_TIME_MAX {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        daemon
+    }
+
+    /// Of one of its clones.
+    pub fn status_of(&self, name: &str) -> Status {
+        self.client().status(&name.parse().unwrap()).unwrap_or_else(|e| panic!("status: {e}\n{}", self.log()))
+    }
+
+    /// Waits until one of its clones is as wanted.
+    pub fn wait_status_of(&self, name: &str, what: &str, is_so: impl Fn(&Status) -> bool) -> Status {
+        let start = Instant::now();
+        loop {
+            let status = self.status_of(name);
+            if is_so(&status) {
+                return status;
+            }
+            assert!(start.elapsed() < HYDRATION_TIME_MAX, "{what}: it stays at {status:#?}\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Of the export of one of its clones, at the default address.
+    pub fn uri_of(&self, name: &str) -> String {
+        format!("nbd+unix:///{name}?socket={}", self.runtime.join("hydrant").join(format!("{name}.sock")).display())
+    }
+
+    /// Runs the command line, which must succeed; what it prints.
+    pub fn done(&self, args: &[&str]) -> String {
+        let output = self.hydrant(args).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{args:?}: {said}\n{}", self.log());
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs the command line, which must be refused with one line; that.
+    pub fn refused(&self, args: &[&str]) -> String {
+        let output = self.hydrant(args).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success(), "{args:?} was not refused: {}", String::from_utf8_lossy(&output.stdout));
+        let line = said.strip_prefix("hydrant: ").unwrap_or_else(|| panic!("not the program's line: {said}"));
+        assert_eq!(line.trim_end().lines().count(), 1, "more than one line: {said}");
+        line.trim_end().into()
+    }
+
     /// Of its export, by the empty name.
     pub fn uri(&self) -> String {
         format!("nbd+unix:///?socket={}", self.socket.display())
