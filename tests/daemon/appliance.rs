@@ -26,7 +26,7 @@ fn several_clones_hydrate_side_by_side_and_go_on_after_a_restart() {
     let mut config = String::from("[daemon]\nshards = 2\n");
     for (index, name) in names.iter().enumerate() {
         let source = bench.path(&format!("{name}.source"));
-        fs::write(&source, random_bytes((4 + index as u64) * MIB, index as u64)).unwrap();
+        fs::write(&source, random_bytes(index as u64, (4 + index as u64) * MIB)).unwrap();
         config += &clone_table(name, &source, "no_hydration = true");
     }
     let daemon = Daemon::serve(&bench, &config);
@@ -240,7 +240,12 @@ fn a_clone_command_keeps_to_its_one_clone() {
     let refused = daemon.refused(&["remove", "vm"]);
     assert!(refused.contains("hydrant stop vm"), "{refused}");
     fs::write(bench.path("x.toml"), clone_table("x", &source, "")).unwrap();
-    let refused = daemon.refused(&["create", bench.path("x.toml").to_str().unwrap(), "--control", daemon.control.to_str().unwrap()]);
+    let refused = daemon.refused(&[
+        "create",
+        bench.path("x.toml").to_str().unwrap(),
+        "--control",
+        daemon.control.to_str().unwrap(),
+    ]);
     assert!(refused.contains("hydrant serve"), "{refused}");
     daemon.stop();
 }
@@ -266,7 +271,10 @@ fn a_stop_while_clones_start_gives_up() {
     let bench = Bench::new();
     let server = Nbdkit::start(&bench, "pattern 16M");
     server.freeze(true);
-    let slow = format!("[[clone]]\nname = \"slow\"\nsource = \"{}\"\ndestination = \"s.img\"\nmetadata = \"s.meta\"\n", server.uri());
+    let slow = format!(
+        "[[clone]]\nname = \"slow\"\nsource = \"{}\"\ndestination = \"s.img\"\nmetadata = \"s.meta\"\n",
+        server.uri()
+    );
     let quick = clone_table("quick", &bench.random("quick.source", MIB), "");
     let mut daemon = Daemon::serve(&bench, &(slow + &quick));
     daemon.wait_status_of("quick", "hydrated", |status| status.is_complete());
