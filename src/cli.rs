@@ -331,18 +331,19 @@ pub struct TableArgs {
     pub control: ControlArgs,
 }
 
-/// Start the clones of a configuration file in a daemon that runs
+/// Start clones in a daemon that runs
 #[derive(Args, Debug)]
 #[command(long_about = "\
-Starts the clones that a configuration file describes in the daemon of 'hydrant serve', without disturbing the others, and \
-returns when they are served. The file has [[clone]] only. A clone that can't be started does not keep the others of the \
-file from it.")]
+Starts the [[clone]]s of a configuration file in the daemon that 'hydrant serve' runs, and returns when they are served. The \
+other clones go on undisturbed. Paths in the file are relative to its directory. A clone that can't be started is told and \
+leaves nothing behind.")]
 #[command(after_long_help = "\
 Examples:
-  hydrant create vm7.toml
-  hydrant create --control /run/appliance.control vm7.toml")]
+  hydrant create vm2.toml
+  printf '[[clone]]\\nname = \"vm2\"\\nsource = \"nbd://backup/vm2\"\\n\
+destination = \"/dev/vg/vm2\"\\nmetadata = \"/var/lib/vm2.meta\"\\n' >vm2.toml")]
 pub struct CreateArgs {
-    /// Configuration file
+    /// A configuration file with [[clone]]s only
     #[arg(value_name = "FILE.toml")]
     pub file: PathBuf,
 

@@ -10,8 +10,9 @@
 //! | `GET /v1/clones/NAME/status` | [`api::Status`] |
 //! | `GET /v1/clones/NAME/table` | `{"table": "0 2048 clone ..."}` |
 //! | `GET /v1/version` | [`api::VersionInfo`] |
-//! | `POST /v1/clones` with a [`crate::config::spec::CloneSpec`] | `{}` when it is served |
 //! | `POST /v1/clones/NAME/message` with `{"message": "hydration_threshold 16"}` | `{}` |
+//! | `POST /v1/clones` with what a `[[clone]]` of a configuration file has, as JSON; paths are absolute | `{}`, when it is served |
+//! | `POST /v1/clones/NAME/remove` with `{"force": false}` | `{}`, when its devices are free |
 //! | `POST /v1/stop` | `{}`; the daemon then drains, commits and exits |
 //!
 //! An error is `{"error": {"kind": "not_found", "message": "..."}}` with the fitting HTTP status; kinds are those of
@@ -25,7 +26,7 @@ pub mod server;
 #[cfg(test)]
 mod tests;
 
-use crate::config::CloneConfig;
+use crate::config::spec::CloneSpec;
 use crate::error::Result;
 use crate::io_frontend::request::LocalBoxFuture;
 use api::{Message, Status};
@@ -40,7 +41,7 @@ pub trait Controlled {
     /// that sent it is gone.
     fn message(&self, name: &str, message: &Message) -> LocalBoxFuture<'static, Result<()>>;
     /// Starts a clone; returns when it is served.
-    fn create(&self, config: CloneConfig) -> LocalBoxFuture<'static, Result<()>>;
+    fn create(&self, spec: CloneSpec) -> LocalBoxFuture<'static, Result<()>>;
     /// Ends a clone and forgets it; one that is in use only when `force` says so.
     fn remove(&self, name: &str, force: bool) -> LocalBoxFuture<'static, Result<()>>;
     /// Asks the daemon to drain, commit and exit; returns at once. Asking again changes nothing.

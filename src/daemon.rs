@@ -170,7 +170,12 @@ async fn dry_run(context: &Rc<ShardContext>, plan: &Plan, stop: &Notify) -> Resu
             Ok(None)
         };
         match futures_lite::future::or(prepared, stopped).await {
-            Ok(Some(prepared)) => prepared.describe(config).iter().for_each(|line| println!("{line}")),
+            Ok(Some(prepared)) => {
+                for (index, line) in prepared.describe(config).iter().enumerate() {
+                    let indent = if index > 0 && plan.clones.len() > 1 { "  " } else { "" };
+                    println!("{indent}{line}");
+                }
+            }
             Ok(None) => return Ok(()),
             Err(error) => {
                 if plan.clones.len() > 1 {

@@ -5,7 +5,7 @@
 //! many clones (`hydrant serve`) has `control`, and each of its clones `NAME.sock`.
 
 use crate::bail;
-use crate::config::{CloneConfig, CloneName, Plan};
+use crate::config::{CloneName, Plan};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::nbd::listen::NbdAddress;
 use std::ffi::OsString;
@@ -64,18 +64,11 @@ impl RuntimeDir {
 
     /// Creates the directory, when a socket of `plan` is to be in it.
     pub fn create_for(&self, plan: &Plan) -> Result<()> {
-        if self.holds(&plan.daemon.control) {
+        let is_here = |address: &NbdAddress| matches!(address, NbdAddress::Unix(path) if self.holds(path));
+        if self.holds(&plan.daemon.control) || plan.clones.iter().any(|clone| is_here(&clone.nbd.address)) {
             self.create()?;
         }
-        plan.clones.iter().try_for_each(|clone| self.create_for_clone(clone))
-    }
-
-    /// Creates the directory, when the socket of `clone` is to be in it.
-    pub fn create_for_clone(&self, clone: &CloneConfig) -> Result<()> {
-        match &clone.nbd.address {
-            NbdAddress::Unix(path) if self.holds(path) => self.create(),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     /// Creates the directory, when it is not there. One that others may write to is refused: they could put their

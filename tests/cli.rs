@@ -45,6 +45,7 @@ fn help_is_as_pinned() {
         &["config"],
         &["config", "check"],
         &["status"],
+        &["create"],
         &["list"],
         &["remove"],
         &["message"],
@@ -53,7 +54,6 @@ fn help_is_as_pinned() {
         &["meta", "check"],
         &["meta", "dump"],
         &["table"],
-        &["create"],
         &["version"],
         &["demo"],
     ];

@@ -134,10 +134,10 @@ impl DaemonSpec {
             }
         };
         Ok(DaemonConfig {
+            one_clone: false,
             // The type holds it below SHARDS_MAX, a u16.
             shards: self.shards.and_then(|count| u16::try_from(count.0).ok()),
             cpus: self.cpus.map(|list| list.0),
-            one_clone: false,
             control: self.control.map_or_else(|| dir.daemon_control_socket(), |path| path.0),
             io_memory: self.io_memory.map(|size| size.0),
             spin: self.spin.map_or(Duration::ZERO, Time::duration),

@@ -5,13 +5,11 @@
 
 use super::Controlled;
 use super::api::{ErrorBody, ErrorText, Message, MessageBody, PREFIX, RemoveBody, StatusList, TableBody};
-use crate::config::CloneConfig;
 use crate::config::spec::CloneSpec;
 use crate::env::Env;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::oneshot;
-use crate::runtime_dir::RuntimeDir;
 use crate::targets;
 use bytes::Bytes;
 use futures_lite::future::or;
@@ -59,18 +57,18 @@ impl Routes {
             }),
             Route::Table(name) => self.controlled.table(name).map(|table| json(StatusCode::OK, &TableBody { table })),
             Route::Version => Ok(json(StatusCode::OK, &targets::info())),
-            Route::Create => match read_clone(request.into_body()).await {
-                Ok(config) => {
-                    let log_as = format!("clone '{}': create", config.name);
-                    self.carry_out(log_as, self.controlled.create(config)).await
-                }
-                Err(refused) => return refused,
-            },
             Route::Stop => self.controlled.stop().map(|()| json(StatusCode::OK, &serde_json::json!({}))),
             Route::Message(name) => match read_message(request.into_body()).await {
                 Ok(message) => {
                     let log_as = format!("clone '{}': message {message}", name.escape_debug());
                     self.carry_out(log_as, self.controlled.message(name, &message)).await
+                }
+                Err(refused) => return refused,
+            },
+            Route::Create => match read_clone(request.into_body()).await {
+                Ok(spec) => {
+                    let name = spec.name.as_ref().map(|name| name.to_string()).unwrap_or_default();
+                    self.carry_out(format!("clone '{name}': create"), self.controlled.create(spec)).await
                 }
                 Err(refused) => return refused,
             },
@@ -116,10 +114,10 @@ impl Routes {
 enum Route<'a> {
     StatusOfAll,
     Version,
-    Create,
     Status(&'a str),
     Table(&'a str),
     Message(&'a str),
+    Create,
     Remove(&'a str),
     Stop,
 }
@@ -129,9 +127,9 @@ impl<'a> Route<'a> {
     fn of(path: &'a str) -> Option<Self> {
         match path {
             "/status" => Some(Self::StatusOfAll),
+            "/clones" => Some(Self::Create),
             "/stop" => Some(Self::Stop),
             "/version" => Some(Self::Version),
-            "/clones" => Some(Self::Create),
             _ => match path.strip_prefix("/clones/")?.split_once('/')? {
                 ("", _) => None,
                 (name, "status") => Some(Self::Status(name)),
@@ -156,16 +154,9 @@ async fn read_message(body: Incoming) -> Result<Message, Response<Full<Bytes>>> 
     body.message.parse().map_err(bad)
 }
 
-/// Reads a clone that is to be created, and makes the directory of its socket when that is ours.
-async fn read_clone(body: Incoming) -> Result<CloneConfig, Response<Full<Bytes>>> {
-    let bytes = read_bytes(body).await?;
-    let dir = RuntimeDir::of_user();
-    let read = || {
-        let config = CloneSpec::from_json(&bytes)?.into_config(&dir)?;
-        dir.create_for_clone(&config)?;
-        Ok(config)
-    };
-    read().map_err(|error: Error| refusal(http_status(error.kind()), error.kind(), &error.to_string()))
+async fn read_clone(body: Incoming) -> Result<CloneSpec, Response<Full<Bytes>>> {
+    let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
+    CloneSpec::from_json(&read_bytes(body).await?).map_err(bad)
 }
 
 /// Reads JSON that is to look like `example`.

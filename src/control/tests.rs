@@ -5,7 +5,7 @@ use super::api::{Message, Status};
 use super::client::Client;
 use super::server::Server;
 use crate::bail;
-use crate::config::CloneConfig;
+use crate::config::spec::CloneSpec;
 use crate::env::Env;
 use crate::env::glommio::GlommioEnv;
 use crate::error::{Error, ErrorKind, Result};
@@ -61,11 +61,11 @@ impl Controlled for Clones {
             _ => bail!(NotFound, "no clone '{name}'"),
         }
     }
-    fn create(&self, config: CloneConfig) -> LocalBoxFuture<'static, Result<()>> {
+    fn create(&self, spec: CloneSpec) -> LocalBoxFuture<'static, Result<()>> {
         let seen = self.seen.clone();
         Box::pin(async move {
-            match config.name.as_str() {
-                "a" | "b" => bail!(InUse, "there is a clone '{}' already", config.name),
+            match spec.name.as_ref().map_or("", |name| name.as_str()) {
+                name @ ("a" | "b") => bail!(InUse, "there is a clone '{name}' already"),
                 name => seen.lock().unwrap().push(format!("create {name}")),
             }
             Ok(())

@@ -84,9 +84,9 @@ fn every_key_arrives() {
     let Plan { daemon, clones, dry_run } = files.check().unwrap();
     assert!(!dry_run);
     let expected = DaemonConfig {
+        one_clone: false,
         shards: Some(3),
         cpus: Some(vec![0, 1, 2, 5]),
-        one_clone: false,
         control: files.path("run/control"),
         io_memory: Some(64 << 20),
         spin: Duration::from_micros(50),
