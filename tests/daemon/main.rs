@@ -7,6 +7,7 @@ mod harness;
 
 mod appliance;
 mod clones;
+mod configs;
 mod control;
 mod discard;
 mod load;
@@ -16,4 +17,5 @@ mod restart;
 mod signals;
 mod source_faults;
 mod space;
+mod tables;
 mod views;
