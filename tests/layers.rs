@@ -13,15 +13,15 @@ const LAYERS: [&str; 5] = [
     // 0, vocabulary.
     "units version error dma_buf io_frontend/request",
     // 1, pure decisions: no I/O, no async, no clock.
-    "meta/mod meta/codec meta/region_map meta/commit meta/check
+    "meta/mod meta/codec meta/region_map meta/commit meta/growth meta/check
      shard/plan shard/inflight hydration_sched log_limit signatures human dm_table daemon/rate control/api
      source/uri source/nbd/assembly
      io_frontend/nbd/proto io_frontend/nbd/proto/* io_frontend/nbd/limits io_frontend/nbd/stats
      io_frontend/nbd/handshake io_frontend/nbd/admit io_frontend/nbd/reply",
     // 2, generic async, over the traits Disk, Source, Env and Mesh.
-    "disk env source local local/* clone_state coordinator meta/store meta/store/sim
-     shard shard/slice shard/slice/* shard/copy shard/hydrator shard/dispatch shard/locks
-     source/file source/remote source/fingerprint source/nbd/status_cache
+    "disk env source local local/* clone_state coordinator coordinator/* meta/store meta/store/sim
+     shard shard/slice shard/slice/* shard/copy shard/hydrator shard/dispatch shard/gate shard/locks
+     source/file source/padded source/remote source/fingerprint source/nbd/status_cache
      sim sim/*",
     // 3, edges: the kernel, sockets, glommio.
     "ring ring/* net disk/ring env/glommio shard/pool environment unix_socket devices devices/*

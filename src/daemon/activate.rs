@@ -276,7 +276,7 @@ async fn attach(context: &Rc<ShardContext>, parts: ShardParts, source: Option<Rc
         (None, SourceParts::File(parts)) => Some(Rc::new(FileSource::new(Rc::new(RingDisk::new(parts))))),
         (None, SourceParts::Nbd { uri, options }) => {
             let source = NbdSource::connect(uri, options, context.env.clone()).await?;
-            if source.size() != state.geometry.size() {
+            if source.size() != state.geometry().size() {
                 bail!(SourceChanged, "the source's size changed while it was opened");
             }
             Some(Rc::new(source))
@@ -285,7 +285,7 @@ async fn attach(context: &Rc<ShardContext>, parts: ShardParts, source: Option<Rc
             Some(Rc::new(RemoteSource::new(state.id, crate::shard::COORDINATOR, size, mesh.clone())))
         }
     };
-    let mut map = RegionMap::new(state.geometry, mesh.shards(), mesh.me());
+    let mut map = RegionMap::new(state.geometry(), mesh.shards(), mesh.me());
     for (zone, bits) in zones {
         map.load_zone(zone, &bits);
     }

@@ -100,10 +100,10 @@ impl RunningClone {
     /// whatever is returned.
     pub async fn end(&self, context: &Rc<ShardContext>, listeners: &Listeners, deadline: Duration) -> Result<()> {
         let state = &self.clone.state;
+        self.clone.coordinator.begin_stop().await;
         if !self.exported.end(context, deadline).await {
             log::warn!("clone '{}': {} connections did not drain", state.name, self.exported.connections());
         }
-        state.set_stopping();
         let drained = Rc::new(Cell::new(0));
         for shard in 0..context.mesh.shards() {
             let drain = context.mesh.call(ShardIndex(shard), ShardRequest::Drain { clone: state.id });
@@ -121,7 +121,7 @@ impl RunningClone {
             context.env.sleep(DRAIN_POLL).await;
         }
         let committed = self.clone.coordinator.commit().await;
-        let (hydrated, regions) = (state.hydrated(), state.geometry.nr_regions());
+        let (hydrated, regions) = (state.hydrated(), state.geometry().nr_regions());
         match &committed {
             Ok(()) => log::info!("clone '{}': stopped, {hydrated} of {regions} regions hydrated", state.name),
             Err(_) => log::error!("clone '{}': stopped without its last commit", state.name),
@@ -147,7 +147,7 @@ impl RunningClone {
     pub async fn status(&self, context: &Rc<ShardContext>) -> Result<Status> {
         let stats = self.stats(context).await?;
         let (state, config) = (&self.clone.state, &self.config);
-        let geometry = &state.geometry;
+        let geometry = &state.geometry();
         let source = self.source();
         let hydration_state = self.hydration_state(&stats, source.state);
         let (event_nr, last_event) = state.events();
@@ -221,7 +221,7 @@ impl RunningClone {
             Ok(SourceSpec::File(path)) => absolute(&path),
             _ => config.source.clone(),
         };
-        let geometry = &self.clone.state.geometry;
+        let geometry = &self.clone.state.geometry();
         let line = dm_table::Line {
             size: geometry.size(),
             metadata: &absolute(&config.metadata),
@@ -258,7 +258,7 @@ impl RunningClone {
 
     fn hydration(&self, context: &ShardContext, stats: &SliceStats, now: HydrationState) -> HydrationStatus {
         let state = &self.clone.state;
-        let (geometry, knobs) = (&state.geometry, state.knobs());
+        let (geometry, knobs) = (&state.geometry(), state.knobs());
         let automatic_batch = automatic_batch_regions(geometry);
         let batch = if knobs.batch_size == AUTOMATIC { automatic_batch } else { knobs.batch_size.max(1) };
         let automatic_threshold = automatic_batch * u64::from(context.mesh.shards()) * 16;

@@ -130,7 +130,7 @@ pub fn geometry_for(size: u64, region_size: RegionSize) -> Result<Geometry> {
     Ok(geometry)
 }
 
-fn check_limits(geometry: &Geometry) -> Result<(), String> {
+pub(super) fn check_limits(geometry: &Geometry) -> Result<(), String> {
     if geometry.nr_regions() > REGIONS_MAX {
         return Err(format!("{} regions, at most {REGIONS_MAX} are supported", geometry.nr_regions()));
     }

@@ -59,5 +59,6 @@
 pub mod check;
 pub mod codec;
 pub mod commit;
+pub mod growth;
 pub mod region_map;
 pub mod store;

@@ -77,7 +77,7 @@ impl CloneSlice {
     }
 
     /// Writes what the source holds of the copy's regions, and marks them.
-    pub(super) async fn finish_copy(&self, copy: Copy, data: Bytes) -> Result<()> {
+    pub(super) async fn finish_copy(self: &Rc<Self>, copy: Copy, data: Bytes) -> Result<()> {
         self.state.check_mode(true)?;
         let bytes = self.geometry.bytes_of(copy.regions());
         self.store_copied(bytes, data).await?;
@@ -86,7 +86,7 @@ impl CloneSlice {
     }
 
     /// Copies regions whose bytes are held, and marks them.
-    pub(super) async fn copy(&self, copy: Copy) -> Result<()> {
+    pub(super) async fn copy(self: &Rc<Self>, copy: Copy) -> Result<()> {
         self.state.check_mode(true)?;
         let bytes = self.geometry.bytes_of(copy.regions());
         self.copy_chunks(bytes).await?;

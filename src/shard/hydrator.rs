@@ -58,10 +58,16 @@ impl Ahead {
 }
 
 impl CloneSlice {
-    /// Hydrates until everything of this slice is hydrated, or the clone stops. One task per slice.
+    /// Starts [`Self::hydrate`] on this executor.
+    pub fn start_hydration(self: &Rc<Self>) {
+        self.env.spawn_background(Box::pin(self.clone().hydrate()));
+    }
+
+    /// Hydrates until everything of this slice is hydrated, the clone stops, or another slice is
+    /// in this one's place. One task per slice.
     pub async fn hydrate(self: Rc<Self>) {
         let mut ahead = Ahead::default();
-        while !self.state.is_stopping() && !self.state.is_complete() {
+        while !self.state.is_stopping() && !self.state.is_complete() && !self.replaced.get() {
             let now = self.env.now();
             let knobs = self.state.knobs();
             let threshold = knobs.threshold;
@@ -90,7 +96,9 @@ impl CloneSlice {
                         self.notified_or_after(THRESHOLD_RETRY).await;
                         continue;
                     }
+                    self.launching.set(true);
                     self.launch(batch, &mut ahead).await;
+                    self.launching.set(false);
                 }
                 Next::WaitUntil(until) => self.notified_or_after(until.saturating_sub(now)).await,
                 Next::WaitForBatch => self.wake.notified().await,
@@ -109,7 +117,11 @@ impl CloneSlice {
     /// Whether copies may be started at all.
     fn may_hydrate(&self) -> bool {
         let knobs = self.state.knobs();
-        knobs.enabled && knobs.threshold > 0 && self.state.mode() == Mode::ReadWrite && !self.state.is_stopping()
+        knobs.enabled
+            && knobs.threshold > 0
+            && self.state.mode() == Mode::ReadWrite
+            && !self.state.is_stopping()
+            && !self.state.is_suspended()
     }
 
     async fn notified_or_after(&self, delay: Duration) {

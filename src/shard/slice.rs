@@ -7,6 +7,7 @@
 //! * A plan made before the bytes were held is made again after.
 
 mod changes;
+mod growth;
 mod reads;
 mod status;
 
@@ -114,7 +115,13 @@ pub struct CloneSlice {
     pub(super) wake: Notify,
     pub(super) copies_in_flight: Cell<u64>,
     pub(super) copy_bytes_in_flight: Cell<u64>,
-    pub(super) counters: Counters,
+    /// Hydration asks the source what is allocated before it begins a copy.
+    pub(super) launching: Cell<bool>,
+    /// Commits that this slice has asked for by itself.
+    commits_in_flight: Cell<u64>,
+    /// The clone has grown: another slice is in this one's place.
+    pub(super) replaced: Cell<bool>,
+    pub(super) counters: Rc<Counters>,
     pub(super) failures: RefCell<crate::log_limit::LogLimit>,
 }
 
@@ -141,7 +148,7 @@ impl CloneSlice {
     pub fn new(parts: SliceParts) -> Rc<Self> {
         let SliceParts { state, map, destination, source, env, mesh } = parts;
         Rc::new(Self {
-            geometry: state.geometry,
+            geometry: state.geometry(),
             me: mesh.me(),
             map: RefCell::new(map),
             locks: Rc::default(),
@@ -154,7 +161,10 @@ impl CloneSlice {
             wake: Notify::default(),
             copies_in_flight: Cell::new(0),
             copy_bytes_in_flight: Cell::new(0),
-            counters: Counters::default(),
+            launching: Cell::new(false),
+            commits_in_flight: Cell::new(0),
+            replaced: Cell::new(false),
+            counters: Rc::default(),
             failures: RefCell::default(),
             state,
         })
@@ -270,7 +280,7 @@ impl CloneSlice {
     }
 
     /// The data of these regions is in the destination: from now on they are served from there.
-    pub(super) fn mark_hydrated(&self, regions: RegionRange) {
+    pub(super) fn mark_hydrated(self: &Rc<Self>, regions: RegionRange) {
         let new = self.map.borrow_mut().set(regions);
         if new == 0 {
             return;
@@ -279,9 +289,12 @@ impl CloneSlice {
         if self.state.add_hydrated(new) {
             // The last regions of the whole clone: a commit now completes it.
             let commit = self.mesh.call(COORDINATOR, ShardRequest::Commit { clone: self.id() });
+            let slice = self.clone();
+            self.commits_in_flight.set(self.commits_in_flight.get() + 1);
             self.env.spawn(Box::pin(async move {
                 // A failure has degraded the mode and was reported there.
                 let _ = commit.await;
+                slice.commits_in_flight.set(slice.commits_in_flight.get() - 1);
             }));
         }
     }
@@ -306,10 +319,14 @@ impl CloneSlice {
         self.sched.borrow_mut().retry_now();
         self.wake.notify();
     }
-    /// Waits until hydration has ended (the clone is stopping) and nothing is in flight.
+    /// Waits until nothing is in flight: neither copies nor client requests nor commits. For a clone that is stopping or
+    /// suspended, so that nothing new begins; gives up when it is neither any more.
     pub async fn drain(&self) {
         self.wake.notify();
-        while self.copies_in_flight.get() > 0 || !self.locks.is_empty() {
+        let is_busy = || self.copies_in_flight.get() > 0 || !self.locks.is_empty() || self.commits_in_flight.get() > 0;
+        // At the end nobody waits for an answer that begins nothing any more.
+        let is_asking = || self.launching.get() && !self.state.is_stopping();
+        while (is_busy() || is_asking()) && (self.state.is_stopping() || self.state.is_suspended()) {
             self.env.sleep(Duration::from_millis(1)).await;
         }
     }

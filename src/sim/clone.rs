@@ -5,23 +5,26 @@ use super::executor::Sim;
 use super::mesh::{Net, SimMesh};
 use super::source::SimSource;
 use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs};
-use crate::coordinator::Coordinator;
+use crate::coordinator::{Coordinator, GrowParts, SUSPEND_TIME_MAX};
 use crate::disk::Disk;
 use crate::env::Env;
 use crate::error::Result;
-use crate::io_frontend::request::{Completion, Request, RequestFlags, StatusExtents, Volume};
+use crate::io_frontend::request::{Completion, LocalBoxFuture, Request, RequestFlags, StatusExtents, Volume};
 use crate::meta::codec::{self, SourceFingerprint, Superblock, metadata_size_needed};
+use crate::meta::growth::{self, Wanted};
 use crate::meta::region_map::RegionMap;
 use crate::meta::store::Store;
 use crate::shard::dispatch::Dispatcher;
 use crate::shard::slice::{CloneSlice, SliceParts, SliceStats};
 use crate::shard::{COORDINATOR, Mesh, ShardRequest};
 use crate::source::Source;
+use crate::source::padded::PaddedSource;
 use crate::source::remote::RemoteSource;
 use crate::units::{ByteRange, CloneId, Generation, Geometry, RegionSize, ShardIndex};
 use bytes::Bytes;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 const ID: CloneId = CloneId(0);
 /// What the destination holds before the clone: no read may ever show it.
@@ -102,10 +105,26 @@ impl Devices {
     }
 }
 
+/// What shard `me` reads from: so many bytes of the source, then zeros.
+fn source_of(
+    me: ShardIndex,
+    setup: &Setup,
+    devices: &Devices,
+    mesh: &Rc<SimMesh>,
+    shown: u64,
+    size: u64,
+) -> Rc<dyn Source> {
+    match me == COORDINATOR || !setup.remote_source {
+        true if shown == 0 => PaddedSource::zeros(size),
+        true => PaddedSource::view(devices.source.open(), shown, size),
+        false => Rc::new(RemoteSource::new(ID, COORDINATOR, size, mesh.clone())),
+    }
+}
+
 /// A running clone.
 pub struct SimClone {
     pub sim: Sim,
-    pub geometry: Geometry,
+    pub setup: Setup,
     pub devices: Devices,
     pub state: Arc<CloneState>,
     pub net: Rc<Net>,
@@ -117,11 +136,16 @@ pub struct SimClone {
 impl SimClone {
     /// Formats the metadata, or goes on from what they hold.
     pub async fn start(sim: &Sim, setup: &Setup, devices: &Devices) -> Result<Rc<Self>> {
-        let geometry = setup.geometry();
         let metadata: Rc<dyn Disk> = devices.metadata.clone();
         let (store, zones, generation) = match Store::open(metadata.clone()).await? {
-            Some(opened) => (opened.store, opened.zones, opened.generation),
+            Some(opened) => {
+                if opened.copy_stale {
+                    opened.store.mend().await?;
+                }
+                (opened.store, opened.zones, opened.generation)
+            }
             None => {
+                let geometry = setup.geometry();
                 let superblock = Superblock {
                     uuid: [7; 16],
                     geometry,
@@ -134,6 +158,7 @@ impl SimClone {
                 (Store::format(metadata, superblock).await?, Vec::new(), Generation(0))
             }
         };
+        let Superblock { geometry, source: fingerprint, .. } = store.superblock();
         let knobs =
             HydrationKnobs { enabled: setup.hydration, threshold: setup.threshold, batch_size: setup.batch_size };
         let state = Arc::new(CloneState::new(ID, "sim".into(), geometry, setup.shards, setup.discard_passdown, knobs));
@@ -149,10 +174,7 @@ impl SimClone {
         let mut dispatchers = Vec::new();
         for (me, map) in (0..setup.shards).map(ShardIndex).zip(maps) {
             let mesh = SimMesh::new(&net, me);
-            let source: Rc<dyn Source> = match me == COORDINATOR || !setup.remote_source {
-                true => devices.source.clone(),
-                false => Rc::new(RemoteSource::new(ID, COORDINATOR, geometry.size(), mesh.clone())),
-            };
+            let source = source_of(me, setup, devices, &mesh, fingerprint.size, geometry.size());
             state.add_hydrated(map.hydrated_count());
             let slice = CloneSlice::new(SliceParts {
                 state: state.clone(),
@@ -189,8 +211,41 @@ impl SimClone {
         for shard in 0..setup.shards {
             sim.spawn(net.shard(ShardIndex(shard)).slice(ID)?.hydrate());
         }
-        let (sim, devices) = (sim.clone(), devices.clone());
-        Ok(Rc::new(Self { sim, geometry, devices, state, net, meshes, dispatchers, coordinator }))
+        let (sim, setup, devices) = (sim.clone(), setup.clone(), devices.clone());
+        Ok(Rc::new(Self { sim, setup, devices, state, net, meshes, dispatchers, coordinator }))
+    }
+
+    pub fn geometry(&self) -> Geometry {
+        self.state.geometry()
+    }
+
+    /// As the daemon grows a clone; what a file gains is zeros, `fill` what a device gains. True when it has grown.
+    pub async fn grow(self: &Rc<Self>, wanted: Wanted, fill: u8) -> Result<bool> {
+        let source_size = wanted.needs_source().then(|| self.devices.source.size());
+        let superblock = self.coordinator.superblock();
+        let Some(growth) = growth::plan(&superblock, wanted, source_size)? else { return Ok(false) };
+        let geometry = growth.geometry;
+        let destination = self.devices.destination.grown(geometry.size(), fill);
+        let metadata = self.devices.metadata.grown(metadata_size_needed(&geometry), fill);
+        let (clone, staged) = (self.clone(), destination.clone());
+        let stage = move |shard: ShardIndex| -> LocalBoxFuture<'static, Result<()>> {
+            let (clone, destination) = (clone.clone(), staged.clone());
+            Box::pin(async move {
+                clone.sim.sleep(Duration::from_micros(clone.sim.draw(|rng| rng.below(500)))).await;
+                let mesh = &clone.meshes[usize::from(shard.0)];
+                let source = source_of(shard, &clone.setup, &clone.devices, mesh, growth.source_len, geometry.size());
+                clone.net.shard(shard).stage(ID, geometry, destination, source)
+            })
+        };
+        let parts = GrowParts {
+            from_size: superblock.geometry.size(),
+            geometry,
+            source: SourceFingerprint { size: growth.source_len, ..superblock.source },
+            metadata,
+            destination,
+            stage: Box::new(stage),
+        };
+        self.coordinator.grow(parts).await.map(|()| true)
     }
 
     pub fn slice(&self, shard: u16) -> Rc<CloneSlice> {
@@ -264,9 +319,20 @@ impl SimClone {
         }
     }
 
+    pub async fn suspend(&self) -> Result<()> {
+        self.coordinator.suspend(SUSPEND_TIME_MAX).await
+    }
+    pub async fn resume(&self) -> Result<()> {
+        self.coordinator.resume().await
+    }
+    /// Requests that are held, on all shards.
+    pub fn waiting(&self) -> u64 {
+        (0..self.net.shards()).map(|shard| self.net.shard(ShardIndex(shard)).gate(ID).waiting()).sum()
+    }
+
     /// As the daemon ends: drain, commit, detach.
     pub async fn stop(&self) -> Result<()> {
-        self.state.set_stopping();
+        self.coordinator.begin_stop().await;
         for shard in 0..self.net.shards() {
             self.meshes[0].call(ShardIndex(shard), ShardRequest::Drain { clone: ID }).await?;
         }

@@ -2,9 +2,11 @@
 
 mod commits;
 mod failures;
+mod growth;
 mod hydration;
 mod order;
 mod random;
+mod suspend;
 
 use super::clone::{Devices, Setup, SimClone};
 use super::executor::Sim;

@@ -143,7 +143,8 @@ fn metadata_on_another_disk() {
     assert_eq!(daemon.status_of("data").size, 3 * MIB);
     // The line in the comment says the same.
     let comment: String = config.lines().skip_while(|line| !line.contains("table = ")).take(2).collect();
-    let line: Vec<&str> = comment.split('"').nth(1).unwrap().split(['\\', '#', ' ']).filter(|w| !w.is_empty()).collect();
+    let line: Vec<&str> =
+        comment.split('"').nth(1).unwrap().split(['\\', '#', ' ']).filter(|w| !w.is_empty()).collect();
     assert_eq!(daemon.done(&["table", "data"]).trim_end(), line.join(" "));
     daemon.stop();
     assert_same(&bench.copy(), &fs::read(&source).unwrap()[..3 * MIB as usize]);

@@ -74,8 +74,16 @@ fn bad_devices() {
         (format!("0 2048 clone {metadata} /no/dest {source} 8"), "Error opening destination device", "/no"),
         (format!("0 2048 clone {metadata} {dir} {source} 8"), "Error opening destination device", "a directory"),
         (format!("0 2048 clone {metadata} {destination} 250:1048575 8"), "Error opening source device", "/dev/block/"),
-        (format!("0 2048 clone {metadata} {small} {source} 8"), "Device size larger than destination device", "1048576"),
-        (format!("0 2049 clone {metadata} {destination} {source} 8"), "Device size larger than source device", "1048576"),
+        (
+            format!("0 2048 clone {metadata} {small} {source} 8"),
+            "Device size larger than destination device",
+            "1048576",
+        ),
+        (
+            format!("0 2049 clone {metadata} {destination} {source} 8"),
+            "Device size larger than source device",
+            "1048576",
+        ),
     ];
     let before = checksums(bench.dir());
     for (line, said, detail) in cases {
@@ -93,9 +101,8 @@ fn bad_devices() {
 fn metadata_of_another_table() {
     let bench = Bench::new();
     let [metadata, destination, source] = devices(&bench);
-    let line = |len: u64, region: u64| {
-        format!("0 {len} clone {metadata} {destination} {source} {region} 1 no_hydration")
-    };
+    let line =
+        |len: u64, region: u64| format!("0 {len} clone {metadata} {destination} {source} {region} 1 no_hydration");
     let config = |line: &str| format!("[[clone]]\nname = 'vm'\ntable = '{line}'\n");
     let daemon = Daemon::serve(&bench, &config(&line(2000, 16)));
     daemon.wait_log("serving NBD");

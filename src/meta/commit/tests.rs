@@ -76,6 +76,25 @@ fn copies_of_different_clones_are_damage() {
     assert_eq!(verdict(valid(3), Ok(Classified::Valid(other))), "damaged");
 }
 
+/// A growth writes copy A first; its size and source may differ from copy B's, but only the newer one is larger.
+#[test]
+fn copies_of_a_clone_that_grew() {
+    let grown = |generation, size: u64| {
+        let geometry = sample(0).geometry.with_size(size).unwrap();
+        let source = SourceFingerprint { size, ..sample(0).source };
+        Ok(Classified::Valid(Superblock { geometry, source, ..sample(generation) }))
+    };
+    let used = |a, b| match recover([a, b]) {
+        Recovery::Use(used) => Some((used.superblock.geometry.size(), used.copy_stale)),
+        _ => None,
+    };
+    assert_eq!(used(grown(4, 2 << 30), valid(3)), Some((2 << 30, true)));
+    assert_eq!(used(valid(3), grown(4, 2 << 30)), Some((2 << 30, true)));
+    assert_eq!(used(grown(4, 2 << 30), grown(4, 2 << 30)), Some((2 << 30, false)));
+    assert_eq!(used(grown(3, 2 << 30), valid(3)), None, "equal generations");
+    assert_eq!(used(valid(4), grown(3, 2 << 30)), None, "a clone does not shrink");
+}
+
 /// Completion writes copy A first; with the generation of the last commit both copies may have the same one.
 #[test]
 fn with_equal_generations_copy_a_counts() {
@@ -110,7 +129,8 @@ fn errors_say_what_and_what_to_do() {
 fn mismatches_and_their_kinds() {
     let superblock = sample(1);
     let expected = Expected {
-        size: 1 << 30,
+        size: None,
+        source_size: Some(1 << 30),
         region_size: Some(RegionSize::default()),
         source: superblock.source,
         destination_id: [2; 16],
@@ -119,14 +139,25 @@ fn mismatches_and_their_kinds() {
         |expected: &Expected| mismatch_error(&mismatches(&superblock, expected)).map(|e| (e.kind(), e.to_string()));
     assert_eq!(error(&expected), None);
     assert_eq!(error(&Expected { region_size: None, ..expected }), None);
-    let larger = Expected {
-        size: (1 << 30) + 512,
-        source: SourceFingerprint { size: (1 << 30) + 512, ..superblock.source },
+    // The source has grown; the clone has grown since its configuration was written.
+    assert_eq!(error(&Expected { source_size: Some((1 << 30) + 512), ..expected }), None);
+    assert_eq!(error(&Expected { size: Some(1 << 20), ..expected }), None);
+    assert_eq!(error(&Expected { source_size: None, ..expected }), None);
+    let smaller = Expected {
+        source_size: Some((1 << 30) - 512),
+        source: SourceFingerprint { size: (1 << 30) - 512, ..superblock.source },
         ..expected
     };
     assert_eq!(
-        error(&larger),
-        Some((ErrorKind::SourceChanged, "the metadata are for a source of 1GiB, this one has 1073742336 bytes".into()))
+        error(&smaller),
+        Some((ErrorKind::SourceChanged, "the metadata are for a source of 1GiB, this one has 1073741312 bytes".into()))
+    );
+    assert_eq!(
+        error(&Expected { size: Some(2 << 30), ..expected }),
+        Some((
+            ErrorKind::Mismatch,
+            "the clone has 1GiB, 2GiB was asked for; start it as it is, and grow it with `hydrant resize`".into()
+        ))
     );
     let changed = Expected { source: SourceFingerprint { digest: [9; 16], ..superblock.source }, ..expected };
     assert_eq!(error(&changed).unwrap().0, ErrorKind::SourceChanged);

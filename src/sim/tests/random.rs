@@ -6,7 +6,7 @@ use super::super::executor::Sim;
 use super::super::oracle::Oracle;
 use super::super::{Rng, seeds};
 use super::Seed;
-use crate::clone_state::AUTOMATIC;
+use crate::clone_state::{AUTOMATIC, Mode};
 use crate::error::{Error, ErrorKind};
 use crate::io_frontend::request::{Completion, Request, RequestFlags};
 use crate::meta::codec;
@@ -72,6 +72,8 @@ struct Load {
     excuses: Rc<dyn Fn(&Error) -> bool>,
     running: Cell<u32>,
     requests_left: Cell<u32>,
+    /// Somebody suspends and resumes.
+    suspends: bool,
 }
 
 impl Load {
@@ -84,6 +86,37 @@ impl Load {
             sim.sleep(Duration::from_micros(pause)).await;
         }
         self.running.set(self.running.get() - 1);
+    }
+
+    /// Suspends and resumes as long as there are requests; ends resumed.
+    async fn operator(self: Rc<Self>) {
+        let (sim, clone) = (self.clone.sim.clone(), &self.clone);
+        while self.suspends && self.requests_left.get() > 0 {
+            sim.sleep(Duration::from_micros(sim.draw(|rng| rng.below(20_000)))).await;
+            let begun = self.oracle.begin_flush();
+            let time_max =
+                Duration::from_micros(sim.draw(|rng| if rng.one_in(3) { rng.below(3000) } else { 30_000_000 }));
+            match clone.coordinator.suspend(time_max).await {
+                Ok(()) => self.suspended(begun).await,
+                Err(error) => assert!(error.kind() == ErrorKind::Limit || (self.excuses)(&error), "{error:?}"),
+            }
+            assert!(!clone.state.is_suspended());
+        }
+        self.running.set(self.running.get() - 1);
+    }
+
+    async fn suspended(&self, begun: u64) {
+        let (sim, clone) = (&self.clone.sim, &self.clone);
+        assert!(clone.state.is_suspended());
+        if clone.state.mode() == Mode::ReadWrite {
+            self.oracle.end_flush(begun);
+        }
+        let devices = &clone.devices;
+        let operations = || devices.destination.log().len() + devices.metadata.log().len();
+        let before = operations();
+        sim.sleep(Duration::from_micros(sim.draw(|rng| rng.below(3_000_000)))).await;
+        assert_eq!(operations(), before, "nothing happens while the clone is suspended");
+        clone.resume().await.unwrap();
     }
 
     fn judge<T>(&self, result: Result<T, Error>) -> Option<T> {
@@ -178,14 +211,14 @@ impl Load {
 
 /// One life of a clone: from its start to a crash, a stop, or its completion.
 async fn read_all(clone: &SimClone, oracle: &Oracle) {
-    let range = clone.geometry.whole();
+    let range = clone.geometry().whole();
     let read = oracle.begin_read(range);
     oracle.end_read(read, &clone.read_via(1, range).await.unwrap());
 }
 
 /// What must hold of a completed clone.
 async fn check_completed(clone: &SimClone, setup: &Setup, oracle: &Oracle) {
-    assert_eq!(clone.state.hydrated(), clone.geometry.nr_regions());
+    assert_eq!(clone.state.hydrated(), clone.geometry().nr_regions());
     for shard in 0..clone.net.shards() {
         while clone.slice(shard).source().is_ok() {
             clone.sim.sleep(Duration::from_millis(1)).await;
@@ -276,15 +309,18 @@ fn simulate(seed: u64, failures: bool) -> u64 {
             plagued && matches!(error.kind(), Io | NoSpace | ReadOnly | SourceLost)
         });
         let clients = sim.draw(|rng| rng.between(1, 6)) as u32;
+        let suspends = sim.draw(|rng| rng.one_in(2));
         let load = Rc::new(Load {
             clone: clone.clone(),
             setup: setup.clone(),
             oracle: oracle.clone(),
             excuses: excuses.clone(),
-            running: Cell::new(clients),
+            running: Cell::new(clients + 1),
+            suspends,
             requests_left: Cell::new(sim.draw(|rng| rng.between(5, 120)) as u32),
         });
         (0..clients).for_each(|_| sim.spawn(load.clone().client()));
+        sim.spawn(load.clone().operator());
         let requests = load.requests_left.get();
         let (ends_by_crash, crash_at, after) =
             sim.draw(|rng| (!rng.one_in(4), rng.below(u64::from(requests)) as u32, rng.below(4000)));
