@@ -377,12 +377,20 @@ fn is_device_number(word: &str) -> bool {
     })
 }
 
-/// Where a device is: `MAJOR:MINOR` is in `/dev/block`.
+/// Where udev has the devices by their numbers.
+const BY_NUMBER: &str = "/dev/block";
+
+/// Where a device is: `MAJOR:MINOR` is in `/dev/block`, if there is udev; see [`device_number`].
 fn device_path(word: &str) -> PathBuf {
     match is_device_number(word) {
-        true => Path::new("/dev/block").join(word),
+        true => Path::new(BY_NUMBER).join(word),
         false => word.into(),
     }
+}
+
+/// The `MAJOR:MINOR` that `path` was made from.
+pub fn device_number(path: &Path) -> Option<&str> {
+    path.strip_prefix(BY_NUMBER).ok()?.to_str().filter(|word| is_device_number(word))
 }
 
 fn shown(word: &str) -> String {

@@ -2,10 +2,44 @@
 //! devices is said in dm-clone's words, with the detail behind them.
 
 use super::prepare::Prepared;
+use crate::bail;
 use crate::config::CloneConfig;
-use crate::dm_table::words;
+use crate::devices::Role;
+use crate::dm_table::{self, words};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::ByteSize;
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+
+/// The configuration with the names of devices that the line has by their numbers, which must exist: none is created.
+pub fn with_devices(config: &CloneConfig) -> Result<Cow<'_, CloneConfig>> {
+    let mut config = Cow::Borrowed(config);
+    if let Some(path) = name_of(Role::Source, Path::new(&config.source))? {
+        config.to_mut().source = path.display().to_string();
+    }
+    if let Some(path) = name_of(Role::Destination, &config.destination)? {
+        config.to_mut().destination = path;
+    }
+    if let Some(path) = name_of(Role::Metadata, &config.metadata)? {
+        config.to_mut().metadata = path;
+    }
+    Ok(config)
+}
+
+/// Where a device is that is given by its number; `None` when it is not, or when that is a name of it.
+fn name_of(role: Role, path: &Path) -> Result<Option<PathBuf>> {
+    let Some(number) = dm_table::device_number(path) else { return Ok(None) };
+    if path.exists() {
+        return Ok(None);
+    }
+    // Without udev; format: Documentation/ABI/testing/sysfs-uevent of Linux.
+    let uevent = std::fs::read_to_string(format!("/sys/dev/block/{number}/uevent")).unwrap_or_default();
+    let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="));
+    match name.map(|name| Path::new("/dev").join(name)).filter(|path| path.exists()) {
+        Some(path) => Ok(Some(path)),
+        None => bail!(NotFound, "{role} {number}: there is no block device of this number"),
+    }
+}
 
 /// What was found of a clone, or why it can't be, seen as dm-clone does. Of a clone that was not given as a table line,
 /// what it was.

@@ -76,7 +76,11 @@ pub fn disk_parts(device: &Device) -> Result<DiskParts> {
 
 /// Checks everything that can be checked without a change.
 pub async fn prepare(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> Result<Prepared> {
-    as_table::judged(config, look(context, config, shards).await)
+    let looked = async {
+        let config = as_table::with_devices(config)?;
+        look(context, &config, shards).await
+    };
+    as_table::judged(config, looked.await)
 }
 
 async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> Result<Prepared> {

@@ -73,7 +73,9 @@ fn bad_devices() {
         (format!("0 2048 clone /no/meta {destination} {source} 8"), "Error opening metadata device", "/no"),
         (format!("0 2048 clone {metadata} /no/dest {source} 8"), "Error opening destination device", "/no"),
         (format!("0 2048 clone {metadata} {dir} {source} 8"), "Error opening destination device", "a directory"),
-        (format!("0 2048 clone {metadata} {destination} 250:1048575 8"), "Error opening source device", "/dev/block/"),
+        (format!("0 2048 clone {metadata} {destination} 250:1048575 8"), "Error opening source device", "250:1048575"),
+        (format!("0 2048 clone {metadata} 250:1048575 {source} 8"), "Error opening destination device", "250:1048575"),
+        (format!("0 2048 clone 250:1048575 {destination} {source} 8"), "Error opening metadata device", "250:1048575"),
         (
             format!("0 2048 clone {metadata} {small} {source} 8"),
             "Device size larger than destination device",
