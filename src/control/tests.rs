@@ -164,6 +164,18 @@ fn status_message_and_stop() {
 }
 
 #[test]
+fn table_and_version() {
+    let running = Running::start();
+    let client = running.client();
+    assert_eq!(client.table(&"a".parse().unwrap()).unwrap(), "0 8 clone /m /d /s 8");
+    assert_eq!(client.table(&"c".parse().unwrap()).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(client.version().unwrap(), crate::targets::info());
+    let answer = running.post("/v1/version", "{}");
+    assert!(answer.starts_with("HTTP/1.1 405") && answer.contains("allow: GET"), "{answer}");
+    running.stop();
+}
+
+#[test]
 fn http_status_of_what_is_wrong() {
     let running = Running::start();
     let answer = running.raw(b"GET /v1/clones/a/status HTTP/1.1\r\nHost: x\r\n\r\n");
