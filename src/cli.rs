@@ -55,9 +55,12 @@ pub enum Verb {
     Status(StatusArgs),
     Table(TableArgs),
     Create(CreateArgs),
+    Metrics(MetricsArgs),
     List(ListArgs),
     Remove(RemoveArgs),
     Message(MessageArgs),
+    Events(EventsArgs),
+    Wait(WaitArgs),
     Stop(StopArgs),
     Meta(MetaArgs),
     Version(VersionArgs),
@@ -351,6 +354,28 @@ pub struct CreateArgs {
     pub control: ControlArgs,
 }
 
+/// Show what every shard has counted and timed
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Shows what a daemon has counted and timed since it started: load and messages of each shard; for each clone I/O by kind \
+and by route, latencies, queues, hydration, commits and memory. The text is for people and may change; the JSON is a \
+stable document with a version, which docs/metrics.md describes field by field.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant metrics vm1
+  hydrant metrics --json | jq '.shards[].executor.load_recent'")]
+pub struct MetricsArgs {
+    /// Which clone [default: all that run here]
+    pub name: Option<CloneName>,
+
+    /// One JSON object per daemon and line
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
 /// List the clones that run here
 #[derive(Args, Debug)]
 #[command(long_about = "\
@@ -412,6 +437,73 @@ pub struct MessageArgs {
     /// enable_hydration, disable_hydration, hydration_threshold N or hydration_batch_size N
     #[arg(required = true, num_args = 1.., value_name = "MESSAGE", allow_negative_numbers = true)]
     pub message: Vec<String>,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Show what happened to clones
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Prints the events of running clones, the oldest first: when (UTC), which clone, what kind of event, and what happened in \
+words. A daemon keeps the last 256 of each clone, and 4096 in all.
+
+Kinds: created, start_failed, hydration_started, hydration_paused, hydration_failed (it backs off and tries again), \
+hydration_completed, read_only, failed, source_lost, source_found, source_changed, suspended, resumed, resized, stopped, \
+removed. What changes more than 6 times in 10 seconds is told once in 10 seconds.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant events                   of every clone that runs here
+  hydrant events vm1 --follow      and go on with what happens, until the daemon ends
+  hydrant events --follow --json | jq --unbuffered 'select(.kind == \"source_lost\")'")]
+pub struct EventsArgs {
+    /// Which clone [default: all]
+    pub name: Option<CloneName>,
+
+    /// Go on with what happens from now
+    ///
+    /// Fails when the daemon ends.
+    #[arg(long)]
+    pub follow: bool,
+
+    /// One JSON object per line: seq, clone, nr, time_unix_ms, kind, text
+    ///
+    /// seq counts the daemon's events, nr those of the clone; both from 1.
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Wait for an event of a clone, as 'dmsetup wait'
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Waits until the event number of a clone is greater than N, as 'dmsetup wait' does; prints nothing. It counts what dm-clone \
+raises events for: the hydration is completed, the metadata mode is 'ro', the metadata mode is 'Fail'. Look at 'hydrant \
+status' for which of them it was. Does not wait for a clone that is complete, whatever N is. Fails when the clone or \
+its daemon ends.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant wait vm1                 until it is hydrated (or has failed)
+  hydrant wait vm1 --event 1 --timeout 60 --json")]
+pub struct WaitArgs {
+    /// Which clone
+    pub name: CloneName,
+
+    /// The last event number that is known
+    ///
+    /// It is 'event_nr' in 'hydrant status NAME --json'.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub event: u64,
+
+    /// Give up after so many seconds [default: never]
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u32>,
+
+    /// Print the status after the event, as one JSON object
+    #[arg(long)]
+    pub json: bool,
 
     #[command(flatten)]
     pub control: ControlArgs,

@@ -16,11 +16,13 @@ mod running;
 
 use crate::bail;
 use crate::config::{CloneName, DaemonConfig, Plan, SHARDS_MAX};
+use crate::control::feed;
 use crate::control::server::Server;
 use crate::dma_buf::DmaBuf;
 use crate::environment;
 use crate::error::{Error, Result};
 use crate::local::Notify;
+use crate::metrics::dump::Dumper;
 use crate::ring::Ring;
 use crate::shard::Mesh;
 use crate::shard::pool::{self, PoolOptions, ShardContext};
@@ -73,7 +75,7 @@ fn abort_on_panic() {
     }));
 }
 
-/// Blocks SIGINT and SIGTERM for all threads made later, to be read from the returned descriptor.
+/// Blocks SIGINT, SIGTERM and SIGUSR1 for all threads made later, to be read from the returned descriptor.
 fn block_signals() -> Result<OwnedFd> {
     let failed = || Error::from_io(std::io::Error::last_os_error(), "signals can't be set up");
     // SAFETY: the set is initialised by sigemptyset before use; all calls get valid pointers.
@@ -82,6 +84,7 @@ fn block_signals() -> Result<OwnedFd> {
         libc::sigemptyset(&mut set);
         libc::sigaddset(&mut set, libc::SIGINT);
         libc::sigaddset(&mut set, libc::SIGTERM);
+        libc::sigaddset(&mut set, libc::SIGUSR1);
         if libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) != 0 {
             return Err(failed());
         }
@@ -93,13 +96,17 @@ fn block_signals() -> Result<OwnedFd> {
     }
 }
 
-/// The first signal asks for the end, the second ends at once.
-async fn watch_signals(signals: OwnedFd, stop: Rc<Notify>) {
+/// SIGUSR1 asks for a metrics dump. Of the others the first asks for the end, the second ends at once.
+async fn watch_signals(signals: OwnedFd, stop: Rc<Notify>, dumper: Rc<Dumper>) {
     let (ring, fd) = (Ring::current(), Rc::new(signals));
     let mut seen = 0;
     loop {
-        let (result, _) = ring.read(&fd, DmaBuf::new(SIGINFO_BYTES), u64::MAX).await;
+        let (result, (info, _)) = ring.read(&fd, DmaBuf::new(SIGINFO_BYTES), u64::MAX).await;
         match result {
+            Ok(_) if signal_of(&info) == Some(libc::SIGUSR1) => {
+                dumper.signalled();
+                continue;
+            }
             Ok(_) => {}
             // The executor is ending.
             Err(error) if error.raw_os_error() == Some(libc::ECANCELED) => return,
@@ -115,16 +122,23 @@ async fn watch_signals(signals: OwnedFd, stop: Rc<Notify>) {
     }
 }
 
+/// `ssi_signo`, the first field of signalfd(2)'s structure.
+fn signal_of(info: &[u8]) -> Option<i32> {
+    info.first_chunk().map(|number| i32::from_ne_bytes(*number))
+}
+
 /// The life of the daemon, on shard 0.
 async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result<()> {
     let stop: Rc<Notify> = Rc::default();
-    context.env.spawn(Box::pin(watch_signals(signals, stop.clone())));
+    let dumper = Dumper::new(context.clone(), plan.daemon.metrics_dump.clone(), listeners::metrics);
+    context.env.spawn(Box::pin(watch_signals(signals, stop.clone(), dumper.clone())));
     if plan.dry_run {
         return dry_run(&context, &plan, &stop).await;
     }
     let Plan { daemon: config, clones, .. } = plan;
     let control_socket = BoundSocket::bind(&config.control)?;
-    let daemon = Daemon::new(context.clone(), config, stop.clone());
+    let feed = feed::start(&context.env)?;
+    let daemon = Daemon::new(context.clone(), config, stop.clone(), feed);
     let server = Server::start(control_socket, Rc::new(Handle(daemon.clone())), context.env.clone());
     let wanted = clones.len();
     let (starter, stop_of_starter) = (daemon.clone(), stop.clone());
@@ -140,7 +154,9 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
         }
     }));
     context.env.spawn_background(Box::pin(daemon.clone().watch()));
+    context.env.spawn_background(Box::pin(dumper.clone().run()));
     stop.notified().await;
+    dumper.stop();
     let ended = daemon.end().await;
     server.close().await;
     ended?;

@@ -38,6 +38,25 @@ fn all(dir: &RuntimeDir) -> Result<Vec<(String, PathBuf)>> {
     Ok(many.into_iter().chain(own).collect())
 }
 
+/// The daemon that is meant, or every one that may run here, by what to call it.
+pub fn daemons(control: &ControlArgs) -> Result<Vec<(String, Client)>> {
+    if let Some(path) = &control.control {
+        return Ok(vec![(path.display().to_string(), Client::new(path))]);
+    }
+    Ok(all(&RuntimeDir::of_user())?.into_iter().map(|(name, path)| (name, Client::new(path))).collect())
+}
+
+/// All daemons that run here, at least one.
+pub fn running() -> Result<Vec<Client>> {
+    let dir = RuntimeDir::of_user();
+    let clients = all(&dir)?.into_iter().map(|(_, path)| Client::new(path));
+    let running: Vec<_> = clients.filter(Client::is_there).collect();
+    if running.is_empty() {
+        bail!(NotFound, "no daemon is listening in {}; give NAME or --control", dir.path().display());
+    }
+    Ok(running)
+}
+
 /// The one daemon that runs here.
 pub fn only_one() -> Result<Client> {
     let dir = RuntimeDir::of_user();

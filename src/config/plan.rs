@@ -207,6 +207,3 @@ fn finish(mut problems: Vec<Problem>) -> std::result::Result<(), Problems> {
 
 #[cfg(test)]
 mod tests;
-
-#[cfg(test)]
-mod hostile;

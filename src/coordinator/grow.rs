@@ -13,6 +13,7 @@
 use super::{Coordinator, SUSPEND_TIME_MAX};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
+use crate::events::EventKind;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::join_all;
 use crate::meta::codec::{self, SourceFingerprint, Superblock};
@@ -61,7 +62,7 @@ impl Coordinator {
             }
             if result.is_ok() {
                 let size = this.state.geometry().size();
-                this.state.event(format!("resized to {}", ByteSize(size)));
+                this.state.events().raise(EventKind::Resized, format!("resized to {}", ByteSize(size)));
             }
             result
         })

@@ -11,6 +11,7 @@
 use super::Coordinator;
 use crate::clone_state::Mode;
 use crate::error::{Error, ErrorKind, Result};
+use crate::events::EventKind;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::{join_all, oneshot};
 use crate::shard::ShardRequest;
@@ -34,7 +35,7 @@ impl Coordinator {
                 return Ok(());
             }
             this.hold(time_max).await?;
-            this.state.event("suspended");
+            this.state.events().raise(EventKind::Suspended, "suspended");
             Ok(())
         })
         .await
@@ -45,7 +46,7 @@ impl Coordinator {
         self.in_turn(|this| async move {
             if this.state.is_suspended() {
                 this.release().await;
-                this.state.event("resumed");
+                this.state.events().raise(EventKind::Resumed, "resumed");
             }
             Ok(())
         })

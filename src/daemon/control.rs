@@ -1,5 +1,6 @@
 //! The daemon as the control interface sees it.
 
+use super::listeners;
 use super::registry::{Daemon, Started};
 use crate::bail;
 use crate::config::CloneConfig;
@@ -7,10 +8,14 @@ use crate::config::spec::CloneSpec;
 use crate::control::Controlled;
 use crate::control::api::{Message, Status};
 use crate::error::{Error, ErrorKind, Result};
+use crate::event_log::{CloneEvents, Feed};
 use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::io_frontend::request::LocalBoxFuture;
+use crate::metrics::collect::collect;
+use crate::metrics::schema::MetricsDocument;
 use crate::runtime_dir::RuntimeDir;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// A handle that is shared with the control server.
@@ -46,6 +51,15 @@ impl Controlled for Handle {
         self.0.running(name).map(|running| running.table())
     }
 
+    fn metrics(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<MetricsDocument>> {
+        let running = name.map(|name| self.0.running(name)).transpose();
+        let (daemon, name) = (self.0.clone(), name.map(str::to_owned));
+        Box::pin(async move {
+            running?;
+            collect(&daemon.context, name.as_deref(), listeners::metrics).await
+        })
+    }
+
     fn message(&self, name: &str, message: &Message) -> LocalBoxFuture<'static, Result<()>> {
         let (daemon, running, message) = (self.0.clone(), self.0.running(name), *message);
         Box::pin(async move {
@@ -75,6 +89,16 @@ impl Controlled for Handle {
             }
             daemon.remove(&name, force).await
         })
+    }
+
+    fn feed(&self) -> Rc<Feed> {
+        self.0.feed.clone()
+    }
+
+    fn events_of(&self, name: &str) -> Result<Arc<CloneEvents>> {
+        // Whoever waits for the end of a clone is watching it, too.
+        self.0.last_asked.set(Some(Instant::now()));
+        self.0.events_of(name)
     }
 
     fn stop(&self) -> Result<()> {

@@ -3,10 +3,11 @@
 use super::inflight::Hold;
 use super::locks::Held;
 use super::slice::{CloneSlice, count};
-use crate::clone_state::{AUTOMATIC, Mode};
+use crate::clone_state::AUTOMATIC;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hydration_sched::Next;
 use crate::io_frontend::request::{Allocation, Extent};
+use crate::metrics::record::How;
 use crate::units::{ByteRange, Geometry, RegionIndex, RegionRange};
 use std::rc::Rc;
 use std::time::Duration;
@@ -71,7 +72,7 @@ impl CloneSlice {
             let now = self.env.now();
             let knobs = self.state.knobs();
             let threshold = knobs.threshold;
-            if !self.may_hydrate() || self.pipeline_is_full(now) {
+            if !self.state.may_hydrate() || self.pipeline_is_full(now) {
                 self.wake.notified().await;
                 continue;
             }
@@ -96,13 +97,20 @@ impl CloneSlice {
                         self.notified_or_after(THRESHOLD_RETRY).await;
                         continue;
                     }
+                    self.state.hydration_starts(now);
                     self.launching.set(true);
                     self.launch(batch, &mut ahead).await;
                     self.launching.set(false);
                 }
-                Next::WaitUntil(until) => self.notified_or_after(until.saturating_sub(now)).await,
+                Next::WaitUntil(until) => {
+                    self.tell_of_failed_regions(now);
+                    self.notified_or_after(until.saturating_sub(now)).await;
+                }
                 Next::WaitForBatch => self.wake.notified().await,
-                Next::Done => self.wake.notified().await,
+                Next::Done => {
+                    self.state.hydration_works(self.me, now);
+                    self.wake.notified().await;
+                }
             }
         }
     }
@@ -112,16 +120,6 @@ impl CloneSlice {
         let limit = if busy { PIPELINE_BYTES_BUSY } else { PIPELINE_BYTES };
         // Regions can be larger than the pipeline: one batch always goes.
         self.copies_in_flight.get() > 0 && self.copy_bytes_in_flight.get() >= limit
-    }
-
-    /// Whether copies may be started at all.
-    fn may_hydrate(&self) -> bool {
-        let knobs = self.state.knobs();
-        knobs.enabled
-            && knobs.threshold > 0
-            && self.state.mode() == Mode::ReadWrite
-            && !self.state.is_stopping()
-            && !self.state.is_suspended()
     }
 
     async fn notified_or_after(&self, delay: Duration) {
@@ -141,7 +139,7 @@ impl CloneSlice {
                 return self.batch_ended(batch, Err(error));
             }
         };
-        if !self.may_hydrate() {
+        if !self.state.may_hydrate() {
             // That was decided while the source was asked.
             self.state.sub_hydrating(batch.count());
             let mut sched = self.sched.borrow_mut();
@@ -163,6 +161,7 @@ impl CloneSlice {
         self.copies_in_flight.set(self.copies_in_flight.get() + 1);
         let weight = if zero { 0 } else { bytes.len() };
         self.copy_bytes_in_flight.set(self.copy_bytes_in_flight.get() + weight);
+        self.counters.batch_regions.record(batch.count());
         let slice = self.clone();
         self.env.spawn_background(Box::pin(async move {
             let result = slice.copy_batch(batch, held, zero).await;
@@ -175,33 +174,51 @@ impl CloneSlice {
     async fn copy_batch(self: &Rc<Self>, batch: RegionRange, held: Held, zero: bool) -> Result<()> {
         let copy = self.counted_copy(batch, held);
         if !zero {
-            return self.copy(copy).await;
+            return self.copy(copy, How::Background).await;
         }
         self.state.check_mode(true)?;
         self.store_zeros(self.geometry.bytes_of(batch)).await?;
-        self.mark_hydrated(copy.regions());
+        self.copied(&copy, How::Zeroes);
         Ok(())
     }
 
     fn batch_ended(&self, batch: RegionRange, result: Result<()>) {
         let mut sched = self.sched.borrow_mut();
         match result {
-            Ok(()) => sched.succeeded(batch),
+            Ok(()) => {
+                sched.succeeded(batch);
+                if !sched.is_paused() && sched.failed_regions() == 0 {
+                    self.state.hydration_works(self.me, self.env.now());
+                }
+            }
             Err(error) => {
                 let now = self.env.now();
-                let was_paused = sched.is_paused();
                 match is_for_all(&error) {
                     true => sched.failed_for_all(batch, now),
                     false => _ = sched.failed(batch, now),
                 }
-                if sched.is_paused() && !was_paused {
-                    self.state.event(format!("hydration pauses on shard {}: {error}", self.me));
+                if sched.is_paused() {
+                    self.state.hydration_fails(
+                        self.me,
+                        &format!("hydration pauses on shard {}: {error}", self.me),
+                        now,
+                    );
                 }
                 drop(sched);
                 self.note_failed_batch(error);
             }
         }
         self.wake.notify();
+    }
+
+    /// Nothing is left to do but what can't be copied: it is told when nothing was told so far.
+    fn tell_of_failed_regions(&self, now: Duration) {
+        let regions = self.sched.borrow().failed_regions();
+        if regions > 0 {
+            let which = if regions == 1 { "1 region".into() } else { format!("{regions} regions") };
+            let text = format!("hydration backs off on shard {}: {which} could not be copied", self.me);
+            self.state.hydration_fails(self.me, &text, now);
+        }
     }
 
     fn note_failed_batch(&self, error: Error) {

@@ -9,6 +9,7 @@ use crate::coordinator::{Coordinator, GrowParts, SUSPEND_TIME_MAX};
 use crate::disk::Disk;
 use crate::env::Env;
 use crate::error::Result;
+use crate::event_log::{CloneEvents, EventLog};
 use crate::io_frontend::request::{Completion, LocalBoxFuture, Request, RequestFlags, StatusExtents, Volume};
 use crate::meta::codec::{self, SourceFingerprint, Superblock, metadata_size_needed};
 use crate::meta::growth::{self, Wanted};
@@ -127,6 +128,7 @@ pub struct SimClone {
     pub setup: Setup,
     pub devices: Devices,
     pub state: Arc<CloneState>,
+    pub log: Arc<EventLog>,
     pub net: Rc<Net>,
     pub meshes: Vec<Rc<SimMesh>>,
     pub dispatchers: Vec<Rc<Dispatcher>>,
@@ -161,7 +163,15 @@ impl SimClone {
         let Superblock { geometry, source: fingerprint, .. } = store.superblock();
         let knobs =
             HydrationKnobs { enabled: setup.hydration, threshold: setup.threshold, batch_size: setup.batch_size };
-        let state = Arc::new(CloneState::new(ID, "sim".into(), geometry, setup.shards, setup.discard_passdown, knobs));
+        let log = EventLog::new("sim", Box::new(|| {}));
+        let state = Arc::new(CloneState::new(
+            ID,
+            CloneEvents::new(&log, "sim"),
+            geometry,
+            setup.shards,
+            setup.discard_passdown,
+            knobs,
+        ));
         let complete = store.superblock().state == codec::CloneState::Complete;
         let net = Net::new(sim, setup.shards);
         let env: Rc<dyn Env> = Rc::new(sim.clone());
@@ -212,7 +222,7 @@ impl SimClone {
             sim.spawn(net.shard(ShardIndex(shard)).slice(ID)?.hydrate());
         }
         let (sim, setup, devices) = (sim.clone(), setup.clone(), devices.clone());
-        Ok(Rc::new(Self { sim, setup, devices, state, net, meshes, dispatchers, coordinator }))
+        Ok(Rc::new(Self { sim, setup, devices, state, log, net, meshes, dispatchers, coordinator }))
     }
 
     pub fn geometry(&self) -> Geometry {
@@ -300,6 +310,11 @@ impl SimClone {
         }
     }
 
+    /// The events so far.
+    pub fn event_kinds(&self) -> Vec<&'static str> {
+        self.log.after(0, None).events.iter().map(|event| event.kind.name()).collect()
+    }
+
     /// As the control interface does after a change of settings.
     pub fn wake(&self) {
         for shard in 0..self.net.shards() {
@@ -308,7 +323,7 @@ impl SimClone {
         }
     }
     pub fn enable_hydration(&self, enabled: bool) {
-        self.state.set_hydration_enabled(enabled);
+        self.state.set_hydration_enabled(enabled, self.sim.now());
         self.wake();
     }
 

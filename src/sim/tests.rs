@@ -4,6 +4,7 @@ mod commits;
 mod failures;
 mod growth;
 mod hydration;
+mod metrics;
 mod order;
 mod random;
 mod suspend;

@@ -1,3 +1,5 @@
+mod hostile;
+
 use super::*;
 use crate::config::OnHydrated;
 use crate::config::file::FILE_SIZE_MAX;

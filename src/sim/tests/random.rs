@@ -10,14 +10,16 @@ use crate::clone_state::{AUTOMATIC, Mode};
 use crate::error::{Error, ErrorKind};
 use crate::io_frontend::request::{Completion, Request, RequestFlags};
 use crate::meta::codec;
+use crate::meta::growth::Wanted;
 use crate::meta::store::Store;
+use crate::source::Source;
 use crate::units::ByteRange;
 use bytes::Bytes;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
-fn random_setup(rng: &mut Rng) -> Setup {
+pub fn random_setup(rng: &mut Rng) -> Setup {
     let region_size = rng.pick(&[4096, 4096, 4096, 4096, 4096, 8192, 16384, 65536]);
     let regions_max = ((192 << 10) / region_size).min(40);
     let regions = if rng.one_in(6) { rng.between(1, 3) } else { rng.between(regions_max / 2, regions_max) };
@@ -55,13 +57,27 @@ pub fn random_content(rng: &mut Rng, size: u64) -> Vec<u8> {
     content
 }
 
-fn random_range(rng: &mut Rng, setup: &Setup) -> ByteRange {
+pub fn random_range(rng: &mut Rng, setup: &Setup, size: u64) -> ByteRange {
     let grain = rng.pick(&[1, 1, 512, 4096, setup.region_size]);
-    let start = rng.below(setup.size) / grain * grain;
-    let large = if rng.one_in(8) { setup.size } else { 600 };
+    let start = rng.below(size) / grain * grain;
+    let large = if rng.one_in(8) { size } else { 600 };
     let max = rng.pick(&[1, 600, 5000, 4096, 4096, 3 * setup.region_size, large]);
-    let len = rng.between(1, max).next_multiple_of(grain).min(setup.size - start);
+    let len = rng.between(1, max).next_multiple_of(grain).min(size - start);
     ByteRange::new(start, len).unwrap()
+}
+
+/// Growths that were asked for, the last one last: size before and after, and the bytes between.
+type Growths = Rc<RefCell<Vec<(u64, u64, Vec<u8>)>>>;
+
+/// What was asked for before the machine stopped may have come to pass.
+fn settle_growth(clone: &SimClone, oracle: &Oracle, growths: &Growths, known: u64) -> u64 {
+    let size = clone.geometry().size();
+    if size != known {
+        let grown = growths.borrow();
+        let grown = grown.iter().rev().find(|(before, after, _)| (*before, *after) == (known, size));
+        oracle.grow(&grown.expect("it has grown to what was asked for").2);
+    }
+    size
 }
 
 struct Load {
@@ -72,8 +88,12 @@ struct Load {
     excuses: Rc<dyn Fn(&Error) -> bool>,
     running: Cell<u32>,
     requests_left: Cell<u32>,
-    /// Somebody suspends and resumes.
+    /// What clients know of.
+    size: Cell<u64>,
+    /// Somebody suspends, resumes and grows.
     suspends: bool,
+    /// Sizes that the clone is to grow to, and what it then reads there.
+    growths: Growths,
 }
 
 impl Load {
@@ -101,8 +121,52 @@ impl Load {
                 Err(error) => assert!(error.kind() == ErrorKind::Limit || (self.excuses)(&error), "{error:?}"),
             }
             assert!(!clone.state.is_suspended());
+            if sim.draw(|rng| rng.one_in(3)) {
+                self.grow().await;
+            }
         }
         self.running.set(self.running.get() - 1);
+    }
+
+    async fn grow(&self) {
+        let (sim, clone, old) = (&self.clone.sim, &self.clone, self.size.get());
+        if clone.state.mode() != Mode::ReadWrite || old > 400 << 10 {
+            return;
+        }
+        let source = &clone.devices.source;
+        if sim.draw(|rng| rng.one_in(2)) {
+            let more = sim.draw(|rng| {
+                let len = rng.between(1, 30_000);
+                random_content(rng, len)
+            });
+            source.append(&more);
+        }
+        let superblock = clone.coordinator.superblock();
+        let is_padded = superblock.source.size < old;
+        let size = sim.draw(|rng| old + rng.pick(&[1, 100, 512, 4096, 10_000, 50_000]));
+        let zeros = sim.draw(|rng| rng.one_in(4));
+        let followed = source.size().max(old);
+        let follows = !is_padded && sim.draw(|rng| rng.one_in(2));
+        let wanted = match follows {
+            true => Wanted { size: None, zeros: false },
+            false => Wanted { size: Some(size), zeros },
+        };
+        let size = if follows { followed } else { size };
+        let mut bytes = match zeros && !follows || is_padded {
+            true => Vec::new(),
+            false => source.content()[..size.min(followed) as usize][old as usize..].to_vec(),
+        };
+        bytes.resize((size - old) as usize, 0);
+        self.growths.borrow_mut().push((old, size, bytes.clone()));
+        match clone.grow(wanted, OLD_DESTINATION).await {
+            Ok(grown) => {
+                assert_eq!(grown, size > old);
+                self.oracle.grow(&bytes);
+                self.size.set(size);
+            }
+            Err(error) => assert!(error.kind() == ErrorKind::Limit || (self.excuses)(&error), "{error:?}"),
+        }
+        assert_eq!(clone.geometry().size(), self.size.get());
     }
 
     async fn suspended(&self, begun: u64) {
@@ -129,9 +193,9 @@ impl Load {
 
     async fn request(&self) {
         let (clone, oracle) = (&self.clone, &self.oracle);
-        let (kind, range, via, fua) = clone
-            .sim
-            .draw(|rng| (rng.below(100), random_range(rng, &self.setup), rng.below(8) as usize, rng.one_in(5)));
+        let (kind, range, via, fua) = clone.sim.draw(|rng| {
+            (rng.below(100), random_range(rng, &self.setup, self.size.get()), rng.below(8) as usize, rng.one_in(5))
+        });
         let flags = if fua { RequestFlags::FUA } else { RequestFlags::empty() };
         match kind {
             0..30 => {
@@ -184,8 +248,8 @@ impl Load {
             _ => {
                 let (what, number) = clone.sim.draw(|rng| (rng.below(3), rng.pick(&[0, 1, 3, 8, AUTOMATIC])));
                 match what {
-                    0 => clone.state.set_hydration_enabled(number % 2 == 0),
-                    1 => clone.state.set_hydration_threshold(number),
+                    0 => clone.state.set_hydration_enabled(number % 2 == 0, clone.sim.now()),
+                    1 => clone.state.set_hydration_threshold(number, clone.sim.now()),
                     _ => clone.state.set_hydration_batch_size(number),
                 }
                 clone.wake();
@@ -217,7 +281,7 @@ async fn read_all(clone: &SimClone, oracle: &Oracle) {
 }
 
 /// What must hold of a completed clone.
-async fn check_completed(clone: &SimClone, setup: &Setup, oracle: &Oracle) {
+async fn check_completed(clone: &SimClone, oracle: &Oracle, growths: &Growths) {
     assert_eq!(clone.state.hydrated(), clone.geometry().nr_regions());
     for shard in 0..clone.net.shards() {
         while clone.slice(shard).source().is_ok() {
@@ -231,8 +295,12 @@ async fn check_completed(clone: &SimClone, setup: &Setup, oracle: &Oracle) {
         clone.sim.sleep(Duration::from_millis(1)).await;
     }
     let image = clone.devices.destination.image();
-    oracle.check_all(&image[..setup.size as usize]);
-    assert!(image[setup.size as usize..].iter().all(|b| *b == OLD_DESTINATION), "nothing behind the clone is touched");
+    let size = clone.geometry().size() as usize;
+    oracle.check_all(&image[..size]);
+    // A growth that failed may have filled the last region.
+    let region_size = clone.geometry().region_size().bytes() as usize;
+    let end = if growths.borrow().is_empty() { size } else { image.len().min(size.next_multiple_of(region_size)) };
+    assert!(image[end..].iter().all(|b| *b == OLD_DESTINATION), "nothing behind the clone is touched");
 }
 
 /// Makes the devices fail now and then, as long as the clone lives.
@@ -292,9 +360,12 @@ fn simulate(seed: u64, failures: bool) -> u64 {
     devices.source.knows_no_holes.set(sim.draw(|rng| rng.one_in(4)));
     let lives = sim.draw(|rng| rng.between(1, 4));
     let lives = lives + u64::from(failures);
+    let growths = Growths::default();
+    let mut size = setup.size;
     for life in 0..lives {
         heal(&devices);
         let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
+        size = settle_growth(&clone, &oracle, &growths, size);
         if life > 0 && sim.draw(|rng| rng.one_in(2)) {
             sim.block_on(read_all(&clone, &oracle));
             oracle.settle();
@@ -317,6 +388,8 @@ fn simulate(seed: u64, failures: bool) -> u64 {
             excuses: excuses.clone(),
             running: Cell::new(clients + 1),
             suspends,
+            size: Cell::new(size),
+            growths: growths.clone(),
             requests_left: Cell::new(sim.draw(|rng| rng.between(5, 120)) as u32),
         });
         (0..clients).for_each(|_| sim.spawn(load.clone().client()));
@@ -338,11 +411,11 @@ fn simulate(seed: u64, failures: bool) -> u64 {
                     sim.sleep(Duration::from_millis(1)).await;
                 }
                 if last {
-                    clone.state.set_hydration_threshold(AUTOMATIC);
+                    clone.state.set_hydration_threshold(AUTOMATIC, clone.sim.now());
                     clone.enable_hydration(true);
                     clone.completed().await;
                     read_all(&clone, &oracle).await;
-                    check_completed(&clone, &setup, &oracle).await;
+                    check_completed(&clone, &oracle, &growths).await;
                 } else {
                     let begun = oracle.begin_flush();
                     if load.judge(clone.stop().await).is_some() {
@@ -354,6 +427,7 @@ fn simulate(seed: u64, failures: bool) -> u64 {
             devices = devices.crash(&sim);
             oracle.crash();
         }
+        size = load.size.get();
         setup.shards = sim.draw(|rng| rng.between(1, 4)) as u16;
         (setup.hydration, setup.remote_source) = sim.draw(|rng| (rng.one_in(2), rng.one_in(3)));
     }
@@ -361,7 +435,7 @@ fn simulate(seed: u64, failures: bool) -> u64 {
         let opened = Store::open(devices.metadata.clone()).await.unwrap().unwrap();
         assert_eq!(opened.store.superblock().state, codec::CloneState::Complete);
     });
-    oracle.check_all(&devices.destination.image()[..setup.size as usize]);
+    oracle.check_all(&devices.destination.image()[..size as usize]);
     sim.schedule_hash()
 }
 

@@ -1,7 +1,7 @@
 //! Whatever a file holds: no panic, and every problem is one line that begins with its place.
 
-use super::super::file::{Text, parse};
 use super::*;
+use crate::config::file::{Text, parse};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
 use std::path::Path;
@@ -9,10 +9,10 @@ use std::rc::Rc;
 
 /// The examples, and everything at once.
 const SEEDS: [&str; 5] = [
-    include_str!("../../../configs/appliance.toml"),
-    include_str!("../../../configs/local-to-nvme.toml"),
-    include_str!("../../../configs/metadata-on-another-disk.toml"),
-    include_str!("../../../configs/nbd-to-nvme.toml"),
+    include_str!("../../../../configs/appliance.toml"),
+    include_str!("../../../../configs/local-to-nvme.toml"),
+    include_str!("../../../../configs/metadata-on-another-disk.toml"),
+    include_str!("../../../../configs/nbd-to-nvme.toml"),
     "[daemon]\nshards = 3\ncpus = '0-2,5'\ncontrol = 'c'\nio_memory = '64MiB'\nspin = '50us'\nlog = 'info'\n\
      [daemon.metrics_dump]\npath = 'p'\ninterval = 10\n[[clone]]\nname = 'vm'\nforce = true\nsource_timeout = '5min'\n\
      table = '0 2048 clone m 254:16 nbd://backup/vm2 8 1 no_hydration 2 hydration_threshold 5'\n\
