@@ -5,6 +5,8 @@
 // The comments here are help texts: plain words, where [ and ] mean "optional".
 #![allow(rustdoc::broken_intra_doc_links)]
 
+mod meta;
+
 use crate::config::{
     CloneName, HYDRATION_RATE_MAX, HYDRATION_RATE_MIN, NAME_LEN_MAX, OnHydrated, PRIORITY_DEFAULT, PRIORITY_MAX,
     SHARDS_MAX, SIZE_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT, SOURCE_TIMEOUT_SECONDS_MAX,
@@ -14,11 +16,15 @@ use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::units::{ByteSize, RegionSize};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
+pub use meta::{
+    AssumeArg, CheckArgs, DumpArgs, ExportDmArgs, FormatArgs, ImportDmArgs, MetaArgs, MetaFormat, MetaVerb, RepairArgs,
+    RestoreArgs,
+};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 const _: () = assert!(NAME_LEN_MAX == 64 && SHARDS_MAX == 256 && SOURCE_TIMEOUT_SECONDS_MAX == 86_400, "in the help");
-const _: () = assert!(HYDRATION_RATE_MIN == 4 << 10 && HYDRATION_RATE_MAX == 1 << 40 && PRIORITY_MAX == 1000, "too");
+const _: () = assert!(HYDRATION_RATE_MIN == 64 << 10 && HYDRATION_RATE_MAX == 1 << 50 && PRIORITY_MAX == 1000, "too");
 
 /// dm-clone in user space: a slow, read-only source becomes a fast, writable disk at once
 #[derive(Parser, Debug)]
@@ -165,7 +171,7 @@ pub struct CloneArgs {
 
     /// The most bytes per second that the background copy reads [default: no limit]
     ///
-    /// A size, 4KiB to 1TiB. Reads and writes of clients are not limited.
+    /// A size, 64KiB to 1024TiB. Reads and writes of clients are not limited.
     #[arg(long, value_name = "SIZE", value_parser = parse_hydration_rate)]
     pub hydration_rate: Option<u64>,
 
@@ -418,23 +424,29 @@ pub struct RemoveArgs {
 /// Change how a running clone hydrates
 #[derive(Args, Debug)]
 #[command(long_about = "\
-Sends one of dm-clone's messages to a running clone and returns when it is in force:
+Sends a message to a running clone and returns when it is in force. dm-clone's:
 
   enable_hydration        switch the background copy on
   disable_hydration       switch it off; what is in flight is finished
   hydration_threshold N   the most regions being copied at a time; 0 stops the background copy
   hydration_batch_size N  how many adjacent regions are copied together, at most; 0 means 1
 
-N is from 0 to 4294967295. Without these two, hydrant finds its own numbers. Messages last until the daemon ends.")]
+N is from 0 to 4294967295. Without these two, hydrant finds its own numbers. Hydrant's own:
+
+  hydration_rate BYTES    the most bytes per second that are read to hydrate this clone, from 64KiB on; 0 means no bound
+  priority N              its weight beside other clones of the daemon, from 1 to 1000; 100 if nothing is said
+
+Messages last until the daemon ends.")]
 #[command(after_long_help = "\
 Examples:
   hydrant message vm1 enable_hydration
-  hydrant message vm1 hydration_threshold 64")]
+  hydrant message vm1 hydration_threshold 64
+  hydrant message vm1 hydration_rate 50MiB")]
 pub struct MessageArgs {
     /// Which clone
     pub name: CloneName,
 
-    /// enable_hydration, disable_hydration, hydration_threshold N or hydration_batch_size N
+    /// One of those above, with its number
     #[arg(required = true, num_args = 1.., value_name = "MESSAGE", allow_negative_numbers = true)]
     pub message: Vec<String>,
 
@@ -524,39 +536,6 @@ pub struct StopArgs {
 
     #[command(flatten)]
     pub control: ControlArgs,
-}
-
-/// Look at the metadata of a clone that does not run; nothing is written
-#[derive(Args, Debug)]
-#[command(after_long_help = "\
-Examples:
-  hydrant meta check vm1.meta
-  hydrant meta dump --json vm1.meta")]
-pub struct MetaArgs {
-    #[command(subcommand)]
-    pub verb: MetaVerb,
-}
-
-#[derive(Subcommand, Debug)]
-pub enum MetaVerb {
-    /// Say what the metadata is of, and everything that is wrong with it
-    ///
-    /// Exit status 1 when something is wrong.
-    Check(MetaPath),
-    /// Print the metadata, with every run of hydrated regions
-    ///
-    /// Runs are first and last region, inclusive. Damaged metadata is refused.
-    Dump(MetaPath),
-}
-
-#[derive(Args, Debug)]
-pub struct MetaPath {
-    /// The metadata: a file or a block device
-    pub path: PathBuf,
-
-    /// One line of JSON
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// See it work: clone a small disk under load in a temporary directory and check every byte

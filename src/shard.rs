@@ -5,6 +5,7 @@
 //! the transport ([`Mesh`]) is below: channels between executors in production, queues in simulation.
 
 pub mod copy;
+pub mod copy_pool;
 pub mod dispatch;
 pub mod gate;
 pub mod hydrator;
@@ -23,6 +24,7 @@ use crate::meta::region_map::ZoneSnapshot;
 use crate::source::Source;
 use crate::units::{ByteRange, CloneId, Geometry, ShardIndex, ZoneIndex};
 
+use copy_pool::CopyPool;
 use gate::Gate;
 use slice::{CloneSlice, SliceStats};
 use std::cell::RefCell;
@@ -128,12 +130,23 @@ pub trait Mesh {
 pub struct Shard {
     slices: RefCell<HashMap<CloneId, Rc<CloneSlice>>>,
     coordinators: RefCell<HashMap<CloneId, Rc<Coordinator>>>,
+    copy_pool: Rc<CopyPool>,
     gates: RefCell<HashMap<CloneId, Rc<Gate>>>,
     /// Slices of clones that are growing.
     staged: RefCell<HashMap<CloneId, Rc<CloneSlice>>>,
 }
 
 impl Shard {
+    /// `io_memory`: for copies, in bytes; see [`CopyPool`].
+    pub fn new(io_memory: u64) -> Self {
+        Self { copy_pool: Rc::new(CopyPool::new(io_memory)), ..Self::default() }
+    }
+
+    /// What the copies of all slices here share.
+    pub fn copy_pool(&self) -> &Rc<CopyPool> {
+        &self.copy_pool
+    }
+
     pub fn attach(&self, slice: Rc<CloneSlice>) {
         let before = self.slices.borrow_mut().insert(slice.id(), slice);
         assert!(before.is_none(), "a clone is attached once");

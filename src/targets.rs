@@ -9,7 +9,7 @@ use crate::devices::DeviceKind;
 use crate::dm_table;
 use crate::io_frontend::nbd;
 use crate::io_frontend::nbd::listen::NbdAddress;
-use crate::meta::codec;
+use crate::meta::{codec, dm};
 use crate::source::uri::SourceSpec;
 use crate::source::{file, nbd as nbd_source};
 use crate::version::Version;
@@ -52,8 +52,10 @@ const BLOCK: Target = target(Kind::Source, "block", file::VERSION);
 const NBD_SOURCE: Target = target(Kind::Source, "nbd", nbd_source::VERSION);
 const HYDRANT: Target = target(Kind::Metadata, "hydrant", Version(codec::FORMAT_VERSION, 0, 0));
 
+const DM_CLONE: Target = target(Kind::Metadata, "dm-clone", Version(dm::codec::VERSION, 0, 0));
+
 /// All of them.
-pub const TARGETS: &[Target] = &[CLONE, NBD_FRONTEND, FILE, BLOCK, NBD_SOURCE, HYDRANT];
+pub const TARGETS: &[Target] = &[CLONE, NBD_FRONTEND, FILE, BLOCK, NBD_SOURCE, HYDRANT, DM_CLONE];
 
 /// Everything, for the control interface and `hydrant version`.
 pub fn info() -> VersionInfo {

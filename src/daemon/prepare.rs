@@ -7,7 +7,7 @@ use crate::devices::{self, Device, DeviceKind, Place, Role, Target};
 use crate::disk::Disk;
 use crate::disk::ring::{DiskParts, RingDisk};
 use crate::error::{Error, ErrorKind, Result};
-use crate::meta::codec::{CloneState, SourceFingerprint, geometry_for, metadata_size_needed};
+use crate::meta::codec::{CloneState, DESTINATION_NONE_YET, SourceFingerprint, geometry_for, metadata_size_needed};
 use crate::meta::commit::{Expected, Mismatch, Recovered, Recovery, mismatch_error, mismatches};
 use crate::meta::store::{Opened, Store, probe};
 use crate::shard::pool::ShardContext;
@@ -119,13 +119,21 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
     match recovered {
         Some(recovered) => {
             let superblock = &recovered.superblock;
-            let found_fingerprint = fingerprint_of(config, &source, superblock.source.size).await?;
+            let destination_id = match superblock.destination_id {
+                // Formatted ahead: the destination is taken as that of a new clone.
+                DESTINATION_NONE_YET => {
+                    check_new_destination(config, &superblock.geometry, &destination)?;
+                    DESTINATION_NONE_YET
+                }
+                _ => destination_of_clone(&destination, config)?,
+            };
+            let found_fingerprint = fingerprint_of(config, &source, superblock.source_len()).await?;
             let expected = Expected {
                 size: config.size,
                 source_size: Some(source.source.size()),
                 region_size: config.region_size,
                 source: found_fingerprint,
-                destination_id: destination_of_clone(&destination, config)?,
+                destination_id,
             };
             check_matches(config, &recovered, &expected)?;
             tell_of_sizes(config, superblock.geometry.size(), superblock.source.size, source.source.size());
@@ -258,6 +266,10 @@ fn check_new(config: &CloneConfig, geometry: &Geometry, destination: &Target, me
         devices::check_size(device, needed, &format!("for {} regions", geometry.nr_regions()))?;
         refuse_contents(config, device)?;
     }
+    check_new_destination(config, geometry, destination)
+}
+
+fn check_new_destination(config: &CloneConfig, geometry: &Geometry, destination: &Target) -> Result<()> {
     if let Target::Existing(device) = destination
         && device.size > 0
     {

@@ -3,7 +3,7 @@
 //! Pure: shared by the daemon at start, its dry run and the offline tools, so that all of them say the same.
 //! The order of a commit, and the argument why it is safe, are in [`super`].
 
-use super::codec::{Classified, SourceFingerprint, Superblock};
+use super::codec::{Classified, DESTINATION_NONE_YET, DESTINATION_UNKNOWN, SourceFingerprint, Superblock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{ByteSize, RegionSize};
 use std::cmp::Ordering;
@@ -58,17 +58,27 @@ impl Recovery {
     }
 }
 
-/// Whether both can be of one clone: only its size, and what it takes from its source, change in its life, when it grows.
+/// Whether both can be of one clone. Its size, and what it takes from its source, change when it grows: the newer one is
+/// larger then. What was not known when the metadata were made may be in one copy only: recording it writes one after
+/// the other.
 fn same_clone(a: &Superblock, b: &Superblock) -> bool {
     let division = |s: &Superblock| (s.geometry.region_size(), s.geometry.regions_per_zone());
-    let immutable = |s: &Superblock| (s.uuid, division(s), s.destination_id, s.created_unix_s);
-    let extent = |s: &Superblock| (s.geometry.size(), s.source);
-    let grown = match a.generation.cmp(&b.generation) {
-        Ordering::Equal => extent(a) == extent(b),
-        Ordering::Less => a.geometry.size() <= b.geometry.size(),
-        Ordering::Greater => a.geometry.size() >= b.geometry.size(),
+    let immutable = |s: &Superblock| (s.uuid, division(s), s.created_unix_s);
+    let same_source = a.source == b.source || !a.source.is_known() || !b.source.is_known();
+    let (a_size, b_size) = (a.geometry.size(), b.geometry.size());
+    let same_or_grown = match a.generation.cmp(&b.generation) {
+        _ if a_size == b_size => same_source,
+        Ordering::Equal => false,
+        Ordering::Less => a_size < b_size,
+        Ordering::Greater => a_size > b_size,
     };
-    immutable(a) == immutable(b) && grown
+    immutable(a) == immutable(b) && same_or_grown && fits(a.destination_id, b.destination_id)
+}
+
+/// Whether two destination ids may be of the same one.
+fn fits(a: [u8; 16], b: [u8; 16]) -> bool {
+    let open = |id| [DESTINATION_UNKNOWN, DESTINATION_NONE_YET].contains(&id);
+    a == b || open(a) || open(b)
 }
 
 /// Judges the two copies. A valid copy counts beside a missing, damaged or unreadable one; a newer format or foreign
@@ -208,12 +218,13 @@ pub fn mismatches(superblock: &Superblock, expected: &Expected) -> Vec<Mismatch>
     if let Some(given) = expected.size.filter(|given| *given > geometry.size()) {
         found.push(Mismatch::Size { metadata: geometry.size(), given });
     }
-    if let Some(given) = expected.source_size.filter(|given| *given < superblock.source.size) {
-        found.push(Mismatch::SourceSize { metadata: superblock.source.size, given });
-    } else if expected.source != superblock.source {
+    let source = &superblock.source;
+    if let Some(given) = expected.source_size.filter(|given| *given < superblock.source_len()) {
+        found.push(Mismatch::SourceSize { metadata: superblock.source_len(), given });
+    } else if source.is_known() && expected.source != *source {
         found.push(Mismatch::SourceContent);
     }
-    if expected.destination_id != superblock.destination_id {
+    if !fits(expected.destination_id, superblock.destination_id) {
         found.push(Mismatch::Destination);
     }
     found

@@ -2,7 +2,7 @@
 //!
 //! Pure. How a growth is made durable is argued in [`super`].
 
-use super::codec::{CloneState, SourceFingerprint, Superblock, check_limits};
+use super::codec::{CloneState, Superblock, check_limits};
 use crate::bail;
 use crate::error::Result;
 use crate::units::{ByteSize, Geometry};
@@ -36,7 +36,7 @@ pub struct Growth {
 /// format forbids it.
 pub fn plan(superblock: &Superblock, wanted: Wanted, source_size: Option<u64>) -> Result<Option<Growth>> {
     let old = superblock.geometry.size();
-    let shown = superblock.source.size;
+    let shown = superblock.source_len().min(old);
     let is_padded = shown < old;
     let Some(size) = wanted.size.or(source_size) else {
         bail!(Usage, "zeros up to which size? Give one");
@@ -75,21 +75,11 @@ pub fn plan(superblock: &Superblock, wanted: Wanted, source_size: Option<u64>) -
     Ok(Some(Growth { geometry, source_len: if is_done_with { 0 } else { taken } }))
 }
 
-impl SourceFingerprint {
-    /// Of a clone that needs no source: what is not hydrated reads as zeros.
-    pub const NONE: Self = Self { size: 0, samples: 0, digest: [0; 16] };
-
-    /// Whether a source is needed at all.
-    pub fn is_none(&self) -> bool {
-        self.size == 0
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::error::ErrorKind;
-    use crate::meta::codec::{ZONES_MAX, geometry_for};
+    use crate::meta::codec::{SourceFingerprint, ZONES_MAX, geometry_for};
     use crate::units::{Generation, RegionSize};
 
     const MIB: u64 = 1 << 20;

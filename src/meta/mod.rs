@@ -1,8 +1,11 @@
 //! The metadata of a clone: which regions are hydrated, on a device of their own, crash-safe without a journal.
 //!
 //! * [`codec`]: the format, drawn there. * [`region_map`]: the bits in core, sliced by shard.
-//! * [`commit`]: what two superblock copies amount to. * [`store`]: reads and writes them on a [`crate::disk::Disk`].
-//! * [`check`]: judges an image offline. * [`growth`]: what the size of a clone may become.
+//! * [`runs`]: those bits as runs of regions. * [`commit`]: what two superblock copies amount to.
+//! * [`store`]: reads and writes them on a [`crate::disk::Disk`]. * [`check`]: judges an image offline.
+//! * [`repair`]: what can be mended, and what has to be assumed for it.
+//! * [`dump`]: what a dump in JSON says. * [`dm`]: the metadata of the kernel's dm-clone, read and written.
+//! * [`growth`]: what the size of a clone may become.
 //!
 //! # Why a crash loses nothing
 //!
@@ -78,6 +81,10 @@
 pub mod check;
 pub mod codec;
 pub mod commit;
+pub mod dm;
+pub mod dump;
 pub mod growth;
 pub mod region_map;
+pub mod repair;
+pub mod runs;
 pub mod store;

@@ -12,6 +12,7 @@ mod metrics;
 mod reads;
 mod status;
 
+use super::copy_pool::CopyShare;
 use super::locks::Locks;
 use super::plan::Runs;
 use super::{COORDINATOR, Mesh, ShardReply, ShardRequest};
@@ -22,7 +23,7 @@ use crate::env::Env;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hydration_sched::{HydrationSched, Unhydrated};
 use crate::io_frontend::request::{Completion, Request, RequestFlags};
-use crate::local::{Notify, Semaphore};
+use crate::local::Notify;
 use crate::meta::region_map::{RegionMap, ZoneSnapshot};
 pub(super) use crate::metrics::record::count;
 use crate::metrics::record::{How, Kind, SliceRecorder};
@@ -32,9 +33,6 @@ use changes::Change;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
-
-/// Bytes of source data that one shard holds for one clone while copying: bounds memory.
-pub const COPY_MEMORY_BYTES: u64 = 32 << 20;
 
 /// Parts of one request that run at a time. One over patchy regions has thousands.
 const PARTS_AT_A_TIME: usize = 64;
@@ -90,6 +88,8 @@ pub struct SliceParts {
     pub source: Option<Rc<dyn Source>>,
     pub env: Rc<dyn Env>,
     pub mesh: Rc<dyn Mesh>,
+    /// Its part of what copies may use on this shard.
+    pub copies: CopyShare,
 }
 
 /// One shard's slice of one clone.
@@ -103,11 +103,9 @@ pub struct CloneSlice {
     source: RefCell<Option<Rc<dyn Source>>>,
     pub(super) env: Rc<dyn Env>,
     mesh: Rc<dyn Mesh>,
-    pub(super) copy_memory: Rc<Semaphore>,
+    pub(super) copies: Rc<CopyShare>,
     pub(super) sched: RefCell<HydrationSched>,
     pub(super) wake: Notify,
-    pub(super) copies_in_flight: Cell<u64>,
-    pub(super) copy_bytes_in_flight: Cell<u64>,
     /// Hydration asks the source what is allocated before it begins a copy.
     pub(super) launching: Cell<bool>,
     /// Commits that this slice has asked for by itself.
@@ -169,7 +167,7 @@ fn kind_of(request: &Request) -> Option<(Kind, u64)> {
 
 impl CloneSlice {
     pub fn new(parts: SliceParts) -> Rc<Self> {
-        let SliceParts { state, map, destination, source, env, mesh } = parts;
+        let SliceParts { state, map, destination, source, env, mesh, copies } = parts;
         Rc::new(Self {
             geometry: state.geometry(),
             me: mesh.me(),
@@ -179,11 +177,9 @@ impl CloneSlice {
             source: RefCell::new(source),
             env,
             mesh,
-            copy_memory: Semaphore::new(COPY_MEMORY_BYTES),
+            copies: Rc::new(copies),
             sched: RefCell::default(),
             wake: Notify::default(),
-            copies_in_flight: Cell::new(0),
-            copy_bytes_in_flight: Cell::new(0),
             launching: Cell::new(false),
             commits_in_flight: Cell::new(0),
             replaced: Cell::new(false),
@@ -374,7 +370,8 @@ impl CloneSlice {
     /// suspended, so that nothing new begins; gives up when it is neither any more.
     pub async fn drain(&self) {
         self.wake.notify();
-        let is_busy = || self.copies_in_flight.get() > 0 || !self.locks.is_empty() || self.commits_in_flight.get() > 0;
+        let is_busy =
+            || self.copies.copies_in_flight() > 0 || !self.locks.is_empty() || self.commits_in_flight.get() > 0;
         // At the end nobody waits for an answer that begins nothing any more.
         let is_asking = || self.launching.get() && !self.state.is_stopping();
         while (is_busy() || is_asking()) && (self.state.is_stopping() || self.state.is_suspended()) {

@@ -4,12 +4,14 @@ use super::disk::SimDisk;
 use super::executor::Sim;
 use super::mesh::{Net, SimMesh};
 use super::source::SimSource;
-use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs};
+use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs, Mode};
 use crate::coordinator::{Coordinator, GrowParts, SUSPEND_TIME_MAX};
 use crate::disk::Disk;
 use crate::env::Env;
 use crate::error::Result;
 use crate::event_log::{CloneEvents, EventLog};
+use crate::events::EventKind::*;
+use crate::hydration_budget::BudgetMember;
 use crate::io_frontend::request::{Completion, LocalBoxFuture, Request, RequestFlags, StatusExtents, Volume};
 use crate::meta::codec::{self, SourceFingerprint, Superblock, metadata_size_needed};
 use crate::meta::growth::{self, Wanted};
@@ -27,7 +29,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-const ID: CloneId = CloneId(0);
 /// What the destination holds before the clone: no read may ever show it.
 pub const OLD_DESTINATION: u8 = 0xee;
 
@@ -108,6 +109,7 @@ impl Devices {
 
 /// What shard `me` reads from: so many bytes of the source, then zeros.
 fn source_of(
+    id: CloneId,
     me: ShardIndex,
     setup: &Setup,
     devices: &Devices,
@@ -118,7 +120,7 @@ fn source_of(
     match me == COORDINATOR || !setup.remote_source {
         true if shown == 0 => PaddedSource::zeros(size),
         true => PaddedSource::view(devices.source.open(), shown, size),
-        false => Rc::new(RemoteSource::new(ID, COORDINATOR, size, mesh.clone())),
+        false => Rc::new(RemoteSource::new(id, COORDINATOR, size, mesh.clone())),
     }
 }
 
@@ -136,8 +138,22 @@ pub struct SimClone {
 }
 
 impl SimClone {
-    /// Formats the metadata, or goes on from what they hold.
+    /// A machine with one clone.
     pub async fn start(sim: &Sim, setup: &Setup, devices: &Devices) -> Result<Rc<Self>> {
+        Self::start_on(&Net::new(sim, setup.shards), CloneId(0), sim, setup, devices, BudgetMember::alone()).await
+    }
+
+    /// One of several clones of a machine, which has as many shards as `setup` says. Formats the metadata, or goes on
+    /// from what they hold.
+    pub async fn start_on(
+        net: &Rc<Net>,
+        id: CloneId,
+        sim: &Sim,
+        setup: &Setup,
+        devices: &Devices,
+        budget: BudgetMember,
+    ) -> Result<Rc<Self>> {
+        let net = net.clone();
         let metadata: Rc<dyn Disk> = devices.metadata.clone();
         let (store, zones, generation) = match Store::open(metadata.clone()).await? {
             Some(opened) => {
@@ -151,7 +167,7 @@ impl SimClone {
                 let superblock = Superblock {
                     uuid: [7; 16],
                     geometry,
-                    source: SourceFingerprint { size: geometry.size(), samples: 0, digest: [0; 16] },
+                    source: SourceFingerprint { size: geometry.size(), samples: 1, digest: [0; 16] },
                     destination_id: [0; 16],
                     state: codec::CloneState::Active,
                     generation: Generation(0),
@@ -164,16 +180,10 @@ impl SimClone {
         let knobs =
             HydrationKnobs { enabled: setup.hydration, threshold: setup.threshold, batch_size: setup.batch_size };
         let log = EventLog::new("sim", Box::new(|| {}));
-        let state = Arc::new(CloneState::new(
-            ID,
-            CloneEvents::new(&log, "sim"),
-            geometry,
-            setup.shards,
-            setup.discard_passdown,
-            knobs,
-        ));
+        let events = CloneEvents::new(&log, &format!("sim{id}"));
+        let state = CloneState::new(id, events, geometry, setup.shards, setup.discard_passdown, knobs);
+        let state = Arc::new(state.with_budget(budget));
         let complete = store.superblock().state == codec::CloneState::Complete;
-        let net = Net::new(sim, setup.shards);
         let env: Rc<dyn Env> = Rc::new(sim.clone());
         let mut maps: Vec<RegionMap> =
             (0..setup.shards).map(|shard| RegionMap::new(geometry, setup.shards, ShardIndex(shard))).collect();
@@ -184,7 +194,7 @@ impl SimClone {
         let mut dispatchers = Vec::new();
         for (me, map) in (0..setup.shards).map(ShardIndex).zip(maps) {
             let mesh = SimMesh::new(&net, me);
-            let source = source_of(me, setup, devices, &mesh, fingerprint.size, geometry.size());
+            let source = source_of(id, me, setup, devices, &mesh, fingerprint.size, geometry.size());
             state.add_hydrated(map.hydrated_count());
             let slice = CloneSlice::new(SliceParts {
                 state: state.clone(),
@@ -193,6 +203,7 @@ impl SimClone {
                 source: Some(source),
                 env: env.clone(),
                 mesh: mesh.clone(),
+                copies: net.shard(me).copy_pool().join(state.clone()),
             });
             net.shard(me).attach(slice);
             dispatchers.push(Dispatcher::new(state.clone(), state.name.clone(), net.shard(me).clone(), mesh.clone()));
@@ -202,7 +213,7 @@ impl SimClone {
             assert!(state.is_all_hydrated(), "complete, but regions are missing");
             state.set_complete();
             for shard in 0..setup.shards {
-                meshes[0].call(ShardIndex(shard), ShardRequest::Release { clone: ID }).await?;
+                meshes[0].call(ShardIndex(shard), ShardRequest::Release { clone: id }).await?;
             }
         }
         let coordinator = Coordinator::new(
@@ -213,13 +224,13 @@ impl SimClone {
             meshes[0].clone(),
             env.clone(),
         );
-        net.shard(COORDINATOR).attach_coordinator(ID, coordinator.clone());
+        net.shard(COORDINATOR).attach_coordinator(id, coordinator.clone());
         sim.spawn(coordinator.clone().run());
         if state.is_all_hydrated() && !complete {
             coordinator.commit().await?;
         }
         for shard in 0..setup.shards {
-            sim.spawn(net.shard(ShardIndex(shard)).slice(ID)?.hydrate());
+            sim.spawn(net.shard(ShardIndex(shard)).slice(id)?.hydrate());
         }
         let (sim, setup, devices) = (sim.clone(), setup.clone(), devices.clone());
         Ok(Rc::new(Self { sim, setup, devices, state, log, net, meshes, dispatchers, coordinator }))
@@ -243,14 +254,25 @@ impl SimClone {
             Box::pin(async move {
                 clone.sim.sleep(Duration::from_micros(clone.sim.draw(|rng| rng.below(500)))).await;
                 let mesh = &clone.meshes[usize::from(shard.0)];
-                let source = source_of(shard, &clone.setup, &clone.devices, mesh, growth.source_len, geometry.size());
-                clone.net.shard(shard).stage(ID, geometry, destination, source)
+                let source = source_of(
+                    clone.state.id,
+                    shard,
+                    &clone.setup,
+                    &clone.devices,
+                    mesh,
+                    growth.source_len,
+                    geometry.size(),
+                );
+                clone.net.shard(shard).stage(clone.state.id, geometry, destination, source)
             })
         };
         let parts = GrowParts {
             from_size: superblock.geometry.size(),
             geometry,
-            source: SourceFingerprint { size: growth.source_len, ..superblock.source },
+            source: match growth.source_len {
+                0 => SourceFingerprint::NONE,
+                size => SourceFingerprint { size, samples: 1, digest: [0; 16] },
+            },
             metadata,
             destination,
             stage: Box::new(stage),
@@ -259,7 +281,7 @@ impl SimClone {
     }
 
     pub fn slice(&self, shard: u16) -> Rc<CloneSlice> {
-        self.net.shard(ShardIndex(shard)).slice(ID).unwrap()
+        self.net.shard(ShardIndex(shard)).slice(self.state.id).unwrap()
     }
 
     pub fn stats(&self) -> SliceStats {
@@ -315,10 +337,37 @@ impl SimClone {
         self.log.after(0, None).events.iter().map(|event| event.kind.name()).collect()
     }
 
+    /// What must hold of the events at any time: each transition is told once, what ends is not told of any more, and dm's
+    /// number counts dm's.
+    pub fn check_events(&self) {
+        let events = self.log.after(0, None).events;
+        let of_dm = events.iter().filter(|event| event.kind.is_dm()).count() as u64;
+        let counts = self.state.events().count();
+        assert_eq!((counts.all, counts.dm), (events.len() as u64, of_dm));
+        let mut hydration = None;
+        for (at, event) in events.iter().enumerate() {
+            let before = &events[..at];
+            match event.kind {
+                HydrationStarted | HydrationPaused | HydrationFailed => {
+                    let summary = event.text.contains("in quick succession");
+                    assert!(hydration != Some(event.kind) || summary, "told twice: {events:#?}");
+                    let first = hydration.is_none() && event.kind != HydrationStarted;
+                    assert!(!first || summary, "nothing had begun: {events:#?}");
+                    let over = before.iter().any(|event| event.kind.is_dm());
+                    assert!(!over, "it can't hydrate any more: {events:#?}");
+                    hydration = Some(event.kind);
+                }
+                kind => assert!(before.iter().all(|event| event.kind != kind), "told twice: {events:#?}"),
+            }
+        }
+        assert_eq!(self.state.is_complete(), events.iter().any(|event| event.kind == HydrationCompleted));
+        assert_eq!(self.state.mode() != Mode::ReadWrite, events.iter().any(|e| matches!(e.kind, ReadOnly | Failed)));
+    }
+
     /// As the control interface does after a change of settings.
     pub fn wake(&self) {
         for shard in 0..self.net.shards() {
-            let wake = self.meshes[0].call(ShardIndex(shard), ShardRequest::Wake { clone: ID });
+            let wake = self.meshes[0].call(ShardIndex(shard), ShardRequest::Wake { clone: self.state.id });
             self.sim.spawn(async move { _ = wake.await });
         }
     }
@@ -342,18 +391,18 @@ impl SimClone {
     }
     /// Requests that are held, on all shards.
     pub fn waiting(&self) -> u64 {
-        (0..self.net.shards()).map(|shard| self.net.shard(ShardIndex(shard)).gate(ID).waiting()).sum()
+        (0..self.net.shards()).map(|shard| self.net.shard(ShardIndex(shard)).gate(self.state.id).waiting()).sum()
     }
 
     /// As the daemon ends: drain, commit, detach.
     pub async fn stop(&self) -> Result<()> {
         self.coordinator.begin_stop().await;
         for shard in 0..self.net.shards() {
-            self.meshes[0].call(ShardIndex(shard), ShardRequest::Drain { clone: ID }).await?;
+            self.meshes[0].call(ShardIndex(shard), ShardRequest::Drain { clone: self.state.id }).await?;
         }
         let committed = self.coordinator.commit().await;
         self.coordinator.end();
-        (0..self.net.shards()).for_each(|shard| self.net.shard(ShardIndex(shard)).detach(ID));
+        (0..self.net.shards()).for_each(|shard| self.net.shard(ShardIndex(shard)).detach(self.state.id));
         committed
     }
 }

@@ -7,6 +7,7 @@ mod hydration;
 mod metrics;
 mod order;
 mod random;
+mod shares;
 mod suspend;
 
 use super::clone::{Devices, Setup, SimClone};

@@ -1,4 +1,4 @@
-use super::super::codec::{CloneState, geometry_for};
+use super::super::codec::{CloneState, DESTINATION_NONE_YET, DESTINATION_UNKNOWN, geometry_for};
 use super::*;
 use crate::units::Generation;
 
@@ -123,6 +123,51 @@ fn errors_say_what_and_what_to_do() {
         used.notes,
         ["superblock copy A is unreadable: 4096 bytes at offset 0: Input/output error; the other copy is used"]
     );
+}
+
+/// What was recorded at the first use may be in one copy only.
+#[test]
+fn copies_may_differ_in_what_was_not_known() {
+    let before = Superblock { source: SourceFingerprint::UNKNOWN, destination_id: DESTINATION_NONE_YET, ..sample(3) };
+    for (a, b) in [(sample(4), before.clone()), (before.clone(), sample(4))] {
+        assert_eq!(verdict(Ok(Classified::Valid(a)), Ok(Classified::Valid(b))), "use 4");
+    }
+    let other = Superblock { destination_id: [3; 16], ..sample(4) };
+    assert_eq!(verdict(valid(3), Ok(Classified::Valid(other))), "damaged");
+    let other = Superblock { source: SourceFingerprint { samples: 8, ..sample(3).source }, ..sample(4) };
+    assert_eq!(verdict(valid(3), Ok(Classified::Valid(other))), "damaged");
+}
+
+#[test]
+fn what_is_not_known_fits() {
+    let size = 1 << 30;
+    let known = sample(1).source;
+    let (source_size, region_size) = (Some(size), None);
+    let expected = Expected { size: None, source_size, region_size, source: known, destination_id: [2; 16] };
+    let none = |superblock: &Superblock, expected: &Expected| mismatches(superblock, expected).is_empty();
+    let unknown = Superblock { source: SourceFingerprint::UNKNOWN, ..sample(1) };
+    assert!(none(&unknown, &expected));
+    // dm-clone's source may be larger, never smaller.
+    let of = |size: u64| Expected { source_size: Some(size), ..expected };
+    assert!(none(&unknown, &of(size + 1)) && !none(&unknown, &of(size - 1)));
+    // Recorded by an earlier build: all of a larger source.
+    let larger = Superblock { source: SourceFingerprint { size: size + 1, ..known }, ..sample(1) };
+    let with_all = |size| Expected { source: larger.source, ..of(size) };
+    assert!(
+        none(&larger, &with_all(size + 1)) && !none(&larger, &with_all(size)) && none(&larger, &with_all(size + 2))
+    );
+    // A clone that was grown over the end of its source, or without it.
+    let smaller = Superblock { source: SourceFingerprint { size: size - 1, ..known }, ..sample(1) };
+    let with_less = |size| Expected { source: smaller.source, ..of(size) };
+    assert!(none(&smaller, &with_less(size - 1)) && !none(&smaller, &with_less(size - 2)));
+    let sourceless = Superblock { source: SourceFingerprint::NONE, ..sample(1) };
+    assert!(none(&sourceless, &Expected { source_size: None, source: SourceFingerprint::NONE, ..expected }));
+
+    for open in [DESTINATION_UNKNOWN, DESTINATION_NONE_YET] {
+        assert!(none(&Superblock { destination_id: open, ..sample(1) }, &expected));
+    }
+    assert!(none(&sample(1), &Expected { destination_id: DESTINATION_UNKNOWN, ..expected }));
+    assert!(!none(&sample(1), &Expected { destination_id: [3; 16], ..expected }));
 }
 
 #[test]
