@@ -1,5 +1,6 @@
 //! Before anything is changed: opens and checks the three devices, and says what would be done.
 
+use super::as_table;
 use crate::bail;
 use crate::config::CloneConfig;
 use crate::devices::{self, Device, DeviceKind, Place, Role, Target};
@@ -75,6 +76,14 @@ pub fn disk_parts(device: &Device) -> Result<DiskParts> {
 
 /// Checks everything that can be checked without a change.
 pub async fn prepare(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> Result<Prepared> {
+    let looked = async {
+        let config = as_table::with_devices(config)?;
+        look(context, &config, shards).await
+    };
+    as_table::judged(config, looked.await)
+}
+
+async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> Result<Prepared> {
     let spec =
         SourceSpec::parse(std::ffi::OsStr::new(&config.source)).map_err(|text| Error::new(ErrorKind::Usage, text))?;
     let source_path = match &spec {
