@@ -118,6 +118,12 @@ pub async fn prepare(context: &Rc<ShardContext>, config: &CloneConfig, shards: u
             let expected =
                 Expected { size, region_size: config.region_size, source: found_fingerprint, destination_id };
             check_matches(config, &recovered, &expected)?;
+            if let Target::Existing(device) = &destination
+                && device.size > 0
+            {
+                // It may have been cut off since.
+                devices::check_size(device, superblock.geometry.size(), "for the clone that it holds")?;
+            }
             let opened = load(&metadata, recovered).await?;
             Ok(Prepared {
                 geometry: opened.store.superblock().geometry,

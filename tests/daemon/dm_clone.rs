@@ -173,6 +173,10 @@ fn what_does_not_fit_is_refused_before_anything_is_changed() {
     let (status, text) = run_for_status("flock", &args);
     assert!(status == 1 && text.contains("in use"), "{text}");
     meta_ok(&bench, "import-dm --force @image --destination @copy --metadata @other-meta");
+    // A destination that was cut off after the import.
+    let source = bench.hole("source", 64 * MIB);
+    fs::File::options().write(true).open(bench.path("copy")).unwrap().set_len(64 * MIB - 512).unwrap();
+    bench.clone_of(&source).metadata(bench.path("other-meta")).refused(&["destination", "too small"]);
 }
 
 #[test]
