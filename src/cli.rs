@@ -404,23 +404,29 @@ pub struct RemoveArgs {
 /// Change how a running clone hydrates
 #[derive(Args, Debug)]
 #[command(long_about = "\
-Sends one of dm-clone's messages to a running clone and returns when it is in force:
+Sends a message to a running clone and returns when it is in force. dm-clone's:
 
   enable_hydration        switch the background copy on
   disable_hydration       switch it off; what is in flight is finished
   hydration_threshold N   the most regions being copied at a time; 0 stops the background copy
   hydration_batch_size N  how many adjacent regions are copied together, at most; 0 means 1
 
-N is from 0 to 4294967295. Without these two, hydrant finds its own numbers. Messages last until the daemon ends.")]
+N is from 0 to 4294967295. Without these two, hydrant finds its own numbers. Hydrant's own:
+
+  hydration_rate BYTES    the most bytes per second that are read to hydrate this clone, from 64KiB on; 0 means no bound
+  priority N              its weight beside other clones of the daemon, from 1 to 1000; 100 if nothing is said
+
+Messages last until the daemon ends.")]
 #[command(after_long_help = "\
 Examples:
   hydrant message vm1 enable_hydration
-  hydrant message vm1 hydration_threshold 64")]
+  hydrant message vm1 hydration_threshold 64
+  hydrant message vm1 hydration_rate 50MiB")]
 pub struct MessageArgs {
     /// Which clone
     pub name: CloneName,
 
-    /// enable_hydration, disable_hydration, hydration_threshold N or hydration_batch_size N
+    /// One of those above, with its number
     #[arg(required = true, num_args = 1.., value_name = "MESSAGE", allow_negative_numbers = true)]
     pub message: Vec<String>,
 

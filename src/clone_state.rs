@@ -8,6 +8,7 @@ mod health;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::CloneEvents;
 use crate::events::EventKind;
+use crate::hydration_budget::BudgetMember;
 use crate::units::{CloneId, Geometry, ShardIndex};
 use health::Health;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::*};
@@ -74,6 +75,7 @@ pub struct CloneState {
     health: Mutex<Health>,
     /// The background copy is under way as far as the events go: spares the lock.
     hydration_told: AtomicBool,
+    budget: BudgetMember,
 }
 
 impl CloneState {
@@ -105,7 +107,18 @@ impl CloneState {
             events,
             health: Mutex::default(),
             hydration_told: AtomicBool::new(false),
+            budget: BudgetMember::alone(),
         }
+    }
+
+    /// Shares its hydration bandwidth with the other clones of the budget, from the start to the end of this state.
+    pub fn with_budget(self, budget: BudgetMember) -> Self {
+        Self { budget, ..self }
+    }
+
+    /// Its part of the hydration bandwidth: priority and rates.
+    pub fn budget(&self) -> &BudgetMember {
+        &self.budget
     }
 
     pub fn mode(&self) -> Mode {
@@ -121,6 +134,8 @@ impl CloneState {
         if self.mode.fetch_max(to as u8, AcqRel) < to as u8 {
             log::error!("clone '{}': metadata mode is now {}: {why}", self.name, to.word());
             let kind = if to == Mode::Failed { EventKind::Failed } else { EventKind::ReadOnly };
+            // Under the lock: what is told of the hydration is told before this, or not at all.
+            let _health = self.health();
             self.events.record(kind, format!("metadata mode {}: {why}", to.word()));
         }
     }

@@ -5,6 +5,7 @@
 //! the transport ([`Mesh`]) is below: channels between executors in production, queues in simulation.
 
 pub mod copy;
+pub mod copy_pool;
 pub mod dispatch;
 pub mod hydrator;
 pub mod inflight;
@@ -20,6 +21,7 @@ use crate::io_frontend::request::{Allocation, Completion, Extent, LocalBoxFuture
 use crate::meta::region_map::ZoneSnapshot;
 use crate::units::{ByteRange, CloneId, ShardIndex, ZoneIndex};
 
+use copy_pool::CopyPool;
 use slice::{CloneSlice, SliceStats};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -100,9 +102,20 @@ pub trait Mesh {
 pub struct Shard {
     slices: RefCell<HashMap<CloneId, Rc<CloneSlice>>>,
     coordinators: RefCell<HashMap<CloneId, Rc<Coordinator>>>,
+    copy_pool: Rc<CopyPool>,
 }
 
 impl Shard {
+    /// `io_memory`: for copies, in bytes; see [`CopyPool`].
+    pub fn new(io_memory: u64) -> Self {
+        Self { copy_pool: Rc::new(CopyPool::new(io_memory)), ..Self::default() }
+    }
+
+    /// What the copies of all slices here share.
+    pub fn copy_pool(&self) -> &Rc<CopyPool> {
+        &self.copy_pool
+    }
+
     pub fn attach(&self, slice: Rc<CloneSlice>) {
         let before = self.slices.borrow_mut().insert(slice.id(), slice);
         assert!(before.is_none(), "a clone is attached once");

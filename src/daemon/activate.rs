@@ -12,6 +12,7 @@ use crate::disk::ring::{DiskParts, RingDisk};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::CloneEvents;
 use crate::events::EventKind;
+use crate::hydration_budget::BudgetMember;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::meta::codec::{self, Superblock, metadata_size_needed};
 use crate::meta::region_map::RegionMap;
@@ -97,14 +98,22 @@ struct ShardParts {
     source: SourceParts,
 }
 
+/// What a clone has of its daemon.
+pub struct Shared {
+    pub events: Arc<CloneEvents>,
+    /// Its part of the hydration bandwidth of all clones.
+    pub budget: BudgetMember,
+}
+
 /// Starts the clone on all shards. Hydration is not started yet. After an error [`abandon`] clears up.
 pub async fn activate(
     context: &Rc<ShardContext>,
     config: &CloneConfig,
     id: CloneId,
     prepared: Prepared,
-    events: Arc<CloneEvents>,
+    shared: Shared,
 ) -> Result<ActiveClone> {
+    let Shared { events, budget } = shared;
     let Prepared { geometry, fingerprint, source, destination, metadata, found } = prepared;
     let (destination, created_destination) =
         open(Role::Destination, &config.destination, destination, geometry.size())?;
@@ -141,7 +150,7 @@ pub async fn activate(
     created_metadata.keep();
 
     let shards = context.mesh.shards();
-    let state = Arc::new(CloneState::new(
+    let state = CloneState::new(
         id,
         events,
         geometry,
@@ -152,7 +161,8 @@ pub async fn activate(
             threshold: config.hydration_threshold.map_or(AUTOMATIC, u64::from),
             batch_size: config.hydration_batch_size.map_or(AUTOMATIC, u64::from),
         },
-    ));
+    );
+    let state = Arc::new(state.with_budget(budget));
     let complete = store.superblock().state == codec::CloneState::Complete;
     let source_counts = Rc::<SourceCounts>::default();
     let nbd_source = source.as_ref().and_then(|source| watch(context, source, &state, &source_counts));
@@ -303,7 +313,9 @@ async fn attach(context: &Rc<ShardContext>, parts: ShardParts, source: Option<Rc
     }
     state.add_hydrated(map.hydrated_count());
     let destination = Rc::new(RingDisk::new(destination));
-    let slice = CloneSlice::new(SliceParts { state, map, destination, source, env: context.env.clone(), mesh });
+    let copies = context.shard.copy_pool().join(state.clone());
+    let env = context.env.clone();
+    let slice = CloneSlice::new(SliceParts { state, map, destination, source, env, mesh, copies });
     context.shard.attach(slice);
     Ok(())
 }

@@ -3,6 +3,7 @@
 //! Every clone lives on its own: one that can't start, or fails, leaves the others alone. A name is taken from the
 //! moment its clone is asked for until nothing of it runs any more, so that no two of one name ever meet.
 
+use super::activate::Shared;
 use super::listeners::Listeners;
 use super::prepare;
 use super::running::RunningClone;
@@ -12,6 +13,8 @@ use crate::control::api::{CloneRunState, MetadataMode, MetadataStatus, NbdStatus
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::{CloneEvents, Feed};
 use crate::events::EventKind;
+use crate::hydration_budget::HydrationBudget;
+use crate::hydration_share::{HydrationRate, Priority};
 use crate::local::latch::Latch;
 use crate::local::{Notify, join_some};
 use crate::shard::Mesh;
@@ -57,6 +60,8 @@ pub enum Started {
 pub struct Daemon {
     pub context: Rc<ShardContext>,
     pub config: DaemonConfig,
+    /// The hydration bandwidth that all clones share.
+    pub budget: Arc<HydrationBudget>,
     listeners: Listeners,
     entries: RefCell<BTreeMap<CloneName, Entry>>,
     /// The events of all clones.
@@ -77,8 +82,11 @@ pub struct Daemon {
 type LocalFuture<T> = Pin<Box<dyn Future<Output = T>>>;
 
 impl Daemon {
-    pub fn new(context: Rc<ShardContext>, config: DaemonConfig, stop: Rc<Notify>, feed: Rc<Feed>) -> Rc<Self> {
-        Rc::new(Self {
+    /// `Usage` when a number of the configuration is out of bounds.
+    pub fn new(context: Rc<ShardContext>, config: DaemonConfig, stop: Rc<Notify>, feed: Rc<Feed>) -> Result<Rc<Self>> {
+        let total = config.hydration_rate.map(HydrationRate::new).transpose()?;
+        Ok(Rc::new(Self {
+            budget: HydrationBudget::new(total),
             context,
             config,
             listeners: Listeners::default(),
@@ -90,7 +98,7 @@ impl Daemon {
             stopping: Latch::default(),
             busy: Cell::new(0),
             last_asked: Cell::new(None),
-        })
+        }))
     }
 
     pub fn is_stopping(&self) -> bool {
@@ -193,6 +201,8 @@ impl Daemon {
 
     /// `None`: the daemon was told to stop before anything was changed.
     async fn bring_up(&self, config: &Rc<CloneConfig>, events: &Arc<CloneEvents>) -> Result<Option<Rc<RunningClone>>> {
+        let rate = config.hydration_rate.map(HydrationRate::new).transpose()?;
+        let priority = Priority::new(u64::from(config.priority))?;
         let prepared = async { prepare::prepare(&self.context, config, self.context.mesh.shards()).await.map(Some) };
         // Nothing is changed on disk yet, so a stop just gives up: a source may be slow to answer.
         let stopped = async {
@@ -208,9 +218,10 @@ impl Daemon {
             }
         }
         let id = CloneId(self.next_id.replace(self.next_id.get() + 1));
-        let running =
-            RunningClone::start(&self.context, &self.listeners, id, (**config).clone(), prepared, events.clone())
-                .await?;
+        let shared =
+            Shared { events: events.clone(), budget: self.budget.join(priority, rate, self.context.env.now()) };
+        let config_now = (**config).clone();
+        let running = RunningClone::start(&self.context, &self.listeners, id, config_now, prepared, shared).await?;
         log::info!(
             "clone '{}': serving NBD at {}, control at {}",
             config.name,

@@ -1,6 +1,6 @@
 //! A clone that runs: from what was prepared to its orderly end, and what it tells about itself.
 
-use super::activate::{self, ActiveClone};
+use super::activate::{self, ActiveClone, Shared};
 use super::listeners::{Exported, Listeners};
 use super::prepare::Prepared;
 use super::rate::Rate;
@@ -11,7 +11,6 @@ use crate::control::api::{
     NbdStatus, SourceState, SourceStatus, Status,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::event_log::CloneEvents;
 use crate::events::EventKind;
 use crate::meta::codec;
 use crate::shard::dispatch::Dispatcher;
@@ -22,7 +21,6 @@ use crate::shard::{Mesh, ShardReply, ShardRequest};
 use crate::units::{CloneId, ShardIndex};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// The part of the time for the end that copies get in any case, however long clients took.
@@ -49,11 +47,11 @@ impl RunningClone {
         id: CloneId,
         config: CloneConfig,
         prepared: Prepared,
-        events: Arc<CloneEvents>,
+        shared: Shared,
     ) -> Result<Rc<Self>> {
         let export = config.nbd.export.clone();
         let listener = listeners.acquire(&config.nbd.address, &export)?;
-        let clone = match activate::activate(context, &config, id, prepared, events).await {
+        let clone = match activate::activate(context, &config, id, prepared, shared).await {
             Ok(clone) => clone,
             Err(error) => {
                 activate::abandon(context, id).await;
@@ -255,6 +253,9 @@ impl RunningClone {
             batch_size_effective: u32::try_from(batch.min(threshold.max(1))).unwrap_or(u32::MAX),
             state: now,
             failed_regions: stats.failed_regions,
+            rate: state.budget().rate(),
+            total_rate: state.budget().total_rate(),
+            priority: u32::try_from(state.budget().weight()).unwrap_or(u32::MAX),
             bytes_per_second,
             eta_seconds: left.checked_div(bytes_per_second).filter(|_| !state.is_complete()),
         }
@@ -282,6 +283,8 @@ impl RunningClone {
             Message::DisableHydration => state.set_hydration_enabled(false, now),
             Message::HydrationThreshold(regions) => state.set_hydration_threshold(u64::from(regions), now),
             Message::HydrationBatchSize(regions) => state.set_hydration_batch_size(u64::from(regions)),
+            Message::HydrationRate(rate) => state.budget().set_rate(rate, context.env.now()),
+            Message::Priority(priority) => state.budget().set_priority(priority),
         }
         for shard in 0..context.mesh.shards() {
             context.mesh.call(ShardIndex(shard), ShardRequest::Wake { clone: state.id }).await?;

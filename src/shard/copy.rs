@@ -69,7 +69,9 @@ impl CloneSlice {
         small && bytes.len() <= COPY_UNIT_BYTES && self.state.mode() == Mode::ReadWrite
     }
 
+    /// A copy on demand: it is charged to the bandwidth of hydration, but does not wait for any.
     pub(super) fn begin_copy(&self, regions: RegionRange, held: Held) -> Copy {
+        self.state.budget().charge(self.geometry.bytes_of(regions).len(), self.env.now());
         self.state.add_hydrating(regions.count());
         self.counted_copy(regions, held)
     }
@@ -121,7 +123,7 @@ impl CloneSlice {
     }
 
     async fn copy_chunk(&self, bytes: ByteRange) -> Result<()> {
-        let _memory = self.copy_memory.acquire(bytes.len()).await;
+        let _memory = self.copies.acquire(bytes.len()).await;
         let data = self.read_source(bytes).await?;
         self.store_copied(bytes, data.into()).await
     }

@@ -11,6 +11,7 @@ mod metrics;
 mod reads;
 mod status;
 
+use super::copy_pool::CopyShare;
 use super::locks::Locks;
 use super::plan::Runs;
 use super::{COORDINATOR, Mesh, ShardReply, ShardRequest};
@@ -21,7 +22,7 @@ use crate::env::Env;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hydration_sched::{HydrationSched, Unhydrated};
 use crate::io_frontend::request::{Completion, Request, RequestFlags};
-use crate::local::{Notify, Semaphore};
+use crate::local::Notify;
 use crate::meta::region_map::{RegionMap, ZoneSnapshot};
 pub(super) use crate::metrics::record::count;
 use crate::metrics::record::{How, Kind, SliceRecorder};
@@ -31,9 +32,6 @@ use changes::Change;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
-
-/// Bytes of source data that one shard holds for one clone while copying: bounds memory.
-pub const COPY_MEMORY_BYTES: u64 = 32 << 20;
 
 /// Parts of one request that run at a time. One over patchy regions has thousands.
 const PARTS_AT_A_TIME: usize = 64;
@@ -89,6 +87,8 @@ pub struct SliceParts {
     pub source: Option<Rc<dyn Source>>,
     pub env: Rc<dyn Env>,
     pub mesh: Rc<dyn Mesh>,
+    /// Its part of what copies may use on this shard.
+    pub copies: CopyShare,
 }
 
 /// One shard's slice of one clone.
@@ -102,11 +102,9 @@ pub struct CloneSlice {
     source: RefCell<Option<Rc<dyn Source>>>,
     pub(super) env: Rc<dyn Env>,
     mesh: Rc<dyn Mesh>,
-    pub(super) copy_memory: Rc<Semaphore>,
+    pub(super) copies: CopyShare,
     pub(super) sched: RefCell<HydrationSched>,
     pub(super) wake: Notify,
-    pub(super) copies_in_flight: Cell<u64>,
-    pub(super) copy_bytes_in_flight: Cell<u64>,
     pub(super) counters: SliceRecorder,
     pub(super) failures: RefCell<crate::log_limit::LogLimit>,
 }
@@ -162,7 +160,7 @@ fn kind_of(request: &Request) -> Option<(Kind, u64)> {
 
 impl CloneSlice {
     pub fn new(parts: SliceParts) -> Rc<Self> {
-        let SliceParts { state, map, destination, source, env, mesh } = parts;
+        let SliceParts { state, map, destination, source, env, mesh, copies } = parts;
         Rc::new(Self {
             geometry: state.geometry,
             me: mesh.me(),
@@ -172,11 +170,9 @@ impl CloneSlice {
             source: RefCell::new(source),
             env,
             mesh,
-            copy_memory: Semaphore::new(COPY_MEMORY_BYTES),
+            copies,
             sched: RefCell::default(),
             wake: Notify::default(),
-            copies_in_flight: Cell::new(0),
-            copy_bytes_in_flight: Cell::new(0),
             counters: SliceRecorder::default(),
             failures: RefCell::default(),
             state,
@@ -360,7 +356,7 @@ impl CloneSlice {
     /// Waits until hydration has ended (the clone is stopping) and nothing is in flight.
     pub async fn drain(&self) {
         self.wake.notify();
-        while self.copies_in_flight.get() > 0 || !self.locks.is_empty() {
+        while self.copies.copies_in_flight() > 0 || !self.locks.is_empty() {
             self.env.sleep(Duration::from_millis(1)).await;
         }
     }

@@ -4,12 +4,14 @@ use super::disk::SimDisk;
 use super::executor::Sim;
 use super::mesh::{Net, SimMesh};
 use super::source::SimSource;
-use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs};
+use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs, Mode};
 use crate::coordinator::Coordinator;
 use crate::disk::Disk;
 use crate::env::Env;
 use crate::error::Result;
 use crate::event_log::{CloneEvents, EventLog};
+use crate::events::EventKind::*;
+use crate::hydration_budget::BudgetMember;
 use crate::io_frontend::request::{Completion, Request, RequestFlags, StatusExtents, Volume};
 use crate::meta::codec::{self, SourceFingerprint, Superblock, metadata_size_needed};
 use crate::meta::region_map::RegionMap;
@@ -24,7 +26,6 @@ use bytes::Bytes;
 use std::rc::Rc;
 use std::sync::Arc;
 
-const ID: CloneId = CloneId(0);
 /// What the destination holds before the clone: no read may ever show it.
 pub const OLD_DESTINATION: u8 = 0xee;
 
@@ -117,8 +118,22 @@ pub struct SimClone {
 }
 
 impl SimClone {
-    /// Formats the metadata, or goes on from what they hold.
+    /// A machine with one clone.
     pub async fn start(sim: &Sim, setup: &Setup, devices: &Devices) -> Result<Rc<Self>> {
+        Self::start_on(&Net::new(sim, setup.shards), CloneId(0), sim, setup, devices, BudgetMember::alone()).await
+    }
+
+    /// One of several clones of a machine, which has as many shards as `setup` says. Formats the metadata, or goes on
+    /// from what they hold.
+    pub async fn start_on(
+        net: &Rc<Net>,
+        id: CloneId,
+        sim: &Sim,
+        setup: &Setup,
+        devices: &Devices,
+        budget: BudgetMember,
+    ) -> Result<Rc<Self>> {
+        let net = net.clone();
         let geometry = setup.geometry();
         let metadata: Rc<dyn Disk> = devices.metadata.clone();
         let (store, zones, generation) = match Store::open(metadata.clone()).await? {
@@ -139,16 +154,10 @@ impl SimClone {
         let knobs =
             HydrationKnobs { enabled: setup.hydration, threshold: setup.threshold, batch_size: setup.batch_size };
         let log = EventLog::new("sim", Box::new(|| {}));
-        let state = Arc::new(CloneState::new(
-            ID,
-            CloneEvents::new(&log, "sim"),
-            geometry,
-            setup.shards,
-            setup.discard_passdown,
-            knobs,
-        ));
+        let events = CloneEvents::new(&log, &format!("sim{id}"));
+        let state = CloneState::new(id, events, geometry, setup.shards, setup.discard_passdown, knobs);
+        let state = Arc::new(state.with_budget(budget));
         let complete = store.superblock().state == codec::CloneState::Complete;
-        let net = Net::new(sim, setup.shards);
         let env: Rc<dyn Env> = Rc::new(sim.clone());
         let mut maps: Vec<RegionMap> =
             (0..setup.shards).map(|shard| RegionMap::new(geometry, setup.shards, ShardIndex(shard))).collect();
@@ -161,7 +170,7 @@ impl SimClone {
             let mesh = SimMesh::new(&net, me);
             let source: Rc<dyn Source> = match me == COORDINATOR || !setup.remote_source {
                 true => devices.source.clone(),
-                false => Rc::new(RemoteSource::new(ID, COORDINATOR, geometry.size(), mesh.clone())),
+                false => Rc::new(RemoteSource::new(id, COORDINATOR, geometry.size(), mesh.clone())),
             };
             state.add_hydrated(map.hydrated_count());
             let slice = CloneSlice::new(SliceParts {
@@ -171,6 +180,7 @@ impl SimClone {
                 source: Some(source),
                 env: env.clone(),
                 mesh: mesh.clone(),
+                copies: net.shard(me).copy_pool().join(state.clone()),
             });
             net.shard(me).attach(slice);
             dispatchers.push(Dispatcher::new(state.clone(), state.name.clone(), net.shard(me).clone(), mesh.clone()));
@@ -180,7 +190,7 @@ impl SimClone {
             assert!(state.is_all_hydrated(), "complete, but regions are missing");
             state.set_complete();
             for shard in 0..setup.shards {
-                meshes[0].call(ShardIndex(shard), ShardRequest::Release { clone: ID }).await?;
+                meshes[0].call(ShardIndex(shard), ShardRequest::Release { clone: id }).await?;
             }
         }
         let coordinator = Coordinator::new(
@@ -191,20 +201,20 @@ impl SimClone {
             meshes[0].clone(),
             env.clone(),
         );
-        net.shard(COORDINATOR).attach_coordinator(ID, coordinator.clone());
+        net.shard(COORDINATOR).attach_coordinator(id, coordinator.clone());
         sim.spawn(coordinator.clone().run());
         if state.is_all_hydrated() && !complete {
             coordinator.commit().await?;
         }
         for shard in 0..setup.shards {
-            sim.spawn(net.shard(ShardIndex(shard)).slice(ID)?.hydrate());
+            sim.spawn(net.shard(ShardIndex(shard)).slice(id)?.hydrate());
         }
         let (sim, devices) = (sim.clone(), devices.clone());
         Ok(Rc::new(Self { sim, geometry, devices, state, log, net, meshes, dispatchers, coordinator }))
     }
 
     pub fn slice(&self, shard: u16) -> Rc<CloneSlice> {
-        self.net.shard(ShardIndex(shard)).slice(ID).unwrap()
+        self.net.shard(ShardIndex(shard)).slice(self.state.id).unwrap()
     }
 
     pub fn stats(&self) -> SliceStats {
@@ -260,10 +270,37 @@ impl SimClone {
         self.log.after(0, None).events.iter().map(|event| event.kind.name()).collect()
     }
 
+    /// What must hold of the events at any time: each transition is told once, what ends is not told of any more, and dm's
+    /// number counts dm's.
+    pub fn check_events(&self) {
+        let events = self.log.after(0, None).events;
+        let of_dm = events.iter().filter(|event| event.kind.is_dm()).count() as u64;
+        let counts = self.state.events().count();
+        assert_eq!((counts.all, counts.dm), (events.len() as u64, of_dm));
+        let mut hydration = None;
+        for (at, event) in events.iter().enumerate() {
+            let before = &events[..at];
+            match event.kind {
+                HydrationStarted | HydrationPaused | HydrationFailed => {
+                    let summary = event.text.contains("in quick succession");
+                    assert!(hydration != Some(event.kind) || summary, "told twice: {events:#?}");
+                    let first = hydration.is_none() && event.kind != HydrationStarted;
+                    assert!(!first || summary, "nothing had begun: {events:#?}");
+                    let over = before.iter().any(|event| event.kind.is_dm());
+                    assert!(!over, "it can't hydrate any more: {events:#?}");
+                    hydration = Some(event.kind);
+                }
+                kind => assert!(before.iter().all(|event| event.kind != kind), "told twice: {events:#?}"),
+            }
+        }
+        assert_eq!(self.state.is_complete(), events.iter().any(|event| event.kind == HydrationCompleted));
+        assert_eq!(self.state.mode() != Mode::ReadWrite, events.iter().any(|e| matches!(e.kind, ReadOnly | Failed)));
+    }
+
     /// As the control interface does after a change of settings.
     pub fn wake(&self) {
         for shard in 0..self.net.shards() {
-            let wake = self.meshes[0].call(ShardIndex(shard), ShardRequest::Wake { clone: ID });
+            let wake = self.meshes[0].call(ShardIndex(shard), ShardRequest::Wake { clone: self.state.id });
             self.sim.spawn(async move { _ = wake.await });
         }
     }
@@ -283,11 +320,11 @@ impl SimClone {
     pub async fn stop(&self) -> Result<()> {
         self.state.set_stopping();
         for shard in 0..self.net.shards() {
-            self.meshes[0].call(ShardIndex(shard), ShardRequest::Drain { clone: ID }).await?;
+            self.meshes[0].call(ShardIndex(shard), ShardRequest::Drain { clone: self.state.id }).await?;
         }
         let committed = self.coordinator.commit().await;
         self.coordinator.end();
-        (0..self.net.shards()).for_each(|shard| self.net.shard(ShardIndex(shard)).detach(ID));
+        (0..self.net.shards()).for_each(|shard| self.net.shard(ShardIndex(shard)).detach(self.state.id));
         committed
     }
 }

@@ -11,6 +11,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 const POLL: Duration = Duration::from_micros(50);
+const POLL_MAX: Duration = Duration::from_millis(5);
 /// Holes are known in pieces of this size, in bytes.
 const GRAIN: u64 = 4096;
 
@@ -119,8 +120,10 @@ impl Source for SimSource {
             assert!(range.end() <= self.size(), "{range:?} of {}", self.size());
             self.reads.borrow_mut().push(range);
             let _in_flight = InFlight::new(self, range.len());
+            let mut poll = POLL;
             while self.held.get() {
-                self.sim.sleep(POLL).await;
+                self.sim.sleep(poll).await;
+                poll = (2 * poll).min(POLL_MAX);
             }
             self.answer().await?;
             if self.bad.borrow().iter().any(|bad| bad.overlaps(range)) {

@@ -6,6 +6,7 @@ mod hydration;
 mod metrics;
 mod order;
 mod random;
+mod shares;
 
 use super::clone::{Devices, Setup, SimClone};
 use super::executor::Sim;

@@ -16,6 +16,7 @@ mod load;
 mod meta_tools;
 mod metadata;
 mod metrics;
+mod metrics_dump;
 mod refusals;
 mod restart;
 mod signals;

@@ -6,6 +6,7 @@ use crate::disk::blocking::BlockingDisk;
 use crate::environment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::meta::codec::SourceFingerprint;
+use crate::shard::copy_pool::IO_MEMORY_DEFAULT;
 use crate::shard::pool::{self, PoolOptions};
 use crate::source::file::FileSource;
 use crate::source::fingerprint::fingerprint;
@@ -160,7 +161,7 @@ fn look_at_nbd(uri: &NbdUri) -> Result<SourceFingerprint> {
     environment::check_io_uring()?;
     environment::check_memlock(1)?;
     let cpus = environment::available_cpus()?.into_iter().take(1).collect();
-    let (options, uri) = (PoolOptions { cpus, spin: Duration::ZERO }, uri.clone());
+    let (options, uri) = (PoolOptions { cpus, spin: Duration::ZERO, io_memory: IO_MEMORY_DEFAULT }, uri.clone());
     pool::run(&options, move |context| async move {
         let options = NbdSourceOptions { connections: 1, ..NbdSourceOptions::default() };
         fingerprint(&NbdSource::connect(uri, options, context.env.clone()).await?).await

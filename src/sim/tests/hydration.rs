@@ -4,7 +4,7 @@ use super::super::clone::Setup;
 use super::super::disk::Op;
 use super::{content, scenario, scenario_of, start};
 use crate::clone_state::AUTOMATIC;
-use crate::shard::slice::COPY_MEMORY_BYTES;
+use crate::shard::copy_pool::IO_MEMORY_DEFAULT;
 use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
@@ -226,7 +226,7 @@ fn copies_are_bounded_in_memory() {
             super::result(&clone, &write).await;
         }
         let max = clone.devices.source.in_flight_bytes_max();
-        assert!(max <= COPY_MEMORY_BYTES && max > COPY_MEMORY_BYTES / 2, "{max}");
+        assert!(max <= IO_MEMORY_DEFAULT && max > IO_MEMORY_DEFAULT / 2, "{max}");
     });
 }
 
