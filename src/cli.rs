@@ -6,15 +6,19 @@
 #![allow(rustdoc::broken_intra_doc_links)]
 
 use crate::config::{
-    CloneName, NAME_LEN_MAX, OnHydrated, SHARDS_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT, SOURCE_TIMEOUT_SECONDS_MAX,
+    CloneName, HYDRATION_RATE_MAX, HYDRATION_RATE_MIN, NAME_LEN_MAX, OnHydrated, PRIORITY_DEFAULT, PRIORITY_MAX,
+    SHARDS_MAX, SIZE_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT, SOURCE_TIMEOUT_SECONDS_MAX,
 };
+use crate::dm_table::DmTable;
 use crate::io_frontend::nbd::listen::NbdAddress;
-use crate::units::RegionSize;
+use crate::units::{ByteSize, RegionSize};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 const _: () = assert!(NAME_LEN_MAX == 64 && SHARDS_MAX == 256 && SOURCE_TIMEOUT_SECONDS_MAX == 86_400, "in the help");
+const _: () = assert!(HYDRATION_RATE_MIN == 4 << 10 && HYDRATION_RATE_MAX == 1 << 40 && PRIORITY_MAX == 1000, "too");
 
 /// dm-clone in user space: a slow, read-only source becomes a fast, writable disk at once
 #[derive(Parser, Debug)]
@@ -45,8 +49,12 @@ pub struct Cli {
 
 #[derive(Subcommand, Debug)]
 pub enum Verb {
-    Clone(CloneArgs),
+    Clone(Box<CloneArgs>),
+    Serve(ServeArgs),
+    Config(ConfigArgs),
     Status(StatusArgs),
+    Create(CreateArgs),
+    Metrics(MetricsArgs),
     List(ListArgs),
     Remove(RemoveArgs),
     Message(MessageArgs),
@@ -84,22 +92,31 @@ pub struct CloneArgs {
     ///
     /// NBD URIs are nbd://HOST[:PORT]/EXPORT and nbd+unix:///EXPORT?socket=PATH (port 10809 when none is given). A server
     /// that goes away is connected to again.
-    #[arg(long, value_name = "SOURCE", value_parser = NonEmptyStringValueParser::new())]
-    pub source: String,
+    #[arg(long, value_name = "SOURCE", value_parser = NonEmptyStringValueParser::new(), required_unless_present = "table")]
+    pub source: Option<String>,
 
     /// Where the copy goes: a file (created when missing) or a block device
     ///
     /// At least as large as the source. One that holds something which the metadata does not know is refused without
     /// --force. It is locked while in use.
-    #[arg(long, value_name = "PATH")]
-    pub destination: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "table")]
+    pub destination: Option<PathBuf>,
 
     /// What is copied already: a file (created when missing) or a block device
     ///
     /// About 1 MiB for 64 GiB of the source, twice that with 4KiB regions. It is locked while in use. No longer needed
     /// when all is hydrated.
-    #[arg(long, value_name = "PATH")]
-    pub metadata: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "table")]
+    pub metadata: Option<PathBuf>,
+
+    /// A line of dm-clone's table, instead of these and what else it says
+    ///
+    /// 0 LEN clone METADATA DESTINATION SOURCE REGION_SIZE [#FEATURES FEATURE...] [#CORE KEY VALUE...] with LEN and
+    /// REGION_SIZE in sectors of 512 bytes. Features are no_hydration and no_discard_passdown, core keys
+    /// hydration_threshold and hydration_batch_size. A device is a path, MAJOR:MINOR or (the source) an NBD URI.
+    #[arg(long, value_name = "LINE", conflicts_with_all = ["source", "destination", "metadata", "region_size", "size",
+          "no_hydration", "no_discard_passdown", "hydration_threshold", "hydration_batch_size"])]
+    pub table: Option<DmTable>,
 
     /// Name of the clone, and of its NBD export
     ///
@@ -113,6 +130,12 @@ pub struct CloneArgs {
     /// made.
     #[arg(long, value_name = "SIZE")]
     pub region_size: Option<RegionSize>,
+
+    /// Clone only this much, from the start of the source [default: that of the metadata; all for a new clone]
+    ///
+    /// Fixed once the metadata is made.
+    #[arg(long, value_name = "SIZE", value_parser = parse_clone_size)]
+    pub size: Option<u64>,
 
     /// Start with the background copy switched off
     ///
@@ -135,6 +158,17 @@ pub struct CloneArgs {
     /// From 0 to 4294967295; 0 means 1, as in dm-clone.
     #[arg(long, value_name = "REGIONS")]
     pub hydration_batch_size: Option<u32>,
+
+    /// The most bytes per second that the background copy reads [default: no limit]
+    ///
+    /// A size, 4KiB to 1TiB. Reads and writes of clients are not limited.
+    #[arg(long, value_name = "SIZE", value_parser = parse_hydration_rate)]
+    pub hydration_rate: Option<u64>,
+
+    /// Weight of this clone's background copy among others of the daemon, 1 to 1000
+    #[arg(long, value_name = "WEIGHT", default_value_t = PRIORITY_DEFAULT,
+          value_parser = clap::value_parser!(u32).range(1..=i64::from(PRIORITY_MAX)))]
+    pub priority: u32,
 
     /// When all is hydrated: go on serving, or exit when the last client is gone
     #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
@@ -173,6 +207,80 @@ pub struct CloneArgs {
     pub dry_run: bool,
 }
 
+/// Run the clones that configuration files describe, in the foreground
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Runs a daemon with every clone of the given configuration files (TOML) until SIGTERM or SIGINT: it then drains, commits \
+and exits (a second signal exits at once). The files are read as one: a [daemon] in one of them, any number of [[clone]] \
+in each. A clone that can't be started does not keep the others from it.
+
+The keys are the options of 'hydrant clone' with _ for -. Relative paths are taken from the directory of their file.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant serve /etc/hydrant/appliance.toml
+  hydrant serve /etc/hydrant/daemon.toml /etc/hydrant/clones/*.toml
+  hydrant serve --dry-run appliance.toml
+
+A configuration file:
+      [[clone]]
+      name = \"vm1\"
+      source = \"nbd://backup/vm1\"
+      destination = \"/dev/vg/vm1\"
+      metadata = \"/var/lib/hydrant/vm1.meta\"
+      [clone.nbd]
+      address = \"tcp:127.0.0.1:10809\"")]
+pub struct ServeArgs {
+    /// Configuration files
+    #[arg(required = true, value_name = "CONFIG.toml")]
+    pub files: Vec<PathBuf>,
+
+    /// Check everything, say what would be done, change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// Look at configuration files; nothing is started
+#[derive(Args, Debug)]
+#[command(after_long_help = "\
+Examples:
+  hydrant config check appliance.toml")]
+pub struct ConfigArgs {
+    #[command(subcommand)]
+    pub verb: ConfigVerb,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum ConfigVerb {
+    /// Say what configuration files mean, or everything that is wrong with them
+    ///
+    /// The files are read as one, as 'hydrant serve' does. A line per clone, or a line per error with file, line and
+    /// column, and exit status 1. The devices are not looked at: 'hydrant serve --dry-run' does that.
+    Check(ConfigFiles),
+}
+
+#[derive(Args, Debug)]
+pub struct ConfigFiles {
+    /// Configuration files
+    #[arg(required = true, value_name = "CONFIG.toml")]
+    pub files: Vec<PathBuf>,
+}
+
+fn parse_size(text: &str, bounds: RangeInclusive<u64>) -> Result<u64, String> {
+    let bytes = text.parse::<ByteSize>()?.0;
+    match bounds.contains(&bytes) {
+        true => Ok(bytes),
+        false => Err(format!("not from {} to {}", ByteSize(*bounds.start()), ByteSize(*bounds.end()))),
+    }
+}
+
+fn parse_clone_size(text: &str) -> Result<u64, String> {
+    parse_size(text, 1..=SIZE_MAX)
+}
+
+fn parse_hydration_rate(text: &str) -> Result<u64, String> {
+    parse_size(text, HYDRATION_RATE_MIN..=HYDRATION_RATE_MAX)
+}
+
 /// Show what clones do
 #[derive(Args, Debug)]
 #[command(after_long_help = "\
@@ -199,6 +307,48 @@ pub struct StatusArgs {
     /// A line per change when standard output is not a terminal. Fails when the daemon ends before.
     #[arg(long, group = "format")]
     pub watch: bool,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Start clones in a daemon that runs
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Starts the [[clone]]s of a configuration file in the daemon that 'hydrant serve' runs, and returns when they are served. The \
+other clones go on undisturbed. Paths in the file are relative to its directory. A clone that can't be started is told and \
+leaves nothing behind.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant create vm2.toml
+  printf '[[clone]]\\nname = \"vm2\"\\nsource = \"nbd://backup/vm2\"\\n\
+destination = \"/dev/vg/vm2\"\\nmetadata = \"/var/lib/vm2.meta\"\\n' >vm2.toml")]
+pub struct CreateArgs {
+    /// A configuration file with [[clone]]s only
+    #[arg(value_name = "FILE.toml")]
+    pub file: PathBuf,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Show what every shard has counted and timed
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Shows what a daemon has counted and timed since it started: load and messages of each shard; for each clone I/O by kind \
+and by route, latencies, queues, hydration, commits and memory. The text is for people and may change; the JSON is a \
+stable document with a version, which docs/metrics.md describes field by field.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant metrics vm1
+  hydrant metrics --json | jq '.shards[].executor.load_recent'")]
+pub struct MetricsArgs {
+    /// Which clone [default: all that run here]
+    pub name: Option<CloneName>,
+
+    /// One JSON object per daemon and line
+    #[arg(long)]
+    pub json: bool,
 
     #[command(flatten)]
     pub control: ControlArgs,

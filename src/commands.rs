@@ -1,16 +1,20 @@
 //! The verbs of the command line, one file each, thin over the parts that do the work.
 
 pub mod clone;
+pub mod config;
+pub mod create;
 pub mod daemons;
 pub mod list;
 pub mod message;
 pub mod meta;
+pub mod metrics;
 pub mod remove;
+pub mod serve;
 pub mod status;
 pub mod stop;
 
 use crate::bail;
-use crate::cli::{Cli, MetaVerb, Verb};
+use crate::cli::{Cli, ConfigVerb, MetaVerb, Verb};
 use crate::config::Plan;
 use crate::error::{Error, Result};
 use std::io::{self, Write};
@@ -19,9 +23,15 @@ use std::io::{self, Write};
 /// user asked for; errors are returned.
 pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>) -> Result<()> {
     match cli.verb {
-        Verb::Clone(args) => clone::run(args, start),
+        Verb::Clone(args) => clone::run(*args, start),
+        Verb::Serve(args) => serve::run(&args, start),
+        Verb::Config(args) => match args.verb {
+            ConfigVerb::Check(of) => config::check(&of.files, out),
+        },
         Verb::Status(args) => status::run(&args, out),
+        Verb::Metrics(args) => metrics::run(&args, out),
         Verb::List(args) => list::run(&args, out),
+        Verb::Create(args) => create::run(&args),
         Verb::Remove(args) => remove::run(&args),
         Verb::Message(args) => message::run(&args),
         Verb::Stop(args) => stop::run(&args),

@@ -1,9 +1,20 @@
 //! What a daemon and its clones are made of and how they are to run, whoever says so: the command line or a file.
 //!
-//! Plain values that were checked for form; nothing here was opened or looked at. [`crate::cli`] fills it.
+//! Plain values that were checked for form; nothing here was opened or looked at. [`crate::cli`] fills it from the command
+//! line, [`plan`] from files (TOML: [`file`], [`node`]), the control interface from JSON; all but the first by way of
+//! [`spec`], whose names are those of the command line. What is wrong is a [`fault::Fault`] and names its key.
 
+pub mod fault;
+pub mod file;
+pub mod keys;
+pub mod node;
+pub mod plan;
+pub mod setting;
+pub mod spec;
+
+use crate::dm_table::DmTable;
 use crate::io_frontend::nbd::listen::NbdAddress;
-use crate::units::RegionSize;
+use crate::units::{DEVICE_SIZE_MAX, REGION_SIZE_MAX, RegionSize};
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -22,6 +33,20 @@ pub const SOURCE_TIMEOUT_SECONDS_MAX: u32 = 86_400;
 pub const PRIORITY_DEFAULT: u32 = 100;
 /// Largest weight of a clone; the smallest is 1.
 pub const PRIORITY_MAX: u32 = 1000;
+
+/// Largest clone, in bytes: what a geometry can hold.
+pub const SIZE_MAX: u64 = DEVICE_SIZE_MAX - REGION_SIZE_MAX;
+/// Bounds of the memory that each shard copies with, in bytes.
+pub const IO_MEMORY_MIN: u64 = 4 << 20;
+pub const IO_MEMORY_MAX: u64 = 64 << 30;
+/// Bounds of a rate of hydration, in bytes per second.
+pub const HYDRATION_RATE_MIN: u64 = 4 << 10;
+pub const HYDRATION_RATE_MAX: u64 = 1 << 40;
+/// The longest time that an idle shard polls, in microseconds.
+pub const SPIN_MAX_US: u64 = 1_000_000;
+/// Bounds of the time between two metrics dumps, in milliseconds: 100 ms to a day.
+pub const METRICS_INTERVAL_MIN_MS: u64 = 100;
+pub const METRICS_INTERVAL_MAX_MS: u64 = 86_400_000;
 
 /// What a daemon is to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -109,6 +134,24 @@ pub struct CloneConfig {
     pub source_timeout: Duration,
     /// Use a destination that holds something unknown.
     pub force: bool,
+    /// The line of dm-clone's table that it was given as, which says what most of the above says.
+    pub table: Option<DmTable>,
+}
+
+impl CloneConfig {
+    /// Takes over what a table line says.
+    pub fn set_table(&mut self, table: DmTable) {
+        self.source = table.source();
+        self.destination = table.destination();
+        self.metadata = table.metadata();
+        self.region_size = Some(table.region_size());
+        self.size = Some(table.size());
+        self.hydration = !table.no_hydration();
+        self.discard_passdown = !table.no_discard_passdown();
+        self.hydration_threshold = table.hydration_threshold();
+        self.hydration_batch_size = table.hydration_batch_size();
+        self.table = Some(table);
+    }
 }
 
 /// The NBD frontend of a clone.

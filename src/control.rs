@@ -9,6 +9,10 @@
 //! | `GET /v1/status` | `{"clones": [Status, ...]}` |
 //! | `GET /v1/clones/NAME/status` | [`api::Status`] |
 //! | `POST /v1/clones/NAME/message` with `{"message": "hydration_threshold 16"}` | `{}` |
+//! | `POST /v1/clones` with what a `[[clone]]` of a configuration file has, as JSON; paths are absolute | `{}`, when it is served |
+//! | `POST /v1/clones/NAME/remove` with `{"force": false}` | `{}`, when its devices are free |
+//! | `GET /v1/metrics` | [`crate::metrics::schema::MetricsDocument`] |
+//! | `GET /v1/clones/NAME/metrics` | the same, with this clone only |
 //! | `POST /v1/stop` | `{}`; the daemon then drains, commits and exits |
 //!
 //! An error is `{"error": {"kind": "not_found", "message": "..."}}` with the fitting HTTP status; kinds are those of
@@ -22,20 +26,23 @@ pub mod server;
 #[cfg(test)]
 mod tests;
 
-use crate::config::CloneConfig;
+use crate::config::spec::CloneSpec;
 use crate::error::Result;
 use crate::io_frontend::request::LocalBoxFuture;
+use crate::metrics::schema::MetricsDocument;
 use api::{Message, Status};
 
 /// What the server steers: the daemon, on the executor that serves the control socket.
 pub trait Controlled {
     /// The status of the clone `name`, or of all clones, by name. `NotFound` when there is no such clone.
     fn status(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<Vec<Status>>>;
+    /// The metrics of the clone `name`, or of all clones. `NotFound` when there is no such clone.
+    fn metrics(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<MetricsDocument>>;
     /// Carries a message out on every shard; returns when it is in force. It runs to its end even when the client
     /// that sent it is gone.
     fn message(&self, name: &str, message: &Message) -> LocalBoxFuture<'static, Result<()>>;
     /// Starts a clone; returns when it is served.
-    fn create(&self, config: CloneConfig) -> LocalBoxFuture<'static, Result<()>>;
+    fn create(&self, spec: CloneSpec) -> LocalBoxFuture<'static, Result<()>>;
     /// Ends a clone and forgets it; one that is in use only when `force` says so.
     fn remove(&self, name: &str, force: bool) -> LocalBoxFuture<'static, Result<()>>;
     /// Asks the daemon to drain, commit and exit; returns at once. Asking again changes nothing.

@@ -18,6 +18,8 @@ use crate::local::{Notify, join_all, oneshot};
 use crate::meta::codec;
 use crate::meta::region_map::ZoneSnapshot;
 use crate::meta::store::Store;
+use crate::metrics::record::Recorder;
+use crate::metrics::schema::{CloneMetrics, CommitMetrics};
 use crate::shard::{Mesh, ShardReply, ShardRequest};
 use crate::units::{Generation, ShardIndex, ZoneIndex};
 use std::cell::{Cell, RefCell};
@@ -34,9 +36,45 @@ pub struct CommitStats {
     /// Who asked: flushes and FUA writes of clients, among others.
     pub requests: u64,
     pub commits: u64,
+    pub failures: u64,
     /// Commits that found no new bits and only flushed the destination.
     pub flushes_only: u64,
     pub blocks_written: u64,
+}
+
+/// What commits and their steps took.
+struct CommitTimes {
+    request: Recorder,
+    commit: Recorder,
+    snapshot: Recorder,
+    destination_flush: Recorder,
+    metadata_write: Recorder,
+    metadata_flush: Recorder,
+    requests_per_commit: Recorder,
+}
+
+impl Default for CommitTimes {
+    fn default() -> Self {
+        let latency = Recorder::of_latency;
+        Self {
+            request: latency(),
+            commit: latency(),
+            snapshot: latency(),
+            destination_flush: latency(),
+            metadata_write: latency(),
+            metadata_flush: latency(),
+            requests_per_commit: Recorder::of_size(),
+        }
+    }
+}
+
+impl CommitTimes {
+    fn memory_bytes(&self) -> u64 {
+        let Self { request, commit, snapshot, destination_flush, metadata_write, metadata_flush, requests_per_commit } =
+            self;
+        let all = [request, commit, snapshot, destination_flush, metadata_write, metadata_flush, requests_per_commit];
+        all.map(Recorder::memory_bytes).iter().sum()
+    }
 }
 
 /// Commits the metadata of one clone; lives on shard 0.
@@ -52,6 +90,7 @@ pub struct Coordinator {
     ended: Cell<bool>,
     generation: Cell<Generation>,
     stats: Cell<CommitStats>,
+    times: CommitTimes,
 }
 
 impl Coordinator {
@@ -76,12 +115,47 @@ impl Coordinator {
             ended: Cell::new(false),
             generation: Cell::new(generation),
             stats: Cell::default(),
+            times: CommitTimes::default(),
         })
     }
 
     pub fn stats(&self) -> CommitStats {
         self.stats.get()
     }
+    /// The clone's part of the metrics document.
+    pub fn metrics(&self) -> CloneMetrics {
+        let (state, stats, times) = (&self.state, self.stats.get(), &self.times);
+        CloneMetrics {
+            name: state.name.clone(),
+            size_bytes: state.geometry.size(),
+            region_size_bytes: state.geometry.region_size().bytes(),
+            regions: state.geometry.nr_regions(),
+            hydrated_regions: state.hydrated(),
+            hydrating_regions: state.hydrating(),
+            commits: CommitMetrics {
+                requests: stats.requests,
+                waiting: self.waiting.borrow().len() as u64,
+                commits: stats.commits,
+                failures: stats.failures,
+                flushes_only: stats.flushes_only,
+                blocks_written: stats.blocks_written,
+                generation: self.generation.get().0,
+                request_latency_us: times.request.snapshot(),
+                latency_us: times.commit.snapshot(),
+                snapshot_us: times.snapshot.snapshot(),
+                destination_flush_us: times.destination_flush.snapshot(),
+                metadata_write_us: times.metadata_write.snapshot(),
+                metadata_flush_us: times.metadata_flush.snapshot(),
+                requests_per_commit: times.requests_per_commit.snapshot(),
+            },
+        }
+    }
+
+    /// What its histograms take.
+    pub fn histogram_bytes(&self) -> u64 {
+        self.times.memory_bytes()
+    }
+
     pub fn generation(&self) -> Generation {
         self.generation.get()
     }
@@ -101,7 +175,12 @@ impl Coordinator {
         let (sender, receiver) = oneshot();
         self.waiting.borrow_mut().push(sender);
         self.wake.notify();
-        receiver.await.unwrap_or_else(|| Err(gone()))
+        let began = self.env.now();
+        let result = receiver.await.unwrap_or_else(|| Err(gone()));
+        if result.is_ok() {
+            self.lap(&self.times.request, began);
+        }
+        result
     }
 
     /// Serves commits until [`Self::end`]. One task.
@@ -133,7 +212,19 @@ impl Coordinator {
                     continue;
                 }
             }
-            let result = self.commit_once().await;
+            let began = self.env.now();
+            let result = self.commit_once(began).await;
+            match &result {
+                Ok(()) => {
+                    self.lap(&self.times.commit, began);
+                    self.times.requests_per_commit.record(waiting.len() as u64);
+                }
+                Err(_) => {
+                    let mut stats = self.stats.get();
+                    stats.failures += 1;
+                    self.stats.set(stats);
+                }
+            }
             for sender in waiting {
                 sender.send(result.clone());
             }
@@ -146,7 +237,14 @@ impl Coordinator {
         self.wake.notify();
     }
 
-    async fn commit_once(&self) -> Result<()> {
+    /// Records the time since `began`; returns the time now.
+    fn lap(&self, recorder: &Recorder, began: Duration) -> Duration {
+        let now = self.env.now();
+        recorder.record_time(now.saturating_sub(began));
+        now
+    }
+
+    async fn commit_once(&self, began: Duration) -> Result<()> {
         self.state.check_mode(true)?;
         let all_hydrated = self.state.is_all_hydrated();
         let dirty: Vec<ShardIndex> =
@@ -161,9 +259,11 @@ impl Coordinator {
                 other => unreachable!("zones answer a snapshot, not {other:?}"),
             }
         }
+        let snapshotted = self.lap(&self.times.snapshot, began);
         if let Err(error) = self.destination.flush().await {
             return Err(self.degrade(error));
         }
+        let flushed = self.lap(&self.times.destination_flush, snapshotted);
         let committed: Vec<(ShardIndex, Vec<ZoneIndex>)> =
             snapshots.iter().map(|(shard, zones)| (*shard, zones.iter().map(|s| s.zone).collect())).collect();
         let zones: Vec<ZoneSnapshot> = snapshots.into_iter().flat_map(|(_, zones)| zones).collect();
@@ -173,7 +273,10 @@ impl Coordinator {
             let generation = Generation(self.generation.get().0 + 1);
             let written = async {
                 self.store.write_zones(&zones, generation).await?;
-                self.store.flush().await
+                let written = self.lap(&self.times.metadata_write, flushed);
+                self.store.flush().await?;
+                self.lap(&self.times.metadata_flush, written);
+                Ok(())
             };
             if let Err(error) = written.await {
                 return Err(self.degrade(error));

@@ -20,6 +20,7 @@ use crate::dma_buf::DmaBuf;
 use crate::environment;
 use crate::error::{Error, Result};
 use crate::local::Notify;
+use crate::metrics::dump::Dumper;
 use crate::ring::Ring;
 use crate::shard::Mesh;
 use crate::shard::copy_pool::checked_io_memory;
@@ -77,7 +78,7 @@ fn abort_on_panic() {
     }));
 }
 
-/// Blocks SIGINT and SIGTERM for all threads made later, to be read from the returned descriptor.
+/// Blocks SIGINT, SIGTERM and SIGUSR1 for all threads made later, to be read from the returned descriptor.
 fn block_signals() -> Result<OwnedFd> {
     let failed = || Error::from_io(std::io::Error::last_os_error(), "signals can't be set up");
     // SAFETY: the set is initialised by sigemptyset before use; all calls get valid pointers.
@@ -86,6 +87,7 @@ fn block_signals() -> Result<OwnedFd> {
         libc::sigemptyset(&mut set);
         libc::sigaddset(&mut set, libc::SIGINT);
         libc::sigaddset(&mut set, libc::SIGTERM);
+        libc::sigaddset(&mut set, libc::SIGUSR1);
         if libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) != 0 {
             return Err(failed());
         }
@@ -97,13 +99,17 @@ fn block_signals() -> Result<OwnedFd> {
     }
 }
 
-/// The first signal asks for the end, the second ends at once.
-async fn watch_signals(signals: OwnedFd, stop: Rc<Notify>) {
+/// SIGUSR1 asks for a metrics dump. Of the others the first asks for the end, the second ends at once.
+async fn watch_signals(signals: OwnedFd, stop: Rc<Notify>, dumper: Rc<Dumper>) {
     let (ring, fd) = (Ring::current(), Rc::new(signals));
     let mut seen = 0;
     loop {
-        let (result, _) = ring.read(&fd, DmaBuf::new(SIGINFO_BYTES), u64::MAX).await;
+        let (result, (info, _)) = ring.read(&fd, DmaBuf::new(SIGINFO_BYTES), u64::MAX).await;
         match result {
+            Ok(_) if signal_of(&info) == Some(libc::SIGUSR1) => {
+                dumper.signalled();
+                continue;
+            }
             Ok(_) => {}
             // The executor is ending.
             Err(error) if error.raw_os_error() == Some(libc::ECANCELED) => return,
@@ -119,10 +125,16 @@ async fn watch_signals(signals: OwnedFd, stop: Rc<Notify>) {
     }
 }
 
+/// `ssi_signo`, the first field of signalfd(2)'s structure.
+fn signal_of(info: &[u8]) -> Option<i32> {
+    info.first_chunk().map(|number| i32::from_ne_bytes(*number))
+}
+
 /// The life of the daemon, on shard 0.
 async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result<()> {
     let stop: Rc<Notify> = Rc::default();
-    context.env.spawn(Box::pin(watch_signals(signals, stop.clone())));
+    let dumper = Dumper::new(context.clone(), plan.daemon.metrics_dump.clone(), listeners::metrics);
+    context.env.spawn(Box::pin(watch_signals(signals, stop.clone(), dumper.clone())));
     if plan.dry_run {
         return dry_run(&context, &plan, &stop).await;
     }
@@ -144,7 +156,9 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
         }
     }));
     context.env.spawn_background(Box::pin(daemon.clone().watch()));
+    context.env.spawn_background(Box::pin(dumper.clone().run()));
     stop.notified().await;
+    dumper.stop();
     let ended = daemon.end().await;
     server.close().await;
     ended?;
@@ -175,7 +189,12 @@ async fn dry_run(context: &Rc<ShardContext>, plan: &Plan, stop: &Notify) -> Resu
             Ok(None)
         };
         match futures_lite::future::or(prepared, stopped).await {
-            Ok(Some(prepared)) => prepared.describe(config).iter().for_each(|line| println!("{line}")),
+            Ok(Some(prepared)) => {
+                for (index, line) in prepared.describe(config).iter().enumerate() {
+                    let indent = if index > 0 && plan.clones.len() > 1 { "  " } else { "" };
+                    println!("{indent}{line}");
+                }
+            }
             Ok(None) => return Ok(()),
             Err(error) => {
                 if plan.clones.len() > 1 {

@@ -23,6 +23,8 @@ const CACHE_CLASSES: usize = 10; // 4 KiB ... 2 MiB
 struct Cache {
     free: [Vec<NonNull<u8>>; CACHE_CLASSES],
     bytes: usize,
+    /// Capacity of the buffers taken on this thread, less that of those given back here.
+    in_use: isize,
 }
 
 impl Drop for Cache {
@@ -37,7 +39,7 @@ impl Drop for Cache {
 }
 
 thread_local! {
-    static CACHE: RefCell<Cache> = const { RefCell::new(Cache { free: [const { Vec::new() }; CACHE_CLASSES], bytes: 0 }) };
+    static CACHE: RefCell<Cache> = const { RefCell::new(Cache { free: [const { Vec::new() }; CACHE_CLASSES], bytes: 0, in_use: 0 }) };
 }
 
 const fn class_bytes(class: usize) -> usize {
@@ -71,18 +73,14 @@ impl DmaBuf {
     pub fn new(len: usize) -> Self {
         let capacity = len.max(1).next_multiple_of(DMA_ALIGN);
         let capacity = if capacity <= class_bytes(CACHE_CLASSES - 1) { capacity.next_power_of_two() } else { capacity };
-        let cached = class_of(capacity).and_then(|class| {
-            CACHE
-                .try_with(|cache| {
-                    let mut cache = cache.borrow_mut();
-                    let ptr = cache.free[class].pop()?;
-                    cache.bytes -= capacity;
-                    Some(ptr)
-                })
-                .ok()
-                .flatten()
+        let cached = CACHE.try_with(|cache| {
+            let mut cache = cache.borrow_mut();
+            cache.in_use += capacity as isize;
+            let ptr = cache.free[class_of(capacity)?].pop()?;
+            cache.bytes -= capacity;
+            Some(ptr)
         });
-        let ptr = cached.unwrap_or_else(|| {
+        let ptr = cached.ok().flatten().unwrap_or_else(|| {
             // SAFETY: the layout has a non-zero size.
             let ptr = unsafe { alloc_zeroed(layout(capacity)) };
             NonNull::new(ptr).unwrap_or_else(|| handle_alloc_error(layout(capacity)))
@@ -123,6 +121,24 @@ impl DmaBuf {
     pub fn as_mut_ptr(&mut self) -> *mut u8 {
         self.deref_mut().as_mut_ptr()
     }
+}
+
+/// What buffers take on this thread, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BufferUsage {
+    /// Of buffers taken here, less those given back here: they move between threads, so only the sum over all is what
+    /// is in use.
+    pub in_use: i64,
+    /// Of buffers that were given back and are kept for the next ones.
+    pub cached: u64,
+}
+
+/// See [`BufferUsage`].
+pub fn usage() -> BufferUsage {
+    CACHE.with(|cache| {
+        let cache = cache.borrow();
+        BufferUsage { in_use: cache.in_use as i64, cached: cache.bytes as u64 }
+    })
 }
 
 /// Whether every byte is zero; reads eight at a time.
@@ -167,20 +183,19 @@ impl std::fmt::Debug for DmaBuf {
 
 impl Drop for DmaBuf {
     fn drop(&mut self) {
-        let kept = class_of(self.capacity).is_some_and(|class| {
-            CACHE
-                .try_with(|cache| {
-                    let mut cache = cache.borrow_mut();
-                    let keep = cache.bytes + self.capacity <= CACHE_BYTES_MAX;
-                    if keep {
-                        cache.bytes += self.capacity;
-                        cache.free[class].push(self.ptr);
-                    }
-                    keep
-                })
-                .unwrap_or(false)
+        let kept = CACHE.try_with(|cache| {
+            let mut cache = cache.borrow_mut();
+            cache.in_use -= self.capacity as isize;
+            match class_of(self.capacity) {
+                Some(class) if cache.bytes + self.capacity <= CACHE_BYTES_MAX => {
+                    cache.bytes += self.capacity;
+                    cache.free[class].push(self.ptr);
+                    true
+                }
+                _ => false,
+            }
         });
-        if !kept {
+        if !kept.unwrap_or(false) {
             // SAFETY: allocated with this layout, freed once.
             unsafe { dealloc(self.ptr.as_ptr(), layout(self.capacity)) }
         }
@@ -206,6 +221,19 @@ mod tests {
         assert_eq!(&buf[..], &[7; 10]);
         let elsewhere = std::thread::spawn(move || bytes::Bytes::from(buf)).join().unwrap();
         assert_eq!(&elsewhere[..], &[7; 10]);
+    }
+
+    #[test]
+    fn usage_follows_buffers_from_thread_to_thread() {
+        let (kept, moved) = (DmaBuf::new(5000), DmaBuf::new(3 << 20));
+        assert_eq!(usage(), BufferUsage { in_use: 8192 + (3 << 20), cached: 0 });
+        let there = std::thread::spawn(move || {
+            drop(moved);
+            usage()
+        });
+        assert_eq!(there.join().unwrap(), BufferUsage { in_use: -(3 << 20), cached: 0 }, "too large to be kept");
+        drop(kept);
+        assert_eq!(usage(), BufferUsage { in_use: 3 << 20, cached: 8192 });
     }
 
     #[test]

@@ -16,6 +16,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum ErrorKind {
     /// The command line, a message or a setting is wrong.
     Usage,
+    /// A configuration file is wrong.
+    Config,
     /// A request is malformed or outside the device.
     InvalidRequest,
     /// A file, device, export or clone does not exist.
@@ -65,7 +67,7 @@ impl ErrorKind {
     pub const fn errno(self) -> i32 {
         use ErrorKind::*;
         match self {
-            Usage | InvalidRequest | Mismatch => libc::EINVAL,
+            Usage | Config | InvalidRequest | Mismatch => libc::EINVAL,
             NotFound => libc::ENOENT,
             PermissionDenied => libc::EPERM,
             WrongType => libc::ENOTBLK,
@@ -103,6 +105,7 @@ impl ErrorKind {
         use ErrorKind::*;
         match self {
             Usage => "usage",
+            Config => "config",
             InvalidRequest => "invalid_request",
             NotFound => "not_found",
             PermissionDenied => "permission_denied",

@@ -3,19 +3,32 @@
 use clap::Parser;
 use hydrant::cli::{Cli, Verb};
 use hydrant::commands;
+use hydrant::config::Plan;
 use hydrant::daemon;
 use std::io::stdout;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let default_level = if matches!(cli.verb, Verb::Clone(_)) { "info" } else { "warn" };
-    env_logger::Builder::from_env(env_logger::Env::new().filter_or("HYDRANT_LOG", default_level)).init();
-    match commands::run(cli, &mut stdout(), daemon::run) {
+    // A daemon logs as its configuration says, so not before that is read.
+    let is_daemon = matches!(cli.verb, Verb::Clone(_) | Verb::Serve(_));
+    if !is_daemon {
+        start_log("warn");
+    }
+    let daemon = |plan: Plan| {
+        start_log(plan.daemon.log.as_deref().unwrap_or("info"));
+        daemon::run(plan)
+    };
+    match commands::run(cli, &mut stdout(), daemon) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("hydrant: {error}");
             ExitCode::from(error.kind().exit_code())
         }
     }
+}
+
+/// Logs to standard error what HYDRANT_LOG says, or else `words`.
+fn start_log(words: &str) {
+    env_logger::Builder::from_env(env_logger::Env::new().filter_or("HYDRANT_LOG", words)).init();
 }

@@ -23,10 +23,13 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use crate::local::Notify;
+use crate::metrics::record::count as add;
 use drive::Drive;
 pub use drive::{Bell, Sleep};
+use load::Load;
 
 mod drive;
+mod load;
 mod watch;
 
 /// Submission queue entries. More operations than this can be in flight: the queue is only passed through.
@@ -67,6 +70,7 @@ pub struct Ring {
     taskrun: bool,
     background: glommio::TaskQueueHandle,
     drive: Drive,
+    load: Load,
 }
 
 const NO_SLOT: usize = usize::MAX;
@@ -108,6 +112,7 @@ impl Ring {
             taskrun,
             background,
             drive: Drive::new(bell),
+            load: Load::new(),
         });
         CURRENT.with(|current| *current.borrow_mut() = Some(ring.clone()));
         ring.start_driving();
@@ -160,6 +165,7 @@ impl Ring {
             if queued == 0 && flags == 0 {
                 return;
             }
+            add(&self.load.system_calls, 1);
             // SAFETY: no signal mask or other argument is passed.
             match unsafe { inner.uring.submitter().enter::<libc::sigset_t>(queued, 0, flags, None) } {
                 Ok(_) if inner.uring.submission().is_empty() => return,
@@ -186,6 +192,7 @@ impl Ring {
         let inner = self.inner.borrow();
         let timespec = types::Timespec::from(timeout);
         let args = types::SubmitArgs::new().timespec(&timespec);
+        add(&self.load.system_calls, 1);
         match inner.uring.submitter().submit_with_args(1, &args) {
             Ok(_) => {}
             Err(error) => match error.raw_os_error() {
@@ -245,6 +252,7 @@ impl Ring {
             }
         }
         drop(inner);
+        add(&self.load.completed, count as u64);
         drop(released);
         wakers.into_iter().for_each(Waker::wake);
         count
@@ -270,6 +278,7 @@ impl Ring {
             }
         };
         inner.in_flight += 1;
+        add(&self.load.submitted, 1);
         let entry = entry.user_data(index as u64);
         // SAFETY: the caller vouches for the pointers; the slot (or the future) keeps `keep` until completion.
         while unsafe { inner.uring.submission().push(&entry) }.is_err() {

@@ -139,6 +139,19 @@ impl Shard {
         coordinator.ok_or_else(|| Error::new(ErrorKind::Shutdown, format!("clone {clone} is gone")))
     }
 
+    /// All slices, by name.
+    pub fn slices(&self) -> Vec<Rc<CloneSlice>> {
+        let mut slices: Vec<_> = self.slices.borrow().values().cloned().collect();
+        slices.sort_by(|a, b| a.state().name.cmp(&b.state().name));
+        slices
+    }
+    /// All coordinators, by name.
+    pub fn coordinators(&self) -> Vec<Rc<Coordinator>> {
+        let mut coordinators: Vec<_> = self.coordinators.borrow().values().cloned().collect();
+        coordinators.sort_by(|a, b| a.state().name.cmp(&b.state().name));
+        coordinators
+    }
+
     /// Carries out what another shard (or this one) asks.
     pub async fn handle(&self, request: ShardRequest) -> Result<ShardReply> {
         match request {

@@ -41,7 +41,11 @@ fn help_is_as_pinned() {
     let verbs: &[&[&str]] = &[
         &[],
         &["clone"],
+        &["serve"],
+        &["config"],
+        &["config", "check"],
         &["status"],
+        &["create"],
         &["list"],
         &["remove"],
         &["message"],
@@ -147,6 +151,43 @@ fn nobody_listens() {
     let (_, line) =
         failure(&hydrant(temp.path(), &["message", "vm", "hydration_threshold", "1", "--control", control]));
     assert!(line.contains(control), "{line}");
+}
+
+#[test]
+fn configurations_are_checked() {
+    let temp = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = temp.path().join(name);
+        fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let clone = "[[clone]]\nname = 'vm'\nsource = '/s'\ndestination = '/d'\nmetadata = '/m'\n";
+    let (good, daemon) = (write("good.toml", clone), write("daemon.toml", "daemon.control = '/c'\n"));
+    let output = hydrant(temp.path(), &["config", "check", &good, &daemon]);
+    assert_eq!(text(&output.stderr), "");
+    let socket = temp.path().join("hydrant/vm.sock");
+    let expected = format!(
+        "daemon: 1 clone, control at /c\nclone 'vm': /s to /d, metadata /m, export 'vm' at unix:{}\n",
+        socket.display()
+    );
+    assert_eq!(text(&output.stdout), expected);
+    let bad = write("bad.toml", "[[clone]]\nnaem = 'vm'\nsource = 5\n");
+    for verb in [&["config", "check"][..], &["serve"], &["serve", "--dry-run"]] {
+        let output = hydrant(temp.path(), &[verb, &[&good, &bad]].concat());
+        assert_eq!(output.status.code(), Some(1), "{verb:?}");
+        let (out, said) = (text(&output.stdout), text(&output.stderr));
+        if verb[0] == "config" {
+            assert!(out.starts_with(&format!("{bad}:1:1: clone 1: name: missing")), "{out}");
+            assert_eq!(out.lines().count(), 5, "{out}");
+            assert_eq!(said, "hydrant: 5 errors in the configuration\n");
+        } else {
+            assert_eq!(out, "");
+            assert!(said.starts_with(&format!("hydrant: {bad}:1:1: ")) && said.lines().count() == 1, "{said}");
+        }
+    }
+    let (_, line) = failure(&hydrant(temp.path(), &["serve", "/no/such.toml"]));
+    assert_eq!(line, "configuration /no/such.toml: No such file or directory");
+    assert!(!temp.path().join("hydrant").exists(), "nothing is made for what can't be started");
 }
 
 #[test]

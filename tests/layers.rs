@@ -14,8 +14,9 @@ const LAYERS: [&str; 5] = [
     "units error dma_buf io_frontend/request",
     // 1, pure decisions: no I/O, no async, no clock.
     "meta/mod meta/codec meta/region_map meta/commit meta/check
-     shard/plan shard/inflight hydration_sched hydration_share log_limit signatures human daemon/rate control/api
+     shard/plan shard/inflight hydration_sched hydration_share log_limit signatures human dm_table daemon/rate control/api
      source/uri source/nbd/assembly
+     metrics metrics/schema metrics/record metrics/text
      io_frontend/nbd/proto io_frontend/nbd/proto/* io_frontend/nbd/limits io_frontend/nbd/stats
      io_frontend/nbd/handshake io_frontend/nbd/admit io_frontend/nbd/reply",
     // 2, generic async, over the traits Disk, Source, Env and Mesh.
@@ -24,10 +25,11 @@ const LAYERS: [&str; 5] = [
      source/file source/remote source/fingerprint source/nbd/status_cache
      sim sim/*",
     // 3, edges: the kernel, sockets, glommio.
-    "ring ring/* net disk/ring env/glommio shard/pool environment unix_socket devices devices/*
+    "ring ring/* net metrics/* disk/ring env/glommio shard/pool environment unix_socket devices devices/*
      source/nbd source/nbd/* io_frontend io_frontend/nbd io_frontend/nbd/*",
     // 4, product.
-    "lib main cli config runtime_dir commands commands/* control control/* daemon daemon/* demo demo/*",
+    "lib main cli metrics/dump config config/* runtime_dir commands commands/* control control/* daemon daemon/*
+     demo demo/*",
 ];
 
 /// What a layer has nothing to do with, as it would be written in the code.

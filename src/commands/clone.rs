@@ -2,7 +2,7 @@
 
 use crate::bail;
 use crate::cli::CloneArgs;
-use crate::config::{CloneConfig, DaemonConfig, NbdConfig, PRIORITY_DEFAULT, Plan};
+use crate::config::{CloneConfig, DaemonConfig, NbdConfig, Plan};
 use crate::error::Result;
 use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::runtime_dir::RuntimeDir;
@@ -25,24 +25,29 @@ fn plan_of(args: CloneArgs, dir: &RuntimeDir) -> Result<Plan> {
     if matches!(&address, NbdAddress::Unix(path) if *path == control) {
         bail!(Usage, "--nbd and --control are the same socket: {}", control.display());
     }
-    let clone = CloneConfig {
+    let mut clone = CloneConfig {
         nbd: NbdConfig { address, export: args.name.clone() },
         name: args.name,
-        source: args.source,
-        destination: args.destination,
-        metadata: args.metadata,
+        // Without a table line they are required.
+        source: args.source.unwrap_or_default(),
+        destination: args.destination.unwrap_or_default(),
+        metadata: args.metadata.unwrap_or_default(),
         region_size: args.region_size,
-        size: None,
+        size: args.size,
         hydration: !args.no_hydration,
         discard_passdown: !args.no_discard_passdown,
         hydration_threshold: args.hydration_threshold,
         hydration_batch_size: args.hydration_batch_size,
-        hydration_rate: None,
-        priority: PRIORITY_DEFAULT,
+        hydration_rate: args.hydration_rate,
+        priority: args.priority,
         on_hydrated: args.on_hydrated,
         source_timeout: Duration::from_secs(args.source_timeout.into()),
         force: args.force,
+        table: None,
     };
+    if let Some(table) = args.table {
+        clone.set_table(table);
+    }
     let daemon = DaemonConfig { shards: args.shards, one_clone: true, ..DaemonConfig::new(control) };
     Ok(Plan { daemon, clones: vec![clone], dry_run: args.dry_run })
 }
@@ -64,7 +69,7 @@ mod tests {
         let cli = Cli::try_parse_from(words)
             .map_err(|error| crate::error::Error::new(ErrorKind::Usage, error.to_string()))?;
         let Verb::Clone(args) = cli.verb else { panic!("not clone") };
-        plan_of(args, &RuntimeDir::of_user())
+        plan_of(*args, &RuntimeDir::of_user())
     }
 
     #[test]
@@ -91,6 +96,7 @@ mod tests {
             },
             source_timeout: Duration::from_secs(60),
             force: false,
+            table: None,
         };
         let daemon = DaemonConfig { one_clone: true, ..DaemonConfig::new(dir.path().join("clone.control")) };
         assert_eq!(plan, Plan { daemon, clones: vec![expected], dry_run: false });
@@ -101,7 +107,7 @@ mod tests {
         let plan = parse(
             "--name vm.1 --region-size 1MiB --no-hydration --no-discard-passdown --hydration-threshold 7 \
              --hydration-batch-size 8 --on-hydrated exit --nbd tcp:127.0.0.1:10809 --control c --shards 3 \
-             --source-timeout 9 --force --dry-run",
+             --source-timeout 9 --force --dry-run --size 5MiB --hydration-rate 1GiB --priority 7",
         )
         .unwrap();
         let expected = CloneConfig {
@@ -110,23 +116,47 @@ mod tests {
             destination: "d".into(),
             metadata: "m".into(),
             region_size: RegionSize::new(1 << 20).ok(),
-            size: None,
+            size: Some(5 << 20),
             hydration: false,
             discard_passdown: false,
             hydration_threshold: Some(7),
             hydration_batch_size: Some(8),
-            hydration_rate: None,
-            priority: 100,
+            hydration_rate: Some(1 << 30),
+            priority: 7,
             on_hydrated: OnHydrated::Exit,
             nbd: NbdConfig { address: "tcp:127.0.0.1:10809".parse().unwrap(), export: "vm.1".parse().unwrap() },
             source_timeout: Duration::from_secs(9),
             force: true,
+            table: None,
         };
         let daemon = DaemonConfig { shards: Some(3), one_clone: true, ..DaemonConfig::new("c".into()) };
         assert_eq!(plan, Plan { daemon, clones: vec![expected], dry_run: true });
         assert_eq!(parse("--name vm1").unwrap().daemon.control.file_name(), Path::new("vm1.control").file_name());
         assert_eq!(parse("--region-size 4096").unwrap().clones[0].region_size.unwrap().bytes(), 4096);
         assert_eq!(parse("--region-size 1GiB").unwrap().clones[0].region_size.unwrap().bytes(), 1 << 30);
+    }
+
+    #[test]
+    fn a_table_line_instead() {
+        let parse = |line: &str, more: &[&str]| {
+            let words = [&["hydrant", "clone", "--table", line], more].concat();
+            let cli = Cli::try_parse_from(words).map_err(|error| error.to_string())?;
+            let Verb::Clone(args) = cli.verb else { panic!("not clone") };
+            plan_of(*args, &RuntimeDir::of_user()).map_err(|error| error.to_string())
+        };
+        let line = "0 2048 clone m /dev/d nbd://h/x 8 1 no_hydration 2 hydration_batch_size 3";
+        let clone = parse(line, &["--priority", "5"]).unwrap().clones.remove(0);
+        assert_eq!((clone.source.as_str(), clone.destination.to_str()), ("nbd://h/x", Some("/dev/d")));
+        assert_eq!((clone.metadata.to_str(), clone.size, clone.priority), (Some("m"), Some(1 << 20), 5));
+        assert_eq!((clone.hydration, clone.discard_passdown), (false, true));
+        assert_eq!((clone.hydration_threshold, clone.hydration_batch_size), (None, Some(3)));
+        assert_eq!(clone.table.unwrap().to_string(), line);
+        let error = parse("0 2048 clone m d s 9", &[]).unwrap_err();
+        assert!(error.contains("Region size is not a power of 2: 9 sectors"), "{error}");
+        for more in ["--source=s", "--destination=d", "--region-size=4KiB", "--size=1", "--no-hydration"] {
+            let error = parse(line, &[more]).unwrap_err();
+            assert!(error.contains("cannot be used with"), "{more}: {error}");
+        }
     }
 
     #[test]
@@ -150,6 +180,9 @@ mod tests {
             ("--nbd tcp:localhost:10809", "127.0.0.1:10809"),
             ("--control x --nbd unix:x", "same socket"),
             ("--control=", "a value is required"),
+            ("--hydration-rate 1", "not from 4KiB to 1TiB"),
+            ("--priority 0", "1..=1000"),
+            ("--size 0", "not from 1 bytes"),
             ("--bogus", "--bogus"),
             ("extra", "extra"),
         ];

@@ -38,6 +38,14 @@ fn all(dir: &RuntimeDir) -> Result<Vec<(String, PathBuf)>> {
     Ok(many.into_iter().chain(own).collect())
 }
 
+/// The daemon that is meant, or every one that may run here, by what to call it.
+pub fn daemons(control: &ControlArgs) -> Result<Vec<(String, Client)>> {
+    if let Some(path) = &control.control {
+        return Ok(vec![(path.display().to_string(), Client::new(path))]);
+    }
+    Ok(all(&RuntimeDir::of_user())?.into_iter().map(|(name, path)| (name, Client::new(path))).collect())
+}
+
 /// The one daemon that runs here.
 pub fn only_one() -> Result<Client> {
     let dir = RuntimeDir::of_user();

@@ -7,6 +7,7 @@ use super::api::{ErrorBody, Message, MessageBody, PREFIX, RemoveBody, Status, St
 use super::http_io::BlockingIo;
 use crate::config::CloneName;
 use crate::error::{Error, ErrorKind, Result};
+use crate::metrics::schema::MetricsDocument;
 use bytes::Bytes;
 use futures_lite::future::or;
 use http_body_util::{BodyExt, Full, Limited};
@@ -21,8 +22,8 @@ use std::time::Duration;
 
 /// How long an answer may take; longer than the server gives itself.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(35);
-/// Largest answer that is read, in bytes: a thousand clones.
-const ANSWER_MAX: usize = 4 << 20;
+/// Largest answer that is read, in bytes: the metrics of a thousand clones on sixteen shards.
+const ANSWER_MAX: usize = 256 << 20;
 
 /// A daemon's control socket.
 #[derive(Clone, Debug)]
@@ -52,6 +53,14 @@ impl Client {
 
     pub fn status(&self, name: &CloneName) -> Result<Status> {
         self.ask(Method::GET, &format!("/clones/{name}/status"), None)
+    }
+
+    /// The metrics of the clone `name`, or of every clone of the daemon.
+    pub fn metrics(&self, name: Option<&CloneName>) -> Result<MetricsDocument> {
+        match name {
+            Some(name) => self.ask(Method::GET, &format!("/clones/{name}/metrics"), None),
+            None => self.ask(Method::GET, "/metrics", None),
+        }
     }
 
     /// Returns when the message is in force.

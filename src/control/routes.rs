@@ -5,6 +5,7 @@
 
 use super::Controlled;
 use super::api::{ErrorBody, ErrorText, Message, MessageBody, PREFIX, RemoveBody, StatusList};
+use crate::config::spec::CloneSpec;
 use crate::env::Env;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::LocalBoxFuture;
@@ -53,11 +54,22 @@ impl Routes {
                 Some(status) => Ok(json(StatusCode::OK, &status)),
                 None => Err(Error::new(ErrorKind::NotFound, format!("no clone '{}'", name.escape_debug()))),
             }),
+            Route::MetricsOfAll => self.controlled.metrics(None).await.map(|metrics| json(StatusCode::OK, &metrics)),
+            Route::Metrics(name) => {
+                self.controlled.metrics(Some(name)).await.map(|metrics| json(StatusCode::OK, &metrics))
+            }
             Route::Stop => self.controlled.stop().map(|()| json(StatusCode::OK, &serde_json::json!({}))),
             Route::Message(name) => match read_message(request.into_body()).await {
                 Ok(message) => {
                     let log_as = format!("clone '{}': message {message}", name.escape_debug());
                     self.carry_out(log_as, self.controlled.message(name, &message)).await
+                }
+                Err(refused) => return refused,
+            },
+            Route::Create => match read_clone(request.into_body()).await {
+                Ok(spec) => {
+                    let name = spec.name.as_ref().map(|name| name.to_string()).unwrap_or_default();
+                    self.carry_out(format!("clone '{name}': create"), self.controlled.create(spec)).await
                 }
                 Err(refused) => return refused,
             },
@@ -103,7 +115,10 @@ impl Routes {
 enum Route<'a> {
     StatusOfAll,
     Status(&'a str),
+    MetricsOfAll,
+    Metrics(&'a str),
     Message(&'a str),
+    Create,
     Remove(&'a str),
     Stop,
 }
@@ -113,10 +128,13 @@ impl<'a> Route<'a> {
     fn of(path: &'a str) -> Option<Self> {
         match path {
             "/status" => Some(Self::StatusOfAll),
+            "/clones" => Some(Self::Create),
+            "/metrics" => Some(Self::MetricsOfAll),
             "/stop" => Some(Self::Stop),
             _ => match path.strip_prefix("/clones/")?.split_once('/')? {
                 ("", _) => None,
                 (name, "status") => Some(Self::Status(name)),
+                (name, "metrics") => Some(Self::Metrics(name)),
                 (name, "message") => Some(Self::Message(name)),
                 (name, "remove") => Some(Self::Remove(name)),
                 _ => None,
@@ -125,8 +143,8 @@ impl<'a> Route<'a> {
     }
     fn method(&self) -> Method {
         match self {
-            Self::StatusOfAll | Self::Status(_) => Method::GET,
-            Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
+            Self::StatusOfAll | Self::Status(_) | Self::MetricsOfAll | Self::Metrics(_) => Method::GET,
+            Self::Create | Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
         }
     }
 }
@@ -135,6 +153,11 @@ async fn read_message(body: Incoming) -> Result<Message, Response<Full<Bytes>>> 
     let body: MessageBody = read_body(body, r#"{"message": "..."}"#).await?;
     let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
     body.message.parse().map_err(bad)
+}
+
+async fn read_clone(body: Incoming) -> Result<CloneSpec, Response<Full<Bytes>>> {
+    let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
+    CloneSpec::from_json(&read_bytes(body).await?).map_err(bad)
 }
 
 /// Reads JSON that is to look like `example`.
@@ -178,7 +201,9 @@ fn refusal(status: StatusCode, kind: ErrorKind, message: &str) -> Response<Full<
 /// The HTTP status of an error.
 fn http_status(kind: ErrorKind) -> StatusCode {
     match kind {
-        ErrorKind::Usage | ErrorKind::InvalidRequest | ErrorKind::NotSupported => StatusCode::BAD_REQUEST,
+        ErrorKind::Usage | ErrorKind::Config | ErrorKind::InvalidRequest | ErrorKind::NotSupported => {
+            StatusCode::BAD_REQUEST
+        }
         ErrorKind::NotFound => StatusCode::NOT_FOUND,
         ErrorKind::PermissionDenied => StatusCode::FORBIDDEN,
         ErrorKind::InUse | ErrorKind::ReadOnly | ErrorKind::Failed => StatusCode::CONFLICT,

@@ -5,12 +5,13 @@ use super::api::{Message, Status};
 use super::client::Client;
 use super::server::Server;
 use crate::bail;
-use crate::config::CloneConfig;
+use crate::config::spec::CloneSpec;
 use crate::env::Env;
 use crate::env::glommio::GlommioEnv;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::Notify;
+use crate::metrics::schema::{CloneMetrics, MetricsDocument, SCHEMA};
 use crate::ring::Ring;
 use crate::unix_socket::BoundSocket;
 use std::io::{Read, Write};
@@ -23,6 +24,10 @@ use std::time::{Duration, Instant};
 
 /// What the messages were, seen from outside the executor.
 type Seen = Arc<Mutex<Vec<String>>>;
+
+fn not_found(name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("no clone '{name}'"))
+}
 
 /// Two clones, `a` and `b`. A message to `b` takes 300 ms; `a` refuses `disable_hydration`.
 struct Clones {
@@ -38,9 +43,19 @@ impl Controlled for Clones {
             None => Ok(vec![status("a"), status("b")]),
             Some("a") => Ok(vec![status("a")]),
             Some("b") => Ok(vec![status("b")]),
-            Some(name) => Err(Error::new(ErrorKind::NotFound, format!("no clone '{name}'"))),
+            Some(name) => Err(not_found(name)),
         };
         Box::pin(std::future::ready(found))
+    }
+    fn metrics(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<MetricsDocument>> {
+        let clones = match name {
+            None => vec!["a", "b"],
+            Some(name @ ("a" | "b")) => vec![name],
+            Some(name) => return Box::pin(std::future::ready(Err(not_found(name)))),
+        };
+        let clones = clones.iter().map(|name| CloneMetrics { name: (*name).into(), ..Default::default() }).collect();
+        let document = MetricsDocument { schema: SCHEMA.into(), clones, ..Default::default() };
+        Box::pin(std::future::ready(Ok(document)))
     }
     fn message(&self, name: &str, message: &Message) -> LocalBoxFuture<'static, Result<()>> {
         let (env, seen, name, message) = (self.env.clone(), self.seen.clone(), name.to_owned(), *message);
@@ -55,11 +70,11 @@ impl Controlled for Clones {
             Ok(())
         })
     }
-    fn create(&self, config: CloneConfig) -> LocalBoxFuture<'static, Result<()>> {
+    fn create(&self, spec: CloneSpec) -> LocalBoxFuture<'static, Result<()>> {
         let seen = self.seen.clone();
         Box::pin(async move {
-            match config.name.as_str() {
-                "a" | "b" => bail!(InUse, "there is a clone '{}' already", config.name),
+            match spec.name.as_ref().map_or("", |name| name.as_str()) {
+                name @ ("a" | "b") => bail!(InUse, "there is a clone '{name}' already"),
                 name => seen.lock().unwrap().push(format!("create {name}")),
             }
             Ok(())

@@ -1,16 +1,38 @@
 //! The daemon as the control interface sees it.
 
+use super::listeners;
 use super::registry::{Daemon, Started};
+use crate::bail;
 use crate::config::CloneConfig;
+use crate::config::spec::CloneSpec;
 use crate::control::Controlled;
 use crate::control::api::{Message, Status};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::io_frontend::request::LocalBoxFuture;
+use crate::metrics::collect::collect;
+use crate::metrics::schema::MetricsDocument;
+use crate::runtime_dir::RuntimeDir;
 use std::rc::Rc;
 use std::time::Instant;
 
 /// A handle that is shared with the control server.
 pub struct Handle(pub Rc<Daemon>);
+
+impl Handle {
+    /// What a clone is made from at run time.
+    fn config_of(&self, spec: CloneSpec) -> Result<CloneConfig> {
+        if self.0.config.one_clone {
+            bail!(NotSupported, "this daemon is for its one clone alone: 'hydrant serve' runs one that takes more");
+        }
+        let dir = RuntimeDir::of_user();
+        let config = spec.into_config(&dir)?;
+        if matches!(&config.nbd.address, NbdAddress::Unix(path) if dir.holds(path)) {
+            dir.create()?;
+        }
+        Ok(config)
+    }
+}
 
 fn stopping() -> Error {
     Error::new(ErrorKind::Shutdown, "the daemon is stopping")
@@ -21,6 +43,15 @@ impl Controlled for Handle {
         self.0.last_asked.set(Some(Instant::now()));
         let (daemon, name) = (self.0.clone(), name.map(String::from));
         Box::pin(async move { daemon.status(name.as_deref()).await })
+    }
+
+    fn metrics(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<MetricsDocument>> {
+        let running = name.map(|name| self.0.running(name)).transpose();
+        let (daemon, name) = (self.0.clone(), name.map(str::to_owned));
+        Box::pin(async move {
+            running?;
+            collect(&daemon.context, name.as_deref(), listeners::metrics).await
+        })
     }
 
     fn message(&self, name: &str, message: &Message) -> LocalBoxFuture<'static, Result<()>> {
@@ -34,14 +65,10 @@ impl Controlled for Handle {
         })
     }
 
-    fn create(&self, config: CloneConfig) -> LocalBoxFuture<'static, Result<()>> {
-        if self.0.config.one_clone {
-            let text = "this daemon is for its one clone alone: 'hydrant serve' runs one that takes more";
-            return Box::pin(std::future::ready(Err(Error::new(ErrorKind::NotSupported, text))));
-        }
-        let started = self.0.start(config, false);
+    fn create(&self, spec: CloneSpec) -> LocalBoxFuture<'static, Result<()>> {
+        let started = self.config_of(spec).map(|config| self.0.start(config, false));
         Box::pin(async move {
-            match started.await? {
+            match started?.await? {
                 Started::Serving => Ok(()),
                 Started::GivenUp => Err(stopping()),
             }

@@ -10,6 +10,7 @@ use crate::io_frontend::nbd::listen::{NbdAddress, bind, configure_accepted};
 use crate::io_frontend::nbd::{ConnectionStats, Counted, Exports, Limits, Served, Stay, serve};
 use crate::io_frontend::request::{Volume, VolumeInfo};
 use crate::local::latch::Latch;
+use crate::metrics::schema::NbdMetrics;
 use crate::net::{Listener as Socket, Stream};
 use crate::shard::Mesh;
 use crate::shard::pool::ShardContext;
@@ -45,7 +46,6 @@ struct Export {
 #[derive(Default)]
 struct ShardExports {
     exports: RefCell<Vec<Export>>,
-    stats: Rc<ConnectionStats>,
     stop: Rc<Latch>,
 }
 
@@ -86,6 +86,22 @@ type ListenerId = u32;
 
 thread_local! {
     static EXPORTS: RefCell<HashMap<ListenerId, Rc<ShardExports>>> = RefCell::default();
+    /// Of all listeners: counters stay when one is closed.
+    static STATS: Rc<ConnectionStats> = Rc::default();
+}
+
+/// What the NBD connections of the current shard have done.
+pub fn metrics() -> NbdMetrics {
+    STATS.with(|stats| NbdMetrics {
+        connections: stats.connections.get(),
+        accepted: stats.accepted.get(),
+        dropped: stats.dropped.get(),
+        requests: stats.requests.get(),
+        errors: stats.errors.get(),
+        in_flight: stats.in_flight.get(),
+        read_bytes: stats.read_bytes.get(),
+        write_bytes: stats.written_bytes.get(),
+    })
 }
 
 fn exports_of(listener: ListenerId) -> Rc<ShardExports> {
@@ -239,7 +255,7 @@ impl Listener {
                     let exports = EXPORTS.with(|all| all.borrow().get(&id).cloned());
                     // None: the listener was closed meanwhile.
                     let Some(exports) = exports else { return };
-                    let (stats, stop) = (exports.stats.clone(), exports.stop.clone());
+                    let (stats, stop) = (STATS.with(Rc::clone), exports.stop.clone());
                     let served =
                         serve(Stream::new(fd), exports, context.env.clone(), Limits::default(), stats, stop).await;
                     if let Err(error) = served {

@@ -177,7 +177,13 @@ impl Daemon {
             Ok(None)
         };
         let Some(prepared) = futures_lite::future::or(prepared, stopped).await? else { return Ok(None) };
-        prepared.describe(config).iter().for_each(|line| log::info!("{line}"));
+        for (index, line) in prepared.describe(config).iter().enumerate() {
+            // The first line names the clone; among many, the others need it too.
+            match index > 0 && !self.config.one_clone {
+                true => log::info!("clone '{}': {line}", config.name),
+                false => log::info!("{line}"),
+            }
+        }
         let id = CloneId(self.next_id.replace(self.next_id.get() + 1));
         let budget = self.budget.join(priority, rate, self.context.env.now());
         let config_now = (**config).clone();

@@ -13,8 +13,9 @@
 //! Asking about or setting a region of another shard's zone is a broken invariant and panics, in release too: two
 //! owners of one bit lose data.
 //!
-//! Memory: 1 bit per region, rounded up to 8 bytes per zone, plus 8 bytes and 1 bit per zone. [`RegionMap::release`]
-//! gives all of it back.
+//! Memory: 1 bit per region, rounded up to 8 bytes per zone, plus 8 bytes and 1 bit per zone, plus at most 16 bytes for
+//! each zone that is dirty ([`RegionMap::memory_bytes`], [`RegionMap::memory_bytes_max`]). [`RegionMap::release`] gives
+//! all of it back.
 
 use super::codec::{REGIONS_MAX, REGIONS_PER_ZONE_MAX, ZONES_MAX, words_per_zone};
 use crate::units::{Geometry, RegionIndex, RegionRange, ShardIndex, ZoneIndex};
@@ -295,6 +296,20 @@ impl RegionMap {
         self.words = Vec::new();
         self.zones = Vec::new();
         self.incomplete = Vec::new();
+    }
+
+    /// What the map takes now.
+    pub fn memory_bytes(&self) -> u64 {
+        let words = self.words.capacity() + self.incomplete.capacity();
+        let zones = self.zones.capacity() * size_of::<ZoneState>() + self.dirty.capacity() * size_of::<ZoneIndex>();
+        (words * size_of::<u64>() + zones) as u64
+    }
+    /// What it may take, by the formula at the head of this file.
+    pub fn memory_bytes_max(&self) -> u64 {
+        let owned = self.nr_owned.div_ceil(self.geometry.regions_per_zone());
+        let per_zone = 8 * self.words_per_zone as u64 + 8 + 16;
+        // A list has room for four from the start.
+        owned * per_zone + 8 * owned.div_ceil(64) + 32
     }
 
     pub fn is_released(&self) -> bool {

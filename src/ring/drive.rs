@@ -230,7 +230,9 @@ impl Ring {
         let bell = &self.drive.bell;
         bell.watched.asleep.store(true, SeqCst);
         if !bell.rung.load(SeqCst) {
+            let began = Instant::now();
             self.wait(self.drive.sleep_max());
+            self.load.parked(began, Instant::now());
         }
         bell.watched.asleep.store(false, SeqCst);
         let completed = self.reap() > 0;

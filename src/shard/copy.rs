@@ -3,17 +3,19 @@
 use super::inflight::Hold;
 use super::locks::Held;
 use super::plan::{ReadRoute, plan_read};
-use super::slice::{CloneSlice, count};
+use super::slice::{CloneSlice, Trip, count};
 use crate::clone_state::{CloneState, Mode};
 use crate::disk::ZeroFlags;
 use crate::dma_buf::is_zero;
 use crate::error::{Error, Result};
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::join_all;
+use crate::metrics::record::{How, Route};
 use crate::units::{ByteRange, RegionRange};
 use bytes::Bytes;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The most that is read from the source as one piece, in bytes. Larger regions are copied in such chunks.
 pub const COPY_UNIT_BYTES: u64 = 1 << 20;
@@ -30,6 +32,7 @@ const ZERO_GRAIN_BYTES: usize = 64 << 10;
 pub(super) struct Copy {
     regions: RegionRange,
     state: Arc<CloneState>,
+    began: Duration,
     _held: Held,
 }
 
@@ -75,24 +78,30 @@ impl CloneSlice {
 
     /// As [`Self::begin_copy`] for regions that are already counted as hydrating.
     pub(super) fn counted_copy(&self, regions: RegionRange, held: Held) -> Copy {
-        Copy { regions, state: self.state.clone(), _held: held }
+        Copy { regions, state: self.state.clone(), began: self.env.now(), _held: held }
+    }
+
+    /// The copy is in the destination: marks its regions, and counts what brought them in.
+    pub(super) fn copied(&self, copy: &Copy, how: How) {
+        self.mark_hydrated(copy.regions, how);
+        self.counters.copy_latency.record_time(self.env.now().saturating_sub(copy.began));
     }
 
     /// Writes what the source holds of the copy's regions, and marks them.
-    pub(super) async fn finish_copy(&self, copy: Copy, data: Bytes) -> Result<()> {
+    pub(super) async fn finish_copy(&self, copy: Copy, data: Bytes, how: How) -> Result<()> {
         self.state.check_mode(true)?;
         let bytes = self.geometry.bytes_of(copy.regions());
         self.store_copied(bytes, data).await?;
-        self.mark_hydrated(copy.regions());
+        self.copied(&copy, how);
         Ok(())
     }
 
     /// Copies regions whose bytes are held, and marks them.
-    pub(super) async fn copy(&self, copy: Copy) -> Result<()> {
+    pub(super) async fn copy(&self, copy: Copy, how: How) -> Result<()> {
         self.state.check_mode(true)?;
         let bytes = self.geometry.bytes_of(copy.regions());
         self.copy_chunks(bytes).await?;
-        self.mark_hydrated(copy.regions());
+        self.copied(&copy, how);
         Ok(())
     }
 
@@ -115,7 +124,7 @@ impl CloneSlice {
 
     async fn copy_chunk(&self, bytes: ByteRange) -> Result<()> {
         let _memory = self.copies.acquire(bytes.len()).await;
-        let data = self.source()?.read(bytes).await?;
+        let data = self.read_source(bytes).await?;
         self.store_copied(bytes, data.into()).await
     }
 
@@ -156,10 +165,13 @@ impl CloneSlice {
     }
 
     /// Hydrates all regions that `range` touches, now.
-    pub(super) async fn cache(self: &Rc<Self>, range: ByteRange) -> Result<()> {
+    pub(super) async fn cache(self: &Rc<Self>, range: ByteRange, trip: &Trip) -> Result<()> {
         let routes = plan_read(&self.geometry, &*self.map.borrow(), range);
         let units = routes.into_iter().filter_map(|route| match route {
-            ReadRoute::Destination(_) => None,
+            ReadRoute::Destination(bytes) => {
+                self.counters.part(Route::CacheHydrated, bytes.len());
+                None
+            }
             ReadRoute::Source { regions, .. } => Some(self.copy_units(regions)),
         });
         let units = std::cell::RefCell::new(units.flatten());
@@ -167,21 +179,32 @@ impl CloneSlice {
             loop {
                 let next = units.borrow_mut().next();
                 let Some(unit) = next else { return Ok::<(), Error>(()) };
-                self.hydrate_now(unit).await?;
+                self.hydrate_now(unit, range, trip).await?;
             }
         };
         let workers = (0..CHUNKS_AT_A_TIME).map(|_| Box::pin(worker()) as LocalBoxFuture<'_, Result<()>>).collect();
         join_all(workers).await.into_iter().collect()
     }
 
-    async fn hydrate_now(self: &Rc<Self>, regions: RegionRange) -> Result<()> {
-        let held = self.locks.hold(self.geometry.bytes_of(regions), Hold::Exclusive).await;
+    /// Hydrates `regions`, for a request for `range`, which touches each of them.
+    async fn hydrate_now(self: &Rc<Self>, regions: RegionRange, range: ByteRange, trip: &Trip) -> Result<()> {
+        trip.used_source.set(true);
+        let bytes = self.geometry.bytes_of(regions);
+        let wanted = bytes.intersection(range).expect("every region is touched");
+        let held = self.locks.hold(bytes, Hold::Exclusive).await;
         match self.uniform(regions) {
-            Some(true) => Ok(()),
-            Some(false) => self.copy(self.begin_copy(regions, held)).await,
+            Some(true) => {
+                self.counters.part(Route::CacheHydrated, wanted.len());
+                Ok(())
+            }
+            Some(false) => {
+                self.copy(self.begin_copy(regions, held), How::Cache).await?;
+                self.counters.part(Route::CacheCopied, wanted.len());
+                Ok(())
+            }
             None => {
                 drop(held);
-                let again: LocalBoxFuture<'_, _> = Box::pin(self.cache(self.geometry.bytes_of(regions)));
+                let again: LocalBoxFuture<'_, _> = Box::pin(self.cache(wanted, trip));
                 again.await
             }
         }

@@ -61,6 +61,7 @@ struct Member {
     state: Arc<CloneState>,
     used: Cell<u64>,
     waiting: RefCell<VecDeque<(u64, oneshot::Sender<CopyMemory>)>>,
+    waiting_max: Cell<u64>,
     copies_in_flight: Cell<u64>,
     bytes_in_flight: Cell<u64>,
     /// When a batch last ended, or the only one was started.
@@ -142,6 +143,7 @@ impl CopyPool {
             state,
             used: Cell::new(0),
             waiting: RefCell::default(),
+            waiting_max: Cell::new(0),
             copies_in_flight: Cell::new(0),
             bytes_in_flight: Cell::new(0),
             progress_at: Cell::new(Duration::ZERO),
@@ -188,6 +190,7 @@ impl CopyShare {
         }
         let (sender, receiver) = oneshot();
         self.member.waiting.borrow_mut().push_back((bytes.min(IO_MEMORY_MIN), sender));
+        self.member.waiting_max.set(self.member.waiting_max.get().max(self.waiting()));
         receiver.await.expect("the queue lives as long as its member, and self is borrowed")
     }
 
@@ -196,6 +199,23 @@ impl CopyShare {
         let bytes = bytes.min(IO_MEMORY_MIN);
         let fits = self.member.waiting.borrow().is_empty() && self.pool.fits(&self.member, bytes);
         fits.then(|| self.pool.take(&self.member, bytes))
+    }
+
+    /// Memory that this clone holds, in bytes.
+    pub fn memory(&self) -> u64 {
+        self.member.used.get()
+    }
+    /// What all clones of this shard may hold together, in bytes.
+    pub fn io_memory(&self) -> u64 {
+        self.pool.io_memory
+    }
+    /// Wishes that wait; one that was given up counts until its turn comes.
+    pub fn waiting(&self) -> u64 {
+        self.member.waiting.borrow().len() as u64
+    }
+    /// The most that ever waited at once.
+    pub fn waiting_max(&self) -> u64 {
+        self.member.waiting_max.get()
     }
 
     /// What background hydration of this clone may have in flight.

@@ -9,6 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::hydration_sched::Next;
 use crate::hydration_share::Answer;
 use crate::io_frontend::request::{Allocation, Extent};
+use crate::metrics::record::How;
 use crate::units::{ByteRange, Geometry, RegionIndex, RegionRange};
 use std::rc::Rc;
 use std::time::Duration;
@@ -184,6 +185,7 @@ impl CloneSlice {
         let read = if zero { 0 } else { bytes.len() };
         self.state.budget().spend(self.me, read);
         let in_flight = self.copies.begin_batch(read, self.env.now());
+        self.counters.batch_regions.record(batch.count());
         let slice = self.clone();
         self.env.spawn_background(Box::pin(async move {
             let result = slice.copy_batch(batch, held, zero).await;
@@ -195,11 +197,11 @@ impl CloneSlice {
     async fn copy_batch(self: &Rc<Self>, batch: RegionRange, held: Held, zero: bool) -> Result<()> {
         let copy = self.counted_copy(batch, held);
         if !zero {
-            return self.copy(copy).await;
+            return self.copy(copy, How::Background).await;
         }
         self.state.check_mode(true)?;
         self.store_zeros(self.geometry.bytes_of(batch)).await?;
-        self.mark_hydrated(copy.regions());
+        self.copied(&copy, How::Zeroes);
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 use super::inflight::{Hold, Inflight, Ticket};
 use crate::local::oneshot;
 use crate::units::ByteRange;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 
@@ -12,6 +12,8 @@ use std::rc::Rc;
 pub struct Locks {
     inflight: RefCell<Inflight>,
     waiting: RefCell<HashMap<Ticket, oneshot::Sender<()>>>,
+    waiting_max: Cell<u64>,
+    waits: Cell<u64>,
 }
 
 /// Bytes held; released when dropped, also when the wait for them was abandoned.
@@ -28,6 +30,8 @@ impl Locks {
         if !granted {
             let (sender, receiver) = oneshot();
             self.waiting.borrow_mut().insert(ticket, sender);
+            self.waits.set(self.waits.get() + 1);
+            self.waiting_max.set(self.waiting_max.get().max(self.waiting()));
             receiver.await.expect("the sender stays in the table until the ticket is granted");
         }
         held
@@ -50,6 +54,18 @@ impl Locks {
     /// Operations that hold or wait.
     pub fn len(&self) -> usize {
         self.inflight.borrow().len()
+    }
+    /// Operations that wait.
+    pub fn waiting(&self) -> u64 {
+        self.waiting.borrow().len() as u64
+    }
+    /// The most that ever waited at once.
+    pub fn waiting_max(&self) -> u64 {
+        self.waiting_max.get()
+    }
+    /// How many ever had to.
+    pub fn waits(&self) -> u64 {
+        self.waits.get()
     }
     pub fn is_empty(&self) -> bool {
         self.len() == 0

@@ -10,6 +10,8 @@ use crate::env::glommio::GlommioEnv;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::oneshot;
+use crate::metrics::record::count;
+use crate::metrics::schema::MeshMetrics;
 use crate::ring::{Bell, Ring};
 use crate::units::ShardIndex;
 use glommio::{LocalExecutorBuilder, Placement, PoolPlacement};
@@ -104,18 +106,50 @@ pub struct ChannelMesh {
     /// Shards that may still send something.
     open_senders: RefCell<Vec<ShardIndex>>,
     next_id: Cell<u64>,
-    hops: Cell<u64>,
+    sent: SentCounts,
+}
+
+/// Messages sent so far, by kind, and what came.
+#[derive(Default)]
+struct SentCounts {
+    requests: Cell<u64>,
+    replies: Cell<u64>,
+    jobs: Cell<u64>,
+    job_replies: Cell<u64>,
+    closed: Cell<u64>,
+    mailbox_depth_max: Cell<u64>,
 }
 
 impl ChannelMesh {
     fn send(&self, to: ShardIndex, wire: Wire) {
-        self.hops.set(self.hops.get() + 1);
+        let counter = match wire {
+            Wire::Request { .. } => &self.sent.requests,
+            Wire::Reply { .. } => &self.sent.replies,
+            Wire::Job { .. } => &self.sent.jobs,
+            Wire::JobDone { .. } => &self.sent.job_replies,
+            Wire::Closed => &self.sent.closed,
+        };
+        count(counter, 1);
         self.mailboxes[usize::from(to.0)].post(self.me, wire);
     }
 
     /// Messages sent to other shards so far.
     pub fn hops(&self) -> u64 {
-        self.hops.get()
+        let sent = &self.sent;
+        [&sent.requests, &sent.replies, &sent.jobs, &sent.job_replies, &sent.closed].map(Cell::get).iter().sum()
+    }
+
+    /// This end's part of the metrics document.
+    pub fn metrics(&self) -> MeshMetrics {
+        MeshMetrics {
+            hops: self.hops(),
+            requests: self.sent.requests.get(),
+            replies: self.sent.replies.get(),
+            jobs: self.sent.jobs.get(),
+            job_replies: self.sent.job_replies.get(),
+            waiting: (self.pending.borrow().len() + self.jobs.borrow().len()) as u64,
+            mailbox_depth_max: self.sent.mailbox_depth_max.get(),
+        }
     }
 
     fn new_id(&self) -> u64 {
@@ -168,6 +202,8 @@ impl ChannelMesh {
             if messages.is_empty() {
                 ring.rung().await;
             }
+            let depth_max = &self.sent.mailbox_depth_max;
+            depth_max.set(depth_max.get().max(messages.len() as u64));
             for (from, wire) in messages {
                 self.receive(context, from, wire);
             }
@@ -352,7 +388,7 @@ where
         jobs: RefCell::default(),
         open_senders: RefCell::new((0..shards).map(ShardIndex).filter(|other| *other != me).collect()),
         next_id: Cell::new(0),
-        hops: Cell::new(0),
+        sent: SentCounts::default(),
     });
     let context = Rc::new(ShardContext { shard, mesh: mesh.clone(), env: Rc::new(GlommioEnv::new()) });
     let result = if me == COORDINATOR {

@@ -7,6 +7,7 @@
 //! * A plan made before the bytes were held is made again after.
 
 mod changes;
+mod metrics;
 mod reads;
 mod status;
 
@@ -16,12 +17,15 @@ use super::plan::Runs;
 use super::{COORDINATOR, Mesh, ShardReply, ShardRequest};
 use crate::clone_state::CloneState;
 use crate::disk::{Disk, ZeroFlags};
+use crate::dma_buf::DmaBuf;
 use crate::env::Env;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hydration_sched::{HydrationSched, Unhydrated};
 use crate::io_frontend::request::{Completion, Request, RequestFlags};
 use crate::local::Notify;
 use crate::meta::region_map::{RegionMap, ZoneSnapshot};
+pub(super) use crate::metrics::record::count;
+use crate::metrics::record::{How, Kind, SliceRecorder};
 use crate::source::Source;
 use crate::units::{ByteRange, CloneId, Geometry, RegionIndex, RegionRange, ShardIndex, ZoneIndex};
 use changes::Change;
@@ -54,35 +58,24 @@ macro_rules! stats {
         impl std::ops::AddAssign for SliceStats {
             fn add_assign(&mut self, other: Self) { $(self.$name += other.$name;)* }
         }
-        #[derive(Default)]
-        pub(super) struct Counters { $(pub $name: Cell<u64>),* }
-        impl Counters {
-            fn snapshot(&self) -> SliceStats { SliceStats { $($name: self.$name.get()),* } }
-        }
     };
 }
 stats! {
-    reads, read_bytes, writes, write_bytes, trims, trim_bytes, write_zeroes, write_zeroes_bytes, caches,
+    reads, read_bytes, writes, write_bytes, trims, trim_bytes, write_zeroes, write_zeroes_bytes,
     /// Requests that failed, of any kind.
     errors,
-    /// Reads (or parts of them) served by the destination and by the source.
-    destination_reads, source_reads,
     /// Bytes read from the source for hydration, and for clients without keeping them.
     copied_bytes, source_read_bytes,
     /// Bytes of hydrated regions that were zeros or holes and were not written as data.
     zero_bytes,
-    /// Regions hydrated by overwriting or discarding them: never copied.
-    overwritten_regions, discarded_regions,
+    /// Regions hydrated by discarding them: never copied.
+    discarded_regions,
     /// Copies that failed, and regions that are held back because of it.
     copy_failures, failed_regions,
     /// 1 while hydration pauses because of failures.
     hydration_paused,
     /// Operations in flight or waiting on this slice now.
     in_flight,
-}
-
-pub(super) fn count(cell: &Cell<u64>, by: u64) {
-    cell.set(cell.get() + by);
 }
 
 /// What a slice is made from.
@@ -112,27 +105,57 @@ pub struct CloneSlice {
     pub(super) copies: CopyShare,
     pub(super) sched: RefCell<HydrationSched>,
     pub(super) wake: Notify,
-    pub(super) counters: Counters,
+    pub(super) counters: SliceRecorder,
     pub(super) failures: RefCell<crate::log_limit::LogLimit>,
 }
 
-/// Counts a client's request as in flight, also when its future is dropped.
+/// A client's request on its way. Counts as in flight, also when its future is dropped.
 struct Foreground {
-    state: std::sync::Arc<CloneState>,
-    env: Rc<dyn Env>,
+    slice: Rc<CloneSlice>,
+    began: Duration,
+    /// Set when it was served.
+    served: Cell<Option<Kind>>,
+    trip: Trip,
+}
+
+/// What a request meets on its way.
+#[derive(Default)]
+pub(super) struct Trip {
+    /// It had to wait for the source.
+    pub used_source: Cell<bool>,
 }
 
 impl Foreground {
-    fn new(state: &std::sync::Arc<CloneState>, env: &Rc<dyn Env>) -> Self {
-        state.foreground_begins();
-        Self { state: state.clone(), env: env.clone() }
+    fn new(slice: Rc<CloneSlice>) -> Self {
+        slice.state.foreground_begins();
+        slice.counters.in_flight.up();
+        Self { began: slice.env.now(), slice, served: Cell::new(None), trip: Trip::default() }
     }
 }
 
 impl Drop for Foreground {
     fn drop(&mut self) {
-        self.state.foreground_ends(self.env.now());
+        let now = self.slice.env.now();
+        self.slice.state.foreground_ends(now);
+        self.slice.counters.in_flight.down();
+        if let Some(kind) = self.served.get() {
+            let taken = now.saturating_sub(self.began);
+            self.slice.counters.served(kind, self.trip.used_source.get(), taken);
+        }
     }
+}
+
+/// The kind of a request, and its bytes. A flush is the coordinator's.
+fn kind_of(request: &Request) -> Option<(Kind, u64)> {
+    Some(match request {
+        Request::Read(range) => (Kind::Read, range.len()),
+        Request::Write { data, .. } => (Kind::Write, data.len() as u64),
+        Request::Trim { range, .. } => (Kind::Trim, range.len()),
+        Request::WriteZeroes { range, .. } => (Kind::WriteZeroes, range.len()),
+        Request::Cache(range) => (Kind::Cache, range.len()),
+        Request::Status(range) => (Kind::Status, range.len()),
+        Request::Flush => return None,
+    })
 }
 
 impl CloneSlice {
@@ -150,7 +173,7 @@ impl CloneSlice {
             copies,
             sched: RefCell::default(),
             wake: Notify::default(),
-            counters: Counters::default(),
+            counters: SliceRecorder::default(),
             failures: RefCell::default(),
             state,
         })
@@ -165,11 +188,27 @@ impl CloneSlice {
     }
 
     pub fn stats(&self) -> SliceStats {
-        let mut stats = self.counters.snapshot();
-        stats.failed_regions = self.sched.borrow().failed_regions();
-        stats.hydration_paused = u64::from(self.sched.borrow().is_paused());
-        stats.in_flight = self.locks.len() as u64;
-        stats
+        let (counters, sched) = (&self.counters, self.sched.borrow());
+        let io = counters.io();
+        SliceStats {
+            reads: io.read.requests,
+            read_bytes: io.read.bytes,
+            writes: io.write.requests,
+            write_bytes: io.write.bytes,
+            trims: io.trim.requests,
+            trim_bytes: io.trim.bytes,
+            write_zeroes: io.write_zeroes.requests,
+            write_zeroes_bytes: io.write_zeroes.bytes,
+            errors: Kind::ALL.iter().map(|kind| io.of(*kind).errors).sum(),
+            copied_bytes: counters.copied_bytes.get(),
+            source_read_bytes: counters.source_read_bytes.get(),
+            zero_bytes: counters.zero_bytes.get(),
+            discarded_regions: counters.hydrated_by().discard,
+            copy_failures: counters.copy_failures.get(),
+            failed_regions: sched.failed_regions(),
+            hydration_paused: u64::from(sched.is_paused()),
+            in_flight: self.locks.len() as u64,
+        }
     }
 
     /// The source; gone once everything is hydrated.
@@ -180,13 +219,38 @@ impl CloneSlice {
         })
     }
 
+    /// Reads from the source, counted and timed.
+    pub(super) async fn read_source(&self, range: ByteRange) -> Result<DmaBuf> {
+        let counters = &self.counters;
+        counters.source_read.request(range.len());
+        let began = self.env.now();
+        let result = match self.source() {
+            Ok(source) => source.read(range).await,
+            Err(error) => Err(error),
+        };
+        match &result {
+            Ok(_) => counters.source_read_latency.record_time(self.env.now().saturating_sub(began)),
+            Err(_) => counters.source_read.error(),
+        }
+        result
+    }
+
     /// Carries out a client's request, all of it inside one zone of this shard.
     pub async fn execute(self: Rc<Self>, request: Request) -> Result<Completion> {
-        let in_foreground = Foreground::new(&self.state, &self.env);
-        let result = self.clone().perform(request).await;
-        drop(in_foreground);
+        let kind = kind_of(&request);
+        if let Some((kind, bytes)) = kind {
+            self.counters.request(kind, bytes);
+        }
+        let foreground = Foreground::new(self.clone());
+        let result = self.perform(request, &foreground.trip).await;
+        if result.is_ok() {
+            foreground.served.set(kind.map(|(kind, _)| kind));
+        }
+        drop(foreground);
         if let Err(error) = &result {
-            count(&self.counters.errors, 1);
+            if let Some((kind, _)) = kind {
+                self.counters.error(kind);
+            }
             self.log_failure(error);
         }
         result
@@ -198,39 +262,25 @@ impl CloneSlice {
         }
     }
 
-    async fn perform(self: Rc<Self>, request: Request) -> Result<Completion> {
+    async fn perform(self: &Rc<Self>, request: Request, trip: &Trip) -> Result<Completion> {
         self.state.check_mode(false)?;
-        let counters = &self.counters;
         match request {
-            Request::Read(range) => {
-                count(&counters.reads, 1);
-                count(&counters.read_bytes, range.len());
-                self.read(range).await.map(Completion::Data)
-            }
+            Request::Read(range) => self.read(range, trip).await.map(Completion::Data),
             Request::Write { offset, data, flags } => {
-                count(&counters.writes, 1);
-                count(&counters.write_bytes, data.len() as u64);
                 let Some(range) = ByteRange::new(offset, data.len() as u64) else { return Ok(Completion::Done) };
-                self.change(range, Change::Data(data), flags).await
+                self.change(range, Change::Data(data), flags, trip).await
             }
             Request::Trim { range, flags } => {
-                count(&counters.trims, 1);
-                count(&counters.trim_bytes, range.len());
                 let zero = if self.state.discard_passdown { ZeroFlags::UNMAP } else { ZeroFlags::empty() };
-                self.change(range, Change::Trim(zero), flags).await
+                self.change(range, Change::Trim(zero), flags, trip).await
             }
             Request::WriteZeroes { range, flags } => {
-                count(&counters.write_zeroes, 1);
-                count(&counters.write_zeroes_bytes, range.len());
                 let mut zero = ZeroFlags::empty();
                 zero.set(ZeroFlags::UNMAP, !flags.contains(RequestFlags::NO_HOLE) && self.state.discard_passdown);
                 zero.set(ZeroFlags::FAST_ONLY, flags.contains(RequestFlags::FAST_ZERO));
-                self.change(range, Change::Zeroes(zero), flags).await
+                self.change(range, Change::Zeroes(zero), flags, trip).await
             }
-            Request::Cache(range) => {
-                count(&counters.caches, 1);
-                self.cache(range).await.map(|()| Completion::Done)
-            }
+            Request::Cache(range) => self.cache(range, trip).await.map(|()| Completion::Done),
             Request::Status(range) => self.status(range).await.map(Completion::Status),
             Request::Flush => {
                 self.commit().await?;
@@ -266,11 +316,12 @@ impl CloneSlice {
     }
 
     /// The data of these regions is in the destination: from now on they are served from there.
-    pub(super) fn mark_hydrated(&self, regions: RegionRange) {
+    pub(super) fn mark_hydrated(&self, regions: RegionRange, how: How) {
         let new = self.map.borrow_mut().set(regions);
         if new == 0 {
             return;
         }
+        self.counters.hydrated(how, new);
         self.state.set_dirty(self.me);
         if self.state.add_hydrated(new) {
             // The last regions of the whole clone: a commit now completes it.

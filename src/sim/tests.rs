@@ -3,6 +3,7 @@
 mod commits;
 mod failures;
 mod hydration;
+mod metrics;
 mod order;
 mod random;
 mod shares;

@@ -26,7 +26,7 @@ fn several_clones_hydrate_side_by_side_and_go_on_after_a_restart() {
     let mut config = String::from("[daemon]\nshards = 2\n");
     for (index, name) in names.iter().enumerate() {
         let source = bench.path(&format!("{name}.source"));
-        fs::write(&source, random_bytes((4 + index as u64) * MIB, index as u64)).unwrap();
+        fs::write(&source, random_bytes(index as u64, (4 + index as u64) * MIB)).unwrap();
         config += &clone_table(name, &source, "no_hydration = true");
     }
     let daemon = Daemon::serve(&bench, &config);
@@ -284,4 +284,53 @@ fn a_stop_while_clones_start_gives_up() {
     let (status, log) = daemon.end_within(Duration::from_secs(20));
     assert!(status.success() && log.contains("'slow': stopped before it was started"), "{log}");
     assert!(!bench.path("s.img").exists() && !bench.path("s.meta").exists());
+}
+
+#[test]
+fn clones_that_come_and_go_leave_the_others_alone() {
+    need!("fio");
+    let bench = Bench::new();
+    let base = bench.random("base.source", 32 * MIB);
+    let guest = bench.random("guest.source", 2 * MIB);
+    let daemon = Daemon::serve(&bench, &("[daemon]\nshards = 2\n".to_owned() + &clone_table("base", &base, "")));
+    daemon.wait_status_of("base", "running", is_running);
+    let uri = daemon.uri_of("base");
+    let load = std::thread::spawn(move || {
+        run(
+            "fio",
+            &[
+                "--name=base",
+                "--ioengine=nbd",
+                &format!("--uri={uri}"),
+                "--rw=randwrite",
+                "--bs=4k-64k",
+                "--size=32m",
+                "--io_size=96m",
+                "--iodepth=8",
+                "--verify=crc32c",
+                "--verify_fatal=1",
+                "--fsync=32",
+            ],
+        )
+    });
+    // Under other names and the same again, with clients of their own or without, hydrated or not when they go.
+    for round in 0..12 {
+        let name = ["guest", "visitor", "lodger"][round % 3];
+        for suffix in ["img", "meta"] {
+            let _ = fs::remove_file(bench.path(&format!("{name}.{suffix}")));
+        }
+        fs::write(bench.path("guest.toml"), clone_table(name, &guest, "")).unwrap();
+        daemon.done(&["create", bench.path("guest.toml").to_str().unwrap()]);
+        if round % 2 == 0 {
+            daemon.wait_status_of(name, "hydrated", |status| status.is_complete());
+        }
+        daemon.done(&["remove", "--force", name]);
+        if round % 2 == 0 {
+            assert_same_files(&guest, &bench.path(&format!("{name}.img")));
+        }
+    }
+    load.join().unwrap();
+    assert_eq!(daemon.status_of("base").io.errors, 0);
+    daemon.wait_status_of("base", "hydrated", |status| status.is_complete());
+    daemon.stop();
 }

@@ -11,6 +11,7 @@ mod control;
 mod discard;
 mod load;
 mod metadata;
+mod metrics;
 mod refusals;
 mod restart;
 mod signals;

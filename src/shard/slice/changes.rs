@@ -8,13 +8,14 @@
 use super::super::copy::COPY_UNIT_BYTES;
 use super::super::inflight::Hold;
 use super::super::plan::{ChangeRoute, plan_change};
-use super::{CloneSlice, PARTS_AT_A_TIME, count};
+use super::{CloneSlice, PARTS_AT_A_TIME, Trip, count};
 use crate::clone_state::Mode;
 use crate::disk::ZeroFlags;
 use crate::dma_buf::DmaBuf;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::{Completion, LocalBoxFuture, RequestFlags};
 use crate::local::join_some;
+use crate::metrics::record::{How, Route};
 use crate::units::{ByteRange, RegionIndex, RegionRange};
 use bytes::Bytes;
 use std::rc::Rc;
@@ -34,6 +35,7 @@ impl CloneSlice {
         range: ByteRange,
         change: Change,
         flags: RequestFlags,
+        trip: &Trip,
     ) -> Result<Completion> {
         let fua = flags.contains(RequestFlags::FUA);
         if self.uniform(self.geometry.touched(range)) == Some(true) {
@@ -43,12 +45,13 @@ impl CloneSlice {
                 (Change::Data(data), true) => {
                     self.state.check_mode(true)?;
                     self.write_durably(range, data).await?;
+                    self.counters.part(Route::WriteDestination, range.len());
                     return Ok(Completion::Done);
                 }
                 (change, _) => self.change_destination(range, change).await?,
             }
         } else {
-            self.change_mixed(range, change).await?;
+            self.change_mixed(range, change, trip).await?;
         }
         if fua {
             self.commit().await?;
@@ -57,7 +60,7 @@ impl CloneSlice {
     }
 
     /// A change, part by part.
-    async fn change_mixed(self: &Rc<Self>, range: ByteRange, change: Change) -> Result<()> {
+    async fn change_mixed(self: &Rc<Self>, range: ByteRange, change: Change, trip: &Trip) -> Result<()> {
         let routes = plan_change(&self.geometry, &*self.map.borrow(), range);
         if let Change::Zeroes(zero) = &change
             && zero.contains(ZeroFlags::FAST_ONLY)
@@ -80,9 +83,9 @@ impl CloneSlice {
             match route {
                 ChangeRoute::Destination(bytes) => self.change_destination(bytes, part_of(bytes)).await,
                 ChangeRoute::Whole(regions) => {
-                    self.change_whole(regions, part_of(self.geometry.bytes_of(regions))).await
+                    self.change_whole(regions, part_of(self.geometry.bytes_of(regions)), trip).await
                 }
-                ChangeRoute::Part { region, range } => self.change_part(region, range, part_of(range)).await,
+                ChangeRoute::Part { region, range } => self.change_part(region, range, part_of(range), trip).await,
             }
         });
         join_some(pieces, PARTS_AT_A_TIME).await.into_iter().collect()
@@ -90,25 +93,33 @@ impl CloneSlice {
 
     /// A change of hydrated bytes.
     async fn change_destination(&self, range: ByteRange, change: Change) -> Result<()> {
-        match change {
-            Change::Data(data) => self.write_destination(range, data, false).await,
+        let route = match change {
+            Change::Data(data) => {
+                self.write_destination(range, data, false).await?;
+                Route::WriteDestination
+            }
             Change::Zeroes(flags) => {
                 let outer = self.outer(range);
                 let hold = if outer == range { Hold::Shared } else { Hold::Exclusive };
                 let _held = self.locks.hold(outer, hold).await;
-                self.zero_held(range, flags).await
+                self.zero_held(range, flags).await?;
+                Route::WriteZeroesDestination
             }
-            Change::Trim(flags) => {
-                let inner = self.inner(range);
-                let Some(inner) = inner.filter(|_| self.state.discard_passdown) else { return Ok(()) };
-                let _held = self.locks.hold(inner, Hold::Shared).await;
-                match self.destination.zero(inner, flags | ZeroFlags::FAST_ONLY).await {
-                    // Only advice: a destination that can't punch keeps its data.
-                    Err(error) if error.kind() == ErrorKind::NotSupported => Ok(()),
-                    result => result,
+            Change::Trim(flags) => match self.inner(range).filter(|_| self.state.discard_passdown) {
+                None => Route::TrimIgnored,
+                Some(inner) => {
+                    let _held = self.locks.hold(inner, Hold::Shared).await;
+                    match self.destination.zero(inner, flags | ZeroFlags::FAST_ONLY).await {
+                        Ok(()) => Route::TrimDestination,
+                        // Only advice: a destination that can't punch keeps its data.
+                        Err(error) if error.kind() == ErrorKind::NotSupported => Route::TrimIgnored,
+                        Err(error) => return Err(error),
+                    }
                 }
-            }
-        }
+            },
+        };
+        self.counters.part(route, range.len());
+        Ok(())
     }
 
     /// A write of hydrated bytes that is durable when it returns. A write that fails is its client's affair; but when
@@ -167,35 +178,43 @@ impl CloneSlice {
     }
 
     /// Overwrites or discards whole regions that were not hydrated when this was planned: nothing is copied.
-    async fn change_whole(self: &Rc<Self>, regions: RegionRange, change: Change) -> Result<()> {
+    async fn change_whole(self: &Rc<Self>, regions: RegionRange, change: Change, trip: &Trip) -> Result<()> {
         let bytes = self.geometry.bytes_of(regions);
         let held = self.locks.hold(bytes, Hold::Exclusive).await;
         if self.uniform(regions) != Some(false) {
             drop(held);
-            let again: LocalBoxFuture<'_, _> = Box::pin(self.change_mixed(bytes, change));
+            let again: LocalBoxFuture<'_, _> = Box::pin(self.change_mixed(bytes, change, trip));
             return again.await;
         }
         self.state.check_mode(true)?;
-        let counter = match change {
-            Change::Data(data) => {
-                self.write_held(bytes, data, false).await?;
-                &self.counters.overwritten_regions
-            }
-            Change::Zeroes(flags) | Change::Trim(flags) => {
-                self.zero_held(bytes, flags).await?;
-                &self.counters.discarded_regions
-            }
+        let (route, how) = match &change {
+            Change::Data(_) => (Route::WriteWholeRegion, How::Overwrite),
+            Change::Zeroes(_) => (Route::WriteZeroesWholeRegion, How::Discard),
+            Change::Trim(_) => (Route::TrimWholeRegion, How::Discard),
         };
-        count(counter, regions.count());
-        self.mark_hydrated(regions);
+        match change {
+            Change::Data(data) => self.write_held(bytes, data, false).await?,
+            Change::Zeroes(flags) | Change::Trim(flags) => self.zero_held(bytes, flags).await?,
+        }
+        self.counters.part(route, bytes.len());
+        self.mark_hydrated(regions, how);
         Ok(())
     }
 
     /// Changes a part of one region that was not hydrated when this was planned: the rest comes from the source.
-    async fn change_part(self: &Rc<Self>, region: RegionIndex, range: ByteRange, change: Change) -> Result<()> {
+    async fn change_part(
+        self: &Rc<Self>,
+        region: RegionIndex,
+        range: ByteRange,
+        change: Change,
+        trip: &Trip,
+    ) -> Result<()> {
         if let Change::Trim(_) = change {
-            return Ok(()); // Only whole unhydrated regions can be dropped.
+            // Only whole unhydrated regions can be dropped.
+            self.counters.part(Route::TrimIgnored, range.len());
+            return Ok(());
         }
+        trip.used_source.set(true);
         let regions = RegionRange::single(region);
         let bytes = self.geometry.bytes_of(regions);
         let held = self.locks.hold(bytes, Hold::Exclusive).await;
@@ -205,18 +224,23 @@ impl CloneSlice {
         }
         self.state.check_mode(true)?;
         let copy = self.begin_copy(regions, held);
+        let route = match change {
+            Change::Data(_) => Route::WritePartialRegion,
+            Change::Zeroes(_) | Change::Trim(_) => Route::WriteZeroesPartialRegion,
+        };
         if bytes.len() > COPY_UNIT_BYTES {
             self.copy_chunks(bytes).await?;
             match change {
                 Change::Data(data) => self.write_held(range, data, false).await?,
                 Change::Zeroes(flags) | Change::Trim(flags) => self.zero_held(range, flags).await?,
             }
-            self.mark_hydrated(copy.regions());
+            self.counters.part(route, range.len());
+            self.copied(&copy, How::PartialWrite);
             return Ok(());
         }
         // Merged in memory, so that one write does both.
         let _memory = self.copies.acquire(bytes.len()).await;
-        let mut buf = self.source()?.read(bytes).await?;
+        let mut buf = self.read_source(bytes).await?;
         count(&self.counters.copied_bytes, bytes.len());
         let at = (range.start() - bytes.start()) as usize;
         let changed = &mut buf[at..at + range.len() as usize];
@@ -225,7 +249,8 @@ impl CloneSlice {
             Change::Zeroes(_) | Change::Trim(_) => changed.fill(0),
         }
         self.write_held(bytes, buf.into(), false).await?;
-        self.mark_hydrated(copy.regions());
+        self.counters.part(route, range.len());
+        self.copied(&copy, How::PartialWrite);
         Ok(())
     }
 }

@@ -6,16 +6,17 @@
 
 use super::super::inflight::Hold;
 use super::super::plan::{ReadRoute, plan_read};
-use super::{CloneSlice, PARTS_AT_A_TIME, count};
+use super::{CloneSlice, PARTS_AT_A_TIME, Trip, count};
 use crate::error::Result;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::join_some;
+use crate::metrics::record::{How, Route};
 use crate::units::{ByteRange, RegionRange};
 use bytes::Bytes;
 use std::rc::Rc;
 
 impl CloneSlice {
-    pub(super) async fn read(self: &Rc<Self>, range: ByteRange) -> Result<Vec<Bytes>> {
+    pub(super) async fn read(self: &Rc<Self>, range: ByteRange, trip: &Trip) -> Result<Vec<Bytes>> {
         if self.uniform(self.geometry.touched(range)) == Some(true) {
             return Ok(vec![self.read_destination(range).await?]);
         }
@@ -36,7 +37,7 @@ impl CloneSlice {
         let pieces = units.map(|(unit, wanted)| async move {
             match unit {
                 None => Ok(vec![self.read_destination(wanted).await?]),
-                Some(unit) => self.read_unhydrated(unit, wanted).await,
+                Some(unit) => self.read_unhydrated(unit, wanted, trip).await,
             }
         });
         let mut data = Vec::new();
@@ -47,15 +48,21 @@ impl CloneSlice {
     }
 
     pub(super) async fn read_destination(&self, range: ByteRange) -> Result<Bytes> {
-        count(&self.counters.destination_reads, 1);
         let outer = self.outer(range);
         let mut buf = self.destination.read(outer).await?;
         buf.narrow((range.start() - outer.start()) as usize, range.len() as usize);
+        self.counters.part(Route::ReadDestination, range.len());
         Ok(buf.into())
     }
 
     /// Reads `wanted` of `regions`, a unit that was not hydrated when this was planned.
-    async fn read_unhydrated(self: &Rc<Self>, regions: RegionRange, wanted: ByteRange) -> Result<Vec<Bytes>> {
+    async fn read_unhydrated(
+        self: &Rc<Self>,
+        regions: RegionRange,
+        wanted: ByteRange,
+        trip: &Trip,
+    ) -> Result<Vec<Bytes>> {
+        trip.used_source.set(true);
         let bytes = self.geometry.bytes_of(regions);
         if !self.is_kept(bytes, wanted) && self.uniform(regions) == Some(false) {
             return self.read_past(regions, wanted).await;
@@ -64,7 +71,7 @@ impl CloneSlice {
         if self.uniform(regions) != Some(false) {
             // Hydrated, some or all, since this was planned: plan again. The recursion ends because bits only get set.
             drop(held);
-            let again: LocalBoxFuture<'_, _> = Box::pin(self.read(wanted));
+            let again: LocalBoxFuture<'_, _> = Box::pin(self.read(wanted, trip));
             return again.await;
         }
         let Some(memory) = self.copies.try_acquire(bytes.len()) else {
@@ -72,16 +79,16 @@ impl CloneSlice {
             return self.read_past(regions, wanted).await;
         };
         let copy = self.begin_copy(regions, held);
-        count(&self.counters.source_reads, 1);
-        match self.source()?.read(bytes).await {
+        match self.read_source(bytes).await {
             Ok(buf) => {
+                self.counters.part(Route::ReadSourceKept, wanted.len());
                 let data = Bytes::from(buf);
                 let start = (wanted.start() - bytes.start()) as usize;
                 let answer = data.slice(start..start + wanted.len() as usize);
                 let slice = self.clone();
                 // The client has its answer now; keeping the bytes is the clone's own business.
                 self.env.spawn(Box::pin(async move {
-                    let result = slice.finish_copy(copy, data).await;
+                    let result = slice.finish_copy(copy, data, How::Read).await;
                     drop(memory);
                     slice.note_copy(result);
                 }));
@@ -102,14 +109,15 @@ impl CloneSlice {
     /// the front of the hydration queue. Must be called right after their bit was seen unset, without waiting.
     async fn read_past(&self, regions: RegionRange, wanted: ByteRange) -> Result<Vec<Bytes>> {
         debug_assert_eq!(self.uniform(regions), Some(false));
-        count(&self.counters.source_reads, 1);
         count(&self.counters.source_read_bytes, wanted.len());
         self.state.budget().charge(wanted.len(), self.env.now());
-        let source = self.source()?;
         self.sched.borrow_mut().prioritise(regions.first());
         self.wake.notify();
-        match source.read(wanted).await {
-            Ok(data) => Ok(vec![data.into()]),
+        match self.read_source(wanted).await {
+            Ok(data) => {
+                self.counters.part(Route::ReadSourcePast, wanted.len());
+                Ok(vec![data.into()])
+            }
             // Hydrated or overwritten meanwhile: the destination has an answer, and a newer one.
             Err(_) if self.uniform(self.geometry.touched(wanted)) == Some(true) => {
                 Ok(vec![self.read_destination(wanted).await?])

@@ -17,7 +17,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 
-fn random_setup(rng: &mut Rng) -> Setup {
+pub fn random_setup(rng: &mut Rng) -> Setup {
     let region_size = rng.pick(&[4096, 4096, 4096, 4096, 4096, 8192, 16384, 65536]);
     let regions_max = ((192 << 10) / region_size).min(40);
     let regions = if rng.one_in(6) { rng.between(1, 3) } else { rng.between(regions_max / 2, regions_max) };
@@ -55,7 +55,7 @@ pub fn random_content(rng: &mut Rng, size: u64) -> Vec<u8> {
     content
 }
 
-fn random_range(rng: &mut Rng, setup: &Setup) -> ByteRange {
+pub fn random_range(rng: &mut Rng, setup: &Setup) -> ByteRange {
     let grain = rng.pick(&[1, 1, 512, 4096, setup.region_size]);
     let start = rng.below(setup.size) / grain * grain;
     let large = if rng.one_in(8) { setup.size } else { 600 };

@@ -218,7 +218,8 @@ impl Daemon {
         let dir = runtime.join("hydrant");
         let daemon = Self::spawn(command, "daemon", dir.join("none"), dir.join("control"), &runtime);
         let start = Instant::now();
-        while !daemon.client().is_there() && !daemon.has_ended() && start.elapsed() < START_TIME_MAX {
+        // An answer, not only a connection: the kernel keeps the socket of a daemon that was killed for a moment.
+        while daemon.client().status_of_all().is_err() && !daemon.has_ended() && start.elapsed() < START_TIME_MAX {
             std::thread::sleep(Duration::from_millis(2));
         }
         daemon
