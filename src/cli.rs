@@ -58,6 +58,8 @@ pub enum Verb {
     List(ListArgs),
     Remove(RemoveArgs),
     Message(MessageArgs),
+    Events(EventsArgs),
+    Wait(WaitArgs),
     Stop(StopArgs),
     Meta(MetaArgs),
     Demo(DemoArgs),
@@ -405,7 +407,7 @@ Sends a message to a running clone and returns when it is in force. dm-clone's:
 
 N is from 0 to 4294967295. Without these two, hydrant finds its own numbers. Hydrant's own:
 
-  hydration_rate BYTES    the most bytes per second that are read to hydrate this clone, from 64KiB on; 0 means no bound
+  hydration_rate BYTES    the most bytes per second that are read to hydrate this clone, from 4KiB on; 0 means no bound
   priority N              its weight beside other clones of the daemon, from 1 to 1000; 100 if nothing is said
 
 Messages last until the daemon ends.")]
@@ -421,6 +423,73 @@ pub struct MessageArgs {
     /// One of those above, with its number
     #[arg(required = true, num_args = 1.., value_name = "MESSAGE", allow_negative_numbers = true)]
     pub message: Vec<String>,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Show what happened to clones
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Prints the events of running clones, the oldest first: when (UTC), which clone, what kind of event, and what happened in \
+words. A daemon keeps the last 256 of each clone, and 4096 in all.
+
+Kinds: created, start_failed, hydration_started, hydration_paused, hydration_failed (it backs off and tries again), \
+hydration_completed, read_only, failed, source_lost, source_found, source_changed, suspended, resumed, resized, stopped, \
+removed. What changes more than 6 times in 10 seconds is told once in 10 seconds.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant events                   of every clone that runs here
+  hydrant events vm1 --follow      and go on with what happens, until the daemon ends
+  hydrant events --follow --json | jq --unbuffered 'select(.kind == \"source_lost\")'")]
+pub struct EventsArgs {
+    /// Which clone [default: all]
+    pub name: Option<CloneName>,
+
+    /// Go on with what happens from now
+    ///
+    /// Fails when the daemon ends.
+    #[arg(long)]
+    pub follow: bool,
+
+    /// One JSON object per line: seq, clone, nr, time_unix_ms, kind, text
+    ///
+    /// seq counts the daemon's events, nr those of the clone; both from 1.
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Wait for an event of a clone, as 'dmsetup wait'
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Waits until the event number of a clone is greater than N, as 'dmsetup wait' does; prints nothing. It counts what dm-clone \
+raises events for: the hydration is completed, the metadata mode is 'ro', the metadata mode is 'Fail'. Look at 'hydrant \
+status' for which of them it was. Does not wait for a clone that is complete, whatever N is. Fails when the clone or \
+its daemon ends.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant wait vm1                 until it is hydrated (or has failed)
+  hydrant wait vm1 --event 1 --timeout 60 --json")]
+pub struct WaitArgs {
+    /// Which clone
+    pub name: CloneName,
+
+    /// The last event number that is known
+    ///
+    /// It is 'event_nr' in 'hydrant status NAME --json'.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub event: u64,
+
+    /// Give up after so many seconds [default: never]
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u32>,
+
+    /// Print the status after the event, as one JSON object
+    #[arg(long)]
+    pub json: bool,
 
     #[command(flatten)]
     pub control: ControlArgs,

@@ -1,18 +1,19 @@
 //! What all shards of a clone share: its identity, its knobs, its mode and its totals.
 //!
-//! Only small atomics and an event log: data and bits belong to the shards. Nothing here is on the path of a
-//! hydrated read or write but one load of the mode.
+//! Only small atomics, and the events: data and bits belong to the shards. Nothing here is on the path of a hydrated
+//! read or write but one load of the mode.
+
+mod health;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::event_log::CloneEvents;
+use crate::events::EventKind;
 use crate::hydration_budget::BudgetMember;
 use crate::units::{CloneId, Geometry, ShardIndex};
-use std::collections::VecDeque;
+use health::Health;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::*};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
-
-/// Events kept for `status` and the log; older ones are only counted.
-const EVENTS_KEPT: usize = 256;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// dm-clone's metadata mode.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,21 +37,6 @@ impl Mode {
             Mode::Failed => "Fail",
         }
     }
-}
-
-/// Something that happened to a clone.
-#[derive(Clone, Debug)]
-pub struct Event {
-    /// Counts from 1.
-    pub nr: u64,
-    pub at: SystemTime,
-    pub text: String,
-}
-
-#[derive(Default)]
-struct Events {
-    count: u64,
-    kept: VecDeque<Event>,
 }
 
 /// A setting that the clone is to find by itself.
@@ -85,14 +71,18 @@ pub struct CloneState {
     foreground_in_flight: AtomicU64,
     /// Environment time of the last client request's end, in microseconds.
     foreground_last_us: AtomicU64,
-    events: Mutex<Events>,
+    events: Arc<CloneEvents>,
+    health: Mutex<Health>,
+    /// The background copy is under way as far as the events go: spares the lock.
+    hydration_told: AtomicBool,
     budget: BudgetMember,
 }
 
 impl CloneState {
+    /// Its name is that of its `events`.
     pub fn new(
         id: CloneId,
-        name: String,
+        events: Arc<CloneEvents>,
         geometry: Geometry,
         shards: u16,
         discard_passdown: bool,
@@ -100,7 +90,7 @@ impl CloneState {
     ) -> Self {
         Self {
             id,
-            name,
+            name: events.name().to_owned(),
             geometry,
             discard_passdown,
             mode: AtomicU8::new(Mode::ReadWrite as u8),
@@ -114,7 +104,9 @@ impl CloneState {
             dirty: (0..shards).map(|_| AtomicBool::new(false)).collect(),
             foreground_in_flight: AtomicU64::new(0),
             foreground_last_us: AtomicU64::new(0),
-            events: Mutex::default(),
+            events,
+            health: Mutex::default(),
+            hydration_told: AtomicBool::new(false),
             budget: BudgetMember::alone(),
         }
     }
@@ -141,7 +133,8 @@ impl CloneState {
     pub fn degrade(&self, to: Mode, why: &Error) {
         if self.mode.fetch_max(to as u8, AcqRel) < to as u8 {
             log::error!("clone '{}': metadata mode is now {}: {why}", self.name, to.word());
-            self.event(format!("metadata mode {}: {why}", to.word()));
+            let kind = if to == Mode::Failed { EventKind::Failed } else { EventKind::ReadOnly };
+            self.events.record(kind, format!("metadata mode {}: {why}", to.word()));
         }
     }
 
@@ -191,13 +184,24 @@ impl CloneState {
             batch_size: self.batch_size.load(Acquire),
         }
     }
-    pub fn set_hydration_enabled(&self, enabled: bool) {
-        if self.enabled.swap(enabled, AcqRel) != enabled {
-            self.event(if enabled { "hydration enabled" } else { "hydration disabled" });
+    /// `now` is the environment's time.
+    pub fn set_hydration_enabled(&self, enabled: bool, now: Duration) {
+        self.enabled.store(enabled, Release);
+        if !enabled {
+            self.hydration_paused("disable_hydration", now);
         }
     }
-    pub fn set_hydration_threshold(&self, regions: u64) {
+    /// `now` is the environment's time.
+    pub fn set_hydration_threshold(&self, regions: u64, now: Duration) {
         self.threshold.store(regions, Release);
+        if regions == 0 {
+            self.hydration_paused("hydration_threshold 0", now);
+        }
+    }
+    /// Whether copies may be started in the background at all.
+    pub fn may_hydrate(&self) -> bool {
+        let knobs = self.knobs();
+        knobs.enabled && knobs.threshold > 0 && self.mode() == Mode::ReadWrite && !self.is_stopping()
     }
     pub fn set_hydration_batch_size(&self, regions: u64) {
         self.batch_size.store(regions, Release);
@@ -209,12 +213,14 @@ impl CloneState {
     }
     pub fn set_complete(&self) {
         self.complete.store(true, Release);
+        self.events.set_complete();
     }
     pub fn is_stopping(&self) -> bool {
         self.stopping.load(Acquire)
     }
     pub fn set_stopping(&self) {
         self.stopping.store(true, Release);
+        self.events.set_ending();
     }
 
     pub fn set_dirty(&self, shard: ShardIndex) {
@@ -244,21 +250,8 @@ impl CloneState {
             || (last > 0 && now.saturating_sub(Duration::from_micros(last)) < window)
     }
 
-    /// Records an event and wakes nobody: waiters look at the counter.
-    pub fn event(&self, text: impl Into<String>) {
-        let text = text.into();
-        log::info!("clone '{}': {text}", self.name);
-        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
-        events.count += 1;
-        let event = Event { nr: events.count, at: SystemTime::now(), text };
-        if events.kept.len() == EVENTS_KEPT {
-            events.kept.pop_front();
-        }
-        events.kept.push_back(event);
-    }
-    /// How many events there were, and the last one.
-    pub fn events(&self) -> (u64, Option<Event>) {
-        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
-        (events.count, events.kept.back().cloned())
+    /// The clone's events, to raise one and to ask how many there were.
+    pub fn events(&self) -> &Arc<CloneEvents> {
+        &self.events
     }
 }

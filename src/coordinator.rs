@@ -13,6 +13,7 @@ use crate::clone_state::{CloneState, Mode};
 use crate::disk::Disk;
 use crate::env::Env;
 use crate::error::{Error, ErrorKind, Result};
+use crate::events::EventKind;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::{Notify, join_all, oneshot};
 use crate::meta::codec;
@@ -194,6 +195,7 @@ impl Coordinator {
                 if coordinator.ending.get() {
                     return;
                 }
+                coordinator.state.tell_overdue(env.now());
                 if coordinator.state.is_dirty() {
                     coordinator.wake.notify();
                 }
@@ -308,6 +310,8 @@ impl Coordinator {
             return Err(self.degrade(error));
         }
         self.generation.set(generation);
+        // At once, and before the source is let go: its loss is no news any more.
+        self.state.events().raise(EventKind::HydrationCompleted, "hydration completed");
         self.state.set_complete();
         let clone = self.state.id;
         let calls = (0..self.mesh.shards())
@@ -316,7 +320,6 @@ impl Coordinator {
         for reply in join_all(calls).await {
             reply?;
         }
-        self.state.event("hydration completed");
         Ok(())
     }
 

@@ -15,6 +15,7 @@ mod running;
 
 use crate::bail;
 use crate::config::{CloneName, DaemonConfig, Plan, SHARDS_MAX};
+use crate::control::feed;
 use crate::control::server::Server;
 use crate::dma_buf::DmaBuf;
 use crate::environment;
@@ -140,7 +141,8 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
     }
     let Plan { daemon: config, clones, .. } = plan;
     let control_socket = BoundSocket::bind(&config.control)?;
-    let daemon = Daemon::new(context.clone(), config, stop.clone())?;
+    let feed = feed::start(&context.env)?;
+    let daemon = Daemon::new(context.clone(), config, stop.clone(), feed)?;
     let server = Server::start(control_socket, Rc::new(Handle(daemon.clone())), context.env.clone());
     let wanted = clones.len();
     let (starter, stop_of_starter) = (daemon.clone(), stop.clone());

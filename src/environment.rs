@@ -130,6 +130,21 @@ pub fn ignore_file_size_signal() {
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
+/// Ends this process as programs end whose standard output is closed: by SIGPIPE, without a word.
+pub fn end_by_closed_pipe() -> ! {
+    // SAFETY: restores what the signal does by default, lifts a block that was inherited, and raises it.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGPIPE);
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut());
+        libc::raise(libc::SIGPIPE);
+    }
+    // Not reached: the signal ends the process.
+    std::process::exit(128 + libc::SIGPIPE)
+}
+
 /// The CPUs this process may run on, in order; at least one.
 pub fn available_cpus() -> Result<Vec<usize>> {
     // The kernel refuses (EINVAL) a mask shorter than its own: try longer ones.

@@ -26,6 +26,8 @@ pub mod dma_buf;
 pub mod env;
 pub mod environment;
 pub mod error;
+pub mod event_log;
+pub mod events;
 pub mod human;
 pub mod hydration_budget;
 pub mod hydration_sched;

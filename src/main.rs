@@ -5,6 +5,7 @@ use hydrant::cli::{Cli, Verb};
 use hydrant::commands;
 use hydrant::config::Plan;
 use hydrant::daemon;
+use hydrant::environment;
 use std::io::stdout;
 use std::process::ExitCode;
 
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
     };
     match commands::run(cli, &mut stdout(), daemon) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if commands::is_closed_output(&error) => environment::end_by_closed_pipe(),
         Err(error) => {
             eprintln!("hydrant: {error}");
             ExitCode::from(error.kind().exit_code())

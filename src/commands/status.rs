@@ -143,7 +143,8 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
         format!("{} hydrated by copying; {} read from the source", size(io.hydrated_bytes), size(io.source_read_bytes)),
     )?;
     if let Some(event) = &status.last_event {
-        line("events", format!("{}, the last: {event}", count(status.event_nr)))?;
+        let (all, dm) = (count(status.events), count(status.event_nr));
+        line("events", format!("{all} (dm's event number {dm}), the last: {event}"))?;
     }
     line(
         "daemon",
@@ -351,7 +352,8 @@ mod tests {
                 total_blocks: 16,
                 generation: 17,
             },
-            event_nr: 2,
+            event_nr: 1,
+            events: 4,
             last_event: Some("source lost".into()),
             source: SourceStatus {
                 spec: "nbd://backup/vm1".into(),
@@ -396,7 +398,7 @@ vm1: 16GiB, 262144 regions of 64KiB
   I/O          1234 reads (5.0 MiB), 56 writes (1.5 MiB), 7 flushes
                1 trim (1.0 GiB), 0 write zeroes (0 B), 0 errors
   copied       7.0 GiB hydrated by copying; 8.0 GiB read from the source
-  events       2, the last: source lost
+  events       4 (dm's event number 1), the last: source lost
   daemon       pid 4711, version 0.1.0, 2 shards, up 1h 2m
 ";
         assert_eq!(text_of(&sample()), expected);

@@ -6,6 +6,7 @@
 
 use crate::bail;
 use crate::error::{Error, ErrorKind, Result};
+use crate::events::Page;
 use crate::hydration_share::{HydrationRate, Priority};
 use crate::units::{ByteSize, SECTOR_SIZE};
 use serde::{Deserialize, Serialize};
@@ -35,8 +36,11 @@ pub struct Status {
     pub hydration: HydrationStatus,
     pub features: Features,
     pub metadata: MetadataStatus,
-    /// How many events were raised since the daemon started; dm's event number.
+    /// dm's event number, which `wait` looks at: how often the hydration was completed or the metadata mode got worse since
+    /// the clone was started.
     pub event_nr: u64,
+    /// How many events of any kind were raised since the clone was started.
+    pub events: u64,
     /// The last event, in words; null when there was none.
     pub last_event: Option<String>,
     pub source: SourceStatus,
@@ -273,6 +277,18 @@ pub struct StatusList {
     pub clones: Vec<Status>,
 }
 
+/// Longest time that a question may wait for its answer, in seconds.
+pub const WAIT_SECONDS_MAX: u64 = 25;
+
+/// The answer to `GET /v1/events`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct EventPage {
+    /// Whose numbers these are: another one after a restart of the daemon.
+    pub instance: String,
+    #[serde(flatten)]
+    pub page: Page,
+}
+
 /// The body of `POST /v1/clones/NAME/message`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -497,7 +513,7 @@ mod tests {
              hydration.state hydration.failed_regions hydration.rate hydration.total_rate hydration.priority \
              hydration.bytes_per_second hydration.eta_seconds \
              features.no_hydration features.no_discard_passdown metadata.path metadata.mode metadata.block_size \
-             metadata.used_blocks metadata.total_blocks metadata.generation event_nr last_event source.spec \
+             metadata.used_blocks metadata.total_blocks metadata.generation event_nr events last_event source.spec \
              source.state source.losses source.reconnects destination nbd.address nbd.export nbd.connections io.reads \
              io.writes io.trims io.write_zeroes io.flushes io.read_bytes io.write_bytes io.trim_bytes \
              io.write_zeroes_bytes io.errors io.source_read_bytes io.hydrated_bytes io.commits shards uptime_seconds \

@@ -10,6 +10,8 @@ use crate::devices::{self, Device, Role, Target};
 use crate::disk::Disk;
 use crate::disk::ring::{DiskParts, RingDisk};
 use crate::error::{Error, ErrorKind, Result};
+use crate::event_log::CloneEvents;
+use crate::events::EventKind;
 use crate::hydration_budget::BudgetMember;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::meta::codec::{self, Superblock, metadata_size_needed};
@@ -102,6 +104,7 @@ pub async fn activate(
     config: &CloneConfig,
     id: CloneId,
     prepared: Prepared,
+    events: Arc<CloneEvents>,
     budget: BudgetMember,
 ) -> Result<ActiveClone> {
     let Prepared { geometry, fingerprint, source, destination, metadata, found } = prepared;
@@ -135,7 +138,7 @@ pub async fn activate(
     let shards = context.mesh.shards();
     let state = CloneState::new(
         id,
-        config.name.to_string(),
+        events,
         geometry,
         shards,
         config.discard_passdown,
@@ -151,6 +154,8 @@ pub async fn activate(
     let nbd_source = source.as_ref().and_then(|source| watch(context, source, &state, &source_counts));
     let local_source = source.as_ref().map(|source| source.source.clone());
     attach_slices(context, &state, &geometry, zones, &destination, source, local_source).await?;
+    let (hydrated, regions) = (state.hydrated(), geometry.nr_regions());
+    state.events().raise(EventKind::Created, format!("created, {hydrated} of {regions} regions are hydrated"));
     if complete {
         if !state.is_all_hydrated() {
             let text =
@@ -206,12 +211,12 @@ fn watch(
     source.on_event(move |event| match event {
         SourceEvent::Lost(error) => {
             counts.losses.set(counts.losses.get() + 1);
-            state.event(format!("source lost: {error}"));
+            state.source_lost(error, env.now());
         }
-        SourceEvent::Changed(error) => state.event(format!("source changed, nothing more is read from it: {error}")),
+        SourceEvent::Changed(error) => state.source_changed(error, env.now()),
         SourceEvent::Found => {
             counts.reconnects.set(counts.reconnects.get() + 1);
-            state.event("source found again");
+            state.source_found(env.now());
             for shard in 0..mesh.shards() {
                 let wake = mesh.call(ShardIndex(shard), ShardRequest::Wake { clone: state.id });
                 env.spawn(Box::pin(async move {

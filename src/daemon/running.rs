@@ -11,6 +11,8 @@ use crate::control::api::{
     NbdStatus, SourceState, SourceStatus, Status,
 };
 use crate::error::{Error, ErrorKind, Result};
+use crate::event_log::CloneEvents;
+use crate::events::EventKind;
 use crate::hydration_budget::BudgetMember;
 use crate::meta::codec;
 use crate::shard::dispatch::Dispatcher;
@@ -21,6 +23,7 @@ use crate::shard::{Mesh, ShardReply, ShardRequest};
 use crate::units::{CloneId, ShardIndex};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// The part of the time for the end that copies get in any case, however long clients took.
@@ -47,11 +50,12 @@ impl RunningClone {
         id: CloneId,
         config: CloneConfig,
         prepared: Prepared,
+        events: Arc<CloneEvents>,
         budget: BudgetMember,
     ) -> Result<Rc<Self>> {
         let export = config.nbd.export.clone();
         let listener = listeners.acquire(&config.nbd.address, &export)?;
-        let clone = match activate::activate(context, &config, id, prepared, budget).await {
+        let clone = match activate::activate(context, &config, id, prepared, events, budget).await {
             Ok(clone) => clone,
             Err(error) => {
                 activate::abandon(context, id).await;
@@ -99,6 +103,8 @@ impl RunningClone {
     /// whatever is returned.
     pub async fn end(&self, context: &Rc<ShardContext>, listeners: &Listeners, deadline: Duration) -> Result<()> {
         let state = &self.clone.state;
+        // Who waits for its events is told at once, however long clients take.
+        state.events().set_ending();
         if !self.exported.end(context, deadline).await {
             log::warn!("clone '{}': {} connections did not drain", state.name, self.exported.connections());
         }
@@ -122,8 +128,14 @@ impl RunningClone {
         let committed = self.clone.coordinator.commit().await;
         let (hydrated, regions) = (state.hydrated(), state.geometry.nr_regions());
         match &committed {
-            Ok(()) => log::info!("clone '{}': stopped, {hydrated} of {regions} regions hydrated", state.name),
-            Err(_) => log::error!("clone '{}': stopped without its last commit", state.name),
+            Ok(()) => {
+                let text = format!("stopped, {hydrated} of {regions} regions hydrated");
+                state.events().raise(EventKind::Stopped, text);
+            }
+            Err(error) => {
+                log::error!("clone '{}': stopped without its last commit", state.name);
+                state.events().record(EventKind::Stopped, format!("stopped without its last commit: {error}"));
+            }
         }
         activate::abandon(context, state.id).await;
         listeners.release(context, &self.exported.listener, &self.exported.name).await;
@@ -149,7 +161,7 @@ impl RunningClone {
         let geometry = &state.geometry;
         let source = self.source();
         let hydration_state = self.hydration_state(&stats, source.state);
-        let (event_nr, last_event) = state.events();
+        let events = state.events().count();
         let commits = self.clone.coordinator.stats();
         Ok(Status {
             name: state.name.clone(),
@@ -174,8 +186,9 @@ impl RunningClone {
                 total_blocks: self.clone.metadata_blocks,
                 generation: self.clone.coordinator.generation().0,
             },
-            event_nr,
-            last_event: last_event.map(|event| event.text),
+            event_nr: events.dm,
+            events: events.all,
+            last_event: events.last.map(|event| event.text),
             source,
             destination: config.destination.display().to_string(),
             nbd: NbdStatus {
@@ -268,11 +281,11 @@ impl RunningClone {
 
     /// Carries a message out; returns when it is in force on every shard.
     pub async fn apply(&self, context: &Rc<ShardContext>, message: Message) -> Result<()> {
-        let state = &self.clone.state;
+        let (state, now) = (&self.clone.state, context.env.now());
         match message {
-            Message::EnableHydration => state.set_hydration_enabled(true),
-            Message::DisableHydration => state.set_hydration_enabled(false),
-            Message::HydrationThreshold(regions) => state.set_hydration_threshold(u64::from(regions)),
+            Message::EnableHydration => state.set_hydration_enabled(true, now),
+            Message::DisableHydration => state.set_hydration_enabled(false, now),
+            Message::HydrationThreshold(regions) => state.set_hydration_threshold(u64::from(regions), now),
             Message::HydrationBatchSize(regions) => state.set_hydration_batch_size(u64::from(regions)),
             Message::HydrationRate(rate) => state.budget().set_rate(rate, context.env.now()),
             Message::Priority(priority) => state.budget().set_priority(priority),

@@ -4,7 +4,7 @@ use super::copy_pool::{BATCH_BYTES, Pipeline};
 use super::inflight::Hold;
 use super::locks::Held;
 use super::slice::{CloneSlice, count};
-use crate::clone_state::{AUTOMATIC, Mode};
+use crate::clone_state::AUTOMATIC;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hydration_sched::Next;
 use crate::hydration_share::Answer;
@@ -64,7 +64,7 @@ impl CloneSlice {
             let now = self.env.now();
             let knobs = self.state.knobs();
             let threshold = knobs.threshold;
-            if !self.may_hydrate() {
+            if !self.state.may_hydrate() {
                 self.state.budget().withdraw(self.me, now);
                 self.wake.notified().await;
                 continue;
@@ -87,6 +87,7 @@ impl CloneSlice {
             let pause = self.sched.borrow().paused_until(now);
             if let Some(until) = pause {
                 self.state.budget().withdraw(self.me, now);
+                self.tell_of_failed_regions(now);
                 self.notified_or_after(until.saturating_sub(now)).await;
                 continue;
             }
@@ -108,14 +109,21 @@ impl CloneSlice {
                         self.notified_or_after(THRESHOLD_RETRY).await;
                         continue;
                     }
+                    self.state.hydration_starts(now);
                     self.launch(batch, &mut ahead).await;
                 }
                 Next::WaitUntil(until) => {
                     self.state.budget().withdraw(self.me, now);
+                    self.tell_of_failed_regions(now);
                     self.notified_or_after(until.saturating_sub(now)).await;
                 }
-                Next::WaitForBatch | Next::Done => {
+                Next::WaitForBatch => {
                     self.state.budget().withdraw(self.me, now);
+                    self.wake.notified().await;
+                }
+                Next::Done => {
+                    self.state.budget().withdraw(self.me, now);
+                    self.state.hydration_works(self.me, now);
                     self.wake.notified().await;
                 }
             }
@@ -140,12 +148,6 @@ impl CloneSlice {
         regions.max(1)
     }
 
-    /// Whether copies may be started at all.
-    fn may_hydrate(&self) -> bool {
-        let knobs = self.state.knobs();
-        knobs.enabled && knobs.threshold > 0 && self.state.mode() == Mode::ReadWrite && !self.state.is_stopping()
-    }
-
     async fn notified_or_after(&self, delay: Duration) {
         futures_lite::future::or(self.wake.notified(), self.env.sleep(delay)).await;
     }
@@ -163,7 +165,7 @@ impl CloneSlice {
                 return self.batch_ended(batch, Err(error));
             }
         };
-        if !self.may_hydrate() {
+        if !self.state.may_hydrate() {
             // That was decided while the source was asked.
             self.state.sub_hydrating(batch.count());
             let mut sched = self.sched.borrow_mut();
@@ -208,22 +210,40 @@ impl CloneSlice {
     fn batch_ended(&self, batch: RegionRange, result: Result<()>) {
         let mut sched = self.sched.borrow_mut();
         match result {
-            Ok(()) => sched.succeeded(batch),
+            Ok(()) => {
+                sched.succeeded(batch);
+                if !sched.is_paused() && sched.failed_regions() == 0 {
+                    self.state.hydration_works(self.me, self.env.now());
+                }
+            }
             Err(error) => {
                 let now = self.env.now();
-                let was_paused = sched.is_paused();
                 match is_for_all(&error) {
                     true => sched.failed_for_all(batch, now),
                     false => _ = sched.failed(batch, now),
                 }
-                if sched.is_paused() && !was_paused {
-                    self.state.event(format!("hydration pauses on shard {}: {error}", self.me));
+                if sched.is_paused() {
+                    self.state.hydration_fails(
+                        self.me,
+                        &format!("hydration pauses on shard {}: {error}", self.me),
+                        now,
+                    );
                 }
                 drop(sched);
                 self.note_failed_batch(error);
             }
         }
         self.wake.notify();
+    }
+
+    /// Nothing is left to do but what can't be copied: it is told when nothing was told so far.
+    fn tell_of_failed_regions(&self, now: Duration) {
+        let regions = self.sched.borrow().failed_regions();
+        if regions > 0 {
+            let which = if regions == 1 { "1 region".into() } else { format!("{regions} regions") };
+            let text = format!("hydration backs off on shard {}: {which} could not be copied", self.me);
+            self.state.hydration_fails(self.me, &text, now);
+        }
     }
 
     fn note_failed_batch(&self, error: Error) {

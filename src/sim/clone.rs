@@ -9,6 +9,7 @@ use crate::coordinator::Coordinator;
 use crate::disk::Disk;
 use crate::env::Env;
 use crate::error::Result;
+use crate::event_log::{CloneEvents, EventLog};
 use crate::hydration_budget::BudgetMember;
 use crate::io_frontend::request::{Completion, Request, RequestFlags, StatusExtents, Volume};
 use crate::meta::codec::{self, SourceFingerprint, Superblock, metadata_size_needed};
@@ -108,6 +109,7 @@ pub struct SimClone {
     pub geometry: Geometry,
     pub devices: Devices,
     pub state: Arc<CloneState>,
+    pub log: Arc<EventLog>,
     pub net: Rc<Net>,
     pub meshes: Vec<Rc<SimMesh>>,
     pub dispatchers: Vec<Rc<Dispatcher>>,
@@ -150,7 +152,15 @@ impl SimClone {
         };
         let knobs =
             HydrationKnobs { enabled: setup.hydration, threshold: setup.threshold, batch_size: setup.batch_size };
-        let state = CloneState::new(id, format!("sim{id}"), geometry, setup.shards, setup.discard_passdown, knobs);
+        let log = EventLog::new("sim", Box::new(|| {}));
+        let state = CloneState::new(
+            id,
+            CloneEvents::new(&log, &format!("sim{id}")),
+            geometry,
+            setup.shards,
+            setup.discard_passdown,
+            knobs,
+        );
         let state = Arc::new(state.with_budget(budget));
         let complete = store.superblock().state == codec::CloneState::Complete;
         let env: Rc<dyn Env> = Rc::new(sim.clone());
@@ -205,7 +215,7 @@ impl SimClone {
             sim.spawn(net.shard(ShardIndex(shard)).slice(id)?.hydrate());
         }
         let (sim, devices) = (sim.clone(), devices.clone());
-        Ok(Rc::new(Self { sim, geometry, devices, state, net, meshes, dispatchers, coordinator }))
+        Ok(Rc::new(Self { sim, geometry, devices, state, log, net, meshes, dispatchers, coordinator }))
     }
 
     pub fn slice(&self, shard: u16) -> Rc<CloneSlice> {
@@ -260,6 +270,11 @@ impl SimClone {
         }
     }
 
+    /// The events so far.
+    pub fn event_kinds(&self) -> Vec<&'static str> {
+        self.log.after(0, None).events.iter().map(|event| event.kind.name()).collect()
+    }
+
     /// As the control interface does after a change of settings.
     pub fn wake(&self) {
         for shard in 0..self.net.shards() {
@@ -268,7 +283,7 @@ impl SimClone {
         }
     }
     pub fn enable_hydration(&self, enabled: bool) {
-        self.state.set_hydration_enabled(enabled);
+        self.state.set_hydration_enabled(enabled, self.sim.now());
         self.wake();
     }
 

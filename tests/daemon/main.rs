@@ -9,6 +9,7 @@ mod appliance;
 mod clones;
 mod control;
 mod discard;
+mod events;
 mod load;
 mod metadata;
 mod metrics;

@@ -1,5 +1,6 @@
 use super::*;
 use crate::clone_state::{AUTOMATIC, HydrationKnobs};
+use crate::event_log::{CloneEvents, EventLog};
 use crate::hydration_share::Priority;
 use crate::units::{CloneId, Geometry, RegionSize};
 use futures_lite::future::{block_on, poll_once};
@@ -11,7 +12,8 @@ const SECOND: Duration = Duration::from_secs(1);
 fn state(id: u32, weight: u64) -> Arc<CloneState> {
     let knobs = HydrationKnobs { enabled: true, threshold: AUTOMATIC, batch_size: AUTOMATIC };
     let geometry = Geometry::new(MIB, RegionSize::default(), 16).unwrap();
-    let state = CloneState::new(CloneId(id), format!("c{id}"), geometry, 1, true, knobs);
+    let events = CloneEvents::new(&EventLog::new("test", Box::new(|| {})), &format!("c{id}"));
+    let state = CloneState::new(CloneId(id), events, geometry, 1, true, knobs);
     state.budget().set_priority(Priority::new(weight).unwrap());
     Arc::new(state)
 }

@@ -39,7 +39,7 @@ fn threshold_zero_and_disabling_stop_and_can_be_undone() {
             match disable {
                 true => clone.enable_hydration(false),
                 false => {
-                    clone.state.set_hydration_threshold(0);
+                    clone.state.set_hydration_threshold(0, clone.sim.now());
                     clone.wake();
                 }
             }
@@ -49,7 +49,7 @@ fn threshold_zero_and_disabling_stop_and_can_be_undone() {
             assert!(hydrated < 256 && clone.state.hydrating() == 0);
             clone.sim.sleep(Duration::from_secs(3)).await;
             assert_eq!(clone.state.hydrated(), hydrated);
-            clone.state.set_hydration_threshold(2);
+            clone.state.set_hydration_threshold(2, clone.sim.now());
             clone.enable_hydration(true);
         }
         clone.completed().await;

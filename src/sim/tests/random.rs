@@ -151,8 +151,8 @@ impl Load {
             _ => {
                 let (what, number) = clone.sim.draw(|rng| (rng.below(3), rng.pick(&[0, 1, 3, 8, AUTOMATIC])));
                 match what {
-                    0 => clone.state.set_hydration_enabled(number % 2 == 0),
-                    1 => clone.state.set_hydration_threshold(number),
+                    0 => clone.state.set_hydration_enabled(number % 2 == 0, clone.sim.now()),
+                    1 => clone.state.set_hydration_threshold(number, clone.sim.now()),
                     _ => clone.state.set_hydration_batch_size(number),
                 }
                 clone.wake();
@@ -302,7 +302,7 @@ fn simulate(seed: u64, failures: bool) -> u64 {
                     sim.sleep(Duration::from_millis(1)).await;
                 }
                 if last {
-                    clone.state.set_hydration_threshold(AUTOMATIC);
+                    clone.state.set_hydration_threshold(AUTOMATIC, clone.sim.now());
                     clone.enable_hydration(true);
                     clone.completed().await;
                     read_all(&clone, &oracle).await;
