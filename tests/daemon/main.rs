@@ -15,6 +15,7 @@ mod metadata;
 mod metrics;
 mod refusals;
 mod restart;
+mod shares;
 mod signals;
 mod source_faults;
 mod space;
