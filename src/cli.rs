@@ -5,6 +5,8 @@
 // The comments here are help texts: plain words, where [ and ] mean "optional".
 #![allow(rustdoc::broken_intra_doc_links)]
 
+mod meta;
+
 use crate::config::{
     CloneName, HYDRATION_RATE_MAX, HYDRATION_RATE_MIN, NAME_LEN_MAX, OnHydrated, PRIORITY_DEFAULT, PRIORITY_MAX,
     SHARDS_MAX, SIZE_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT, SOURCE_TIMEOUT_SECONDS_MAX,
@@ -14,6 +16,10 @@ use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::units::{ByteSize, RegionSize};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
+pub use meta::{
+    AssumeArg, CheckArgs, DumpArgs, ExportDmArgs, FormatArgs, ImportDmArgs, MetaArgs, MetaFormat, MetaVerb, RepairArgs,
+    RestoreArgs,
+};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
@@ -510,39 +516,6 @@ pub struct StopArgs {
 
     #[command(flatten)]
     pub control: ControlArgs,
-}
-
-/// Look at the metadata of a clone that does not run; nothing is written
-#[derive(Args, Debug)]
-#[command(after_long_help = "\
-Examples:
-  hydrant meta check vm1.meta
-  hydrant meta dump --json vm1.meta")]
-pub struct MetaArgs {
-    #[command(subcommand)]
-    pub verb: MetaVerb,
-}
-
-#[derive(Subcommand, Debug)]
-pub enum MetaVerb {
-    /// Say what the metadata is of, and everything that is wrong with it
-    ///
-    /// Exit status 1 when something is wrong.
-    Check(MetaPath),
-    /// Print the metadata, with every run of hydrated regions
-    ///
-    /// Runs are first and last region, inclusive. Damaged metadata is refused.
-    Dump(MetaPath),
-}
-
-#[derive(Args, Debug)]
-pub struct MetaPath {
-    /// The metadata: a file or a block device
-    pub path: PathBuf,
-
-    /// One line of JSON
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// See it work: clone a small disk under load in a temporary directory and check every byte

@@ -134,6 +134,8 @@ impl CloneState {
         if self.mode.fetch_max(to as u8, AcqRel) < to as u8 {
             log::error!("clone '{}': metadata mode is now {}: {why}", self.name, to.word());
             let kind = if to == Mode::Failed { EventKind::Failed } else { EventKind::ReadOnly };
+            // Under the lock: what is told of the hydration is told before this, or not at all.
+            let _health = self.health();
             self.events.record(kind, format!("metadata mode {}: {why}", to.word()));
         }
     }

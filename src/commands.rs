@@ -15,8 +15,7 @@ pub mod status;
 pub mod stop;
 pub mod wait;
 
-use crate::bail;
-use crate::cli::{Cli, ConfigVerb, MetaVerb, Verb};
+use crate::cli::{Cli, ConfigVerb, Verb};
 use crate::config::Plan;
 use crate::error::{Error, Result};
 use std::io::{self, Write};
@@ -39,11 +38,7 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>
         Verb::Events(args) => events::run(&args, out),
         Verb::Wait(args) => wait::run(&args, out),
         Verb::Stop(args) => stop::run(&args),
-        Verb::Meta(args) => match args.verb {
-            MetaVerb::Check(of) if meta::check(&of.path, of.json, out)? => Ok(()),
-            MetaVerb::Check(of) => bail!(Damaged, "metadata {}: not clean, see the findings", of.path.display()),
-            MetaVerb::Dump(of) => meta::dump(&of.path, of.json, out),
-        },
+        Verb::Meta(args) => meta::run(args, out),
         Verb::Demo(args) => crate::demo::run(&args, out),
     }
 }

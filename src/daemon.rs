@@ -14,6 +14,7 @@ mod registry;
 mod running;
 
 use crate::bail;
+use crate::commands::output_error;
 use crate::config::{CloneName, DaemonConfig, Plan, SHARDS_MAX};
 use crate::control::feed;
 use crate::control::server::Server;
@@ -29,6 +30,7 @@ use crate::shard::pool::{self, PoolOptions, ShardContext};
 use crate::unix_socket::BoundSocket;
 use control::Handle;
 use registry::Daemon;
+use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
 
@@ -163,6 +165,7 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
     dumper.stop();
     let ended = daemon.end().await;
     server.close().await;
+    dumper.ended().await;
     ended?;
     end_of_failures(daemon.failures(), wanted)
 }
@@ -194,19 +197,23 @@ async fn dry_run(context: &Rc<ShardContext>, plan: &Plan, stop: &Notify) -> Resu
             Ok(Some(prepared)) => {
                 for (index, line) in prepared.describe(config).iter().enumerate() {
                     let indent = if index > 0 && plan.clones.len() > 1 { "  " } else { "" };
-                    println!("{indent}{line}");
+                    say(&format!("{indent}{line}"))?;
                 }
             }
             Ok(None) => return Ok(()),
             Err(error) => {
                 if plan.clones.len() > 1 {
-                    println!("clone '{}': can't be started: {error}", config.name);
+                    say(&format!("clone '{}': can't be started: {error}", config.name))?;
                 }
                 failures.push((config.name.clone(), error));
             }
         }
     }
     end_of_failures(failures, plan.clones.len())?;
-    println!("dry run: nothing was changed");
-    Ok(())
+    say("dry run: nothing was changed")
+}
+
+/// A line on standard output, which may be closed.
+fn say(line: &str) -> Result<()> {
+    writeln!(std::io::stdout(), "{line}").map_err(output_error)
 }

@@ -214,6 +214,9 @@ mod tests {
     use crate::sim::executor::Sim;
     use std::cell::RefCell;
 
+    /// Who was woken, when, with how many events.
+    type Woken = Vec<(&'static str, Duration, usize)>;
+
     /// A log whose bell is heard by a feed after a moment, as across threads.
     fn feed(sim: &Sim) -> Rc<Feed> {
         let rung = Arc::new(AtomicBool::new(false));
@@ -258,7 +261,7 @@ mod tests {
             let sim = Sim::new(seed);
             let feed = feed(&sim);
             let (a, b) = (CloneEvents::new(feed.log(), "a"), CloneEvents::new(feed.log(), "b"));
-            let woken: Rc<RefCell<Vec<(&str, Duration, usize)>>> = Rc::default();
+            let woken: Rc<RefCell<Woken>> = Rc::default();
             for (who, clone) in [("all", None), ("a", Some("a")), ("b", Some("b")), ("all too", None)] {
                 let (feed, clock, woken) = (feed.clone(), sim.clone(), woken.clone());
                 sim.spawn(async move {

@@ -232,6 +232,23 @@ mod tests {
     }
 
     #[test]
+    fn the_document_has_them_all() {
+        let text = include_str!("../docs/events.md");
+        let rows: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("| `")?.split_once("` | ")).collect();
+        let kinds = EventKind::ALL.iter().map(|kind| (kind.name(), kind.is_dm()));
+        let documented = rows.iter().map(|(name, rest)| (*name, rest.ends_with("| yes |")));
+        assert!(documented.take(EventKind::ALL.len()).eq(kinds), "{rows:?}");
+        let bounds = [
+            format!("last {EVENTS_PER_CLONE_MAX} events of a clone and {EVENTS_MAX} in all"),
+            format!("at most {EVENTS_PER_PAGE_MAX} events are in one answer"),
+            format!("told {} times within {}\nseconds", condition::TOLD_MAX, condition::WINDOW.as_secs()),
+        ];
+        for words in bounds {
+            assert!(text.contains(&words), "{words}");
+        }
+    }
+
+    #[test]
     fn json_of_an_event_is_pinned() {
         let mut kept = Kept::default();
         kept.push(event("vm", EventKind::ReadOnly));

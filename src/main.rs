@@ -6,7 +6,7 @@ use hydrant::commands;
 use hydrant::config::Plan;
 use hydrant::daemon;
 use hydrant::environment;
-use std::io::stdout;
+use std::io::{Write, stderr, stdout};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -24,7 +24,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if commands::is_closed_output(&error) => environment::end_by_closed_pipe(),
         Err(error) => {
-            eprintln!("hydrant: {error}");
+            // Nobody may be there to hear it; the exit status tells all the same.
+            let _ = writeln!(stderr(), "hydrant: {error}");
             ExitCode::from(error.kind().exit_code())
         }
     }

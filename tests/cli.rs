@@ -53,6 +53,11 @@ fn help_is_as_pinned() {
         &["meta"],
         &["meta", "check"],
         &["meta", "dump"],
+        &["meta", "format"],
+        &["meta", "restore"],
+        &["meta", "repair"],
+        &["meta", "import-dm"],
+        &["meta", "export-dm"],
         &["demo"],
     ];
     let mut expected_files: Vec<String> = Vec::new();
@@ -99,6 +104,16 @@ fn version_and_usage() {
         &["status", "--json", "--dm"],
         &["message", "vm"],
         &["message"],
+        &["meta"],
+        &["meta", "format", "m"],
+        &["meta", "format", "--size", "1GiB", "--source", "s", "m"],
+        &["meta", "format", "--size", "1G", "m"],
+        &["meta", "format", "--size", "1GiB", "--region-size", "5KiB", "m"],
+        &["meta", "dump", "--format", "qcow2", "m"],
+        &["meta", "repair", "--assume", "perhaps", "m"],
+        &["meta", "repair", "--assume", "x=hydrated", "m"],
+        &["meta", "import-dm", "image", "--destination", "d"],
+        &["meta", "export-dm", "m"],
     ] {
         let output = run(wrong);
         assert_eq!(output.status.code(), Some(2), "{wrong:?}");

@@ -3,7 +3,7 @@
 //! Shards report what they see; each change of the whole is told once, and not more often than
 //! [`crate::events::condition`] allows: [`CloneState::tell_overdue`], called every second or so, catches up.
 
-use super::CloneState;
+use super::{CloneState, Mode};
 use crate::error::Error;
 use crate::events::EventKind;
 use crate::events::condition::Condition;
@@ -64,7 +64,7 @@ fn with_untold(text: &str, untold: u64) -> String {
 }
 
 impl CloneState {
-    fn health(&self) -> MutexGuard<'_, Health> {
+    pub(super) fn health(&self) -> MutexGuard<'_, Health> {
         self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -89,7 +89,7 @@ impl CloneState {
         let mut health = self.health();
         self.hydration_told.store(false, Relaxed);
         health.failing.clear();
-        if !self.is_complete() && !self.is_stopping() {
+        if !self.is_complete() && !self.is_stopping() && self.mode() == Mode::ReadWrite {
             self.hydration_is(&mut health, Hydration::Off, &format!("hydration paused: {why}"), now);
         }
     }
@@ -97,7 +97,7 @@ impl CloneState {
     /// A shard backs off after failures; `why` in words.
     pub fn hydration_fails(&self, shard: ShardIndex, why: &str, now: Duration) {
         let mut health = self.health();
-        if self.may_hydrate() && health.failing.insert(shard) {
+        if self.may_hydrate() && !self.is_all_hydrated() && health.failing.insert(shard) {
             self.hydration_told.store(false, Relaxed);
             self.hydration_is(&mut health, Hydration::Failing, why, now);
         }
@@ -176,6 +176,7 @@ impl CloneState {
         let hydration = health.hydration.overdue(now);
         if let Some((state, untold)) = hydration
             && !self.is_complete()
+            && self.mode() == Mode::ReadWrite
         {
             self.tell_hydration(state, &with_untold(&health.hydration_text, untold));
         }

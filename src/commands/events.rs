@@ -9,7 +9,7 @@ use crate::control::client::{Client, patiently};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::Event;
 use crate::human::utc;
-use std::io::Write;
+use std::io::{Write, stderr};
 use std::time::Duration;
 
 pub fn run(args: &EventsArgs, out: &mut dyn Write) -> Result<()> {
@@ -79,7 +79,7 @@ fn follow(client: &Client, args: &EventsArgs, out: &mut dyn Write) -> Result<()>
 fn say_lost(page: &EventPage, args: &EventsArgs) {
     // Of all clones; who asked for one can count its numbers.
     if page.page.lost > 0 && args.name.is_none() {
-        eprintln!("hydrant: {} events before this are not kept any more", page.page.lost);
+        let _ = writeln!(stderr(), "hydrant: {} events before this are not kept any more", page.page.lost);
     }
 }
 

@@ -86,7 +86,7 @@ fn open(role: Role, path: &Path, target: Target, size: u64) -> Result<(Device, C
 enum SourceParts {
     None,
     File(DiskParts),
-    Nbd { uri: NbdUri, options: NbdSourceOptions },
+    Nbd { uri: NbdUri, options: NbdSourceOptions, size: u64 },
     Remote { size: u64 },
 }
 
@@ -98,15 +98,22 @@ struct ShardParts {
     source: SourceParts,
 }
 
+/// What a clone has of its daemon.
+pub struct Shared {
+    pub events: Arc<CloneEvents>,
+    /// Its part of the hydration bandwidth of all clones.
+    pub budget: BudgetMember,
+}
+
 /// Starts the clone on all shards. Hydration is not started yet. After an error [`abandon`] clears up.
 pub async fn activate(
     context: &Rc<ShardContext>,
     config: &CloneConfig,
     id: CloneId,
     prepared: Prepared,
-    events: Arc<CloneEvents>,
-    budget: BudgetMember,
+    shared: Shared,
 ) -> Result<ActiveClone> {
+    let Shared { events, budget } = shared;
     let Prepared { geometry, fingerprint, source, destination, metadata, found } = prepared;
     let (destination, created_destination) =
         open(Role::Destination, &config.destination, destination, geometry.size())?;
@@ -115,7 +122,14 @@ pub async fn activate(
     let (store, zones, generation) = match found {
         FoundMetadata::Ours(opened) => {
             opened.notes.iter().for_each(|note| log::warn!("{}: {note}", metadata.label()));
-            (opened.store, opened.zones, opened.generation)
+            let (superblock, mut generation) = (opened.store.superblock(), opened.generation);
+            if superblock.lacks_devices() && superblock.state == codec::CloneState::Active {
+                // Made by `hydrant meta`: from now on they belong to these.
+                generation = Generation(generation.0 + 1);
+                let recorded = opened.store.record_devices(fingerprint, destination.fingerprint_id(), generation).await;
+                recorded.map_err(|error| error.within(metadata.label()))?;
+            }
+            (opened.store, opened.zones, generation)
         }
         FoundMetadata::None => {
             let superblock = Superblock {
@@ -250,7 +264,7 @@ async fn attach_slices(
             None => SourceParts::None,
             Some(OpenSourceKind::File { parts, .. }) => SourceParts::File(parts.duplicate()?),
             Some(OpenSourceKind::Nbd { source, uri, options }) => match source.info().multi_conn {
-                true => SourceParts::Nbd { uri: uri.clone(), options: options.clone() },
+                true => SourceParts::Nbd { uri: uri.clone(), options: options.clone(), size: source.size() },
                 false => SourceParts::Remote { size: source.size() },
             },
         };
@@ -282,9 +296,9 @@ async fn attach(context: &Rc<ShardContext>, parts: ShardParts, source: Option<Rc
         (Some(source), _) => Some(source),
         (None, SourceParts::None) => None,
         (None, SourceParts::File(parts)) => Some(Rc::new(FileSource::new(Rc::new(RingDisk::new(parts))))),
-        (None, SourceParts::Nbd { uri, options }) => {
+        (None, SourceParts::Nbd { uri, options, size }) => {
             let source = NbdSource::connect(uri, options, context.env.clone()).await?;
-            if source.size() != state.geometry.size() {
+            if source.size() != size {
                 bail!(SourceChanged, "the source's size changed while it was opened");
             }
             Some(Rc::new(source))

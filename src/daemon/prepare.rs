@@ -6,7 +6,7 @@ use crate::devices::{self, Device, DeviceKind, Place, Role, Target};
 use crate::disk::Disk;
 use crate::disk::ring::{DiskParts, RingDisk};
 use crate::error::{Error, ErrorKind, Result};
-use crate::meta::codec::{CloneState, SourceFingerprint, geometry_for, metadata_size_needed};
+use crate::meta::codec::{CloneState, DESTINATION_NONE_YET, SourceFingerprint, geometry_for, metadata_size_needed};
 use crate::meta::commit::{Expected, Mismatch, Recovered, Recovery, mismatch_error, mismatches};
 use crate::meta::store::{Opened, Store, probe};
 use crate::shard::pool::ShardContext;
@@ -106,7 +106,15 @@ pub async fn prepare(context: &Rc<ShardContext>, config: &CloneConfig, shards: u
     let found_fingerprint = fingerprint(&*source.source).await.map_err(|error| error.within(label.clone()))?;
     match recovered {
         Some(recovered) => {
-            let destination_id = destination_of_clone(&destination, config)?;
+            let superblock = &recovered.superblock;
+            let destination_id = match superblock.destination_id {
+                // Formatted ahead: the destination is taken as that of a new clone.
+                DESTINATION_NONE_YET => {
+                    check_new_destination(config, &superblock.geometry, &destination)?;
+                    DESTINATION_NONE_YET
+                }
+                _ => destination_of_clone(&destination, config)?,
+            };
             let expected =
                 Expected { size, region_size: config.region_size, source: found_fingerprint, destination_id };
             check_matches(config, &recovered, &expected)?;
@@ -213,6 +221,10 @@ fn check_new(config: &CloneConfig, geometry: &Geometry, destination: &Target, me
         devices::check_size(device, needed, &format!("for {} regions", geometry.nr_regions()))?;
         refuse_contents(config, device)?;
     }
+    check_new_destination(config, geometry, destination)
+}
+
+fn check_new_destination(config: &CloneConfig, geometry: &Geometry, destination: &Target) -> Result<()> {
     if let Target::Existing(device) = destination
         && device.size > 0
     {

@@ -3,6 +3,7 @@
 //! Every clone lives on its own: one that can't start, or fails, leaves the others alone. A name is taken from the
 //! moment its clone is asked for until nothing of it runs any more, so that no two of one name ever meet.
 
+use super::activate::Shared;
 use super::listeners::Listeners;
 use super::prepare;
 use super::running::RunningClone;
@@ -217,10 +218,10 @@ impl Daemon {
             }
         }
         let id = CloneId(self.next_id.replace(self.next_id.get() + 1));
-        let budget = self.budget.join(priority, rate, self.context.env.now());
-        let (config_now, events) = ((**config).clone(), events.clone());
-        let running =
-            RunningClone::start(&self.context, &self.listeners, id, config_now, prepared, events, budget).await?;
+        let shared =
+            Shared { events: events.clone(), budget: self.budget.join(priority, rate, self.context.env.now()) };
+        let config_now = (**config).clone();
+        let running = RunningClone::start(&self.context, &self.listeners, id, config_now, prepared, shared).await?;
         log::info!(
             "clone '{}': serving NBD at {}, control at {}",
             config.name,

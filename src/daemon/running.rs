@@ -1,6 +1,6 @@
 //! A clone that runs: from what was prepared to its orderly end, and what it tells about itself.
 
-use super::activate::{self, ActiveClone};
+use super::activate::{self, ActiveClone, Shared};
 use super::listeners::{Exported, Listeners};
 use super::prepare::Prepared;
 use super::rate::Rate;
@@ -11,9 +11,7 @@ use crate::control::api::{
     NbdStatus, SourceState, SourceStatus, Status,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::event_log::CloneEvents;
 use crate::events::EventKind;
-use crate::hydration_budget::BudgetMember;
 use crate::meta::codec;
 use crate::shard::dispatch::Dispatcher;
 use crate::shard::hydrator::automatic_batch_regions;
@@ -23,7 +21,6 @@ use crate::shard::{Mesh, ShardReply, ShardRequest};
 use crate::units::{CloneId, ShardIndex};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// The part of the time for the end that copies get in any case, however long clients took.
@@ -50,12 +47,11 @@ impl RunningClone {
         id: CloneId,
         config: CloneConfig,
         prepared: Prepared,
-        events: Arc<CloneEvents>,
-        budget: BudgetMember,
+        shared: Shared,
     ) -> Result<Rc<Self>> {
         let export = config.nbd.export.clone();
         let listener = listeners.acquire(&config.nbd.address, &export)?;
-        let clone = match activate::activate(context, &config, id, prepared, events, budget).await {
+        let clone = match activate::activate(context, &config, id, prepared, shared).await {
             Ok(clone) => clone,
             Err(error) => {
                 activate::abandon(context, id).await;

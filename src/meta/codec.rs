@@ -22,10 +22,10 @@
 //!    80  regions per zone       u64      1 to 30720
 //!    88  created                u64      seconds since 1970
 //!    96  source size            u64      in bytes
-//!   104  source samples         u32      how many samples are in the digest
+//!   104  source samples         u32      how many samples are in the digest; 0: the source is not known yet
 //!   108  zero                   u32
 //!   112  source digest         16 bytes
-//!   128  destination id        16 bytes
+//!   128  destination id        16 bytes  all 0: not known; all ones: there is no destination yet
 //!   144  zero to the end
 //!
 //! bitmap block: 8 sectors of 512 bytes, each complete in itself
@@ -165,6 +165,20 @@ pub struct SourceFingerprint {
     pub digest: [u8; 16],
 }
 
+impl SourceFingerprint {
+    /// Nobody has looked at the source yet: any one that is large enough fits, and is recorded at the first use.
+    pub const UNKNOWN: Self = Self { size: 0, samples: 0, digest: [0; 16] };
+
+    pub const fn is_known(&self) -> bool {
+        self.samples != 0
+    }
+}
+
+/// Nothing tells the destination from others: it fits any.
+pub const DESTINATION_UNKNOWN: [u8; 16] = [0; 16];
+/// Formatted ahead of the first use, which takes a destination as a new clone does, and records it.
+pub const DESTINATION_NONE_YET: [u8; 16] = [0xff; 16];
+
 /// How far a clone has come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum CloneState {
@@ -190,7 +204,8 @@ pub struct Superblock {
     pub uuid: [u8; 16],
     pub geometry: Geometry,
     pub source: SourceFingerprint,
-    /// Identifies the destination; what goes into it is the caller's business.
+    /// Identifies the destination; what goes into it is the caller's business, but for [`DESTINATION_UNKNOWN`] and
+    /// [`DESTINATION_NONE_YET`].
     pub destination_id: [u8; 16],
     pub state: CloneState,
     pub generation: Generation,
@@ -199,6 +214,11 @@ pub struct Superblock {
 }
 
 impl Superblock {
+    /// Whether the first use has source and destination to record.
+    pub fn lacks_devices(&self) -> bool {
+        !self.source.is_known() || self.destination_id == DESTINATION_NONE_YET
+    }
+
     /// The 4096 bytes of either copy.
     pub fn encode(&self) -> Block {
         let mut block = [0; BLOCK_SIZE];

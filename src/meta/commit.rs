@@ -3,7 +3,7 @@
 //! Pure: shared by the daemon at start, its dry run and the offline tools, so that all of them say the same.
 //! The order of a commit, and the argument why it is safe, are in [`super`].
 
-use super::codec::{Classified, SourceFingerprint, Superblock};
+use super::codec::{Classified, DESTINATION_NONE_YET, DESTINATION_UNKNOWN, SourceFingerprint, Superblock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{ByteSize, RegionSize};
 use std::fmt;
@@ -55,9 +55,17 @@ impl Recovery {
     }
 }
 
+/// What was not known when the metadata were made may be in one copy only: recording it writes one after the other.
 fn same_clone(a: &Superblock, b: &Superblock) -> bool {
-    let immutable = |s: &Superblock| (s.uuid, s.geometry, s.source, s.destination_id, s.created_unix_s);
-    immutable(a) == immutable(b)
+    let immutable = |s: &Superblock| (s.uuid, s.geometry, s.created_unix_s);
+    let same_source = a.source == b.source || !a.source.is_known() || !b.source.is_known();
+    immutable(a) == immutable(b) && same_source && fits(a.destination_id, b.destination_id)
+}
+
+/// Whether two destination ids may be of the same one.
+fn fits(a: [u8; 16], b: [u8; 16]) -> bool {
+    let open = |id| [DESTINATION_UNKNOWN, DESTINATION_NONE_YET].contains(&id);
+    a == b || open(a) || open(b)
 }
 
 /// Judges the two copies. A valid copy counts beside a missing, damaged or unreadable one; a newer format or foreign
@@ -121,7 +129,7 @@ fn beside(superblock: Superblock, other: CopyFound, index: usize) -> Recovery {
 /// What the devices and options given at start say.
 #[derive(Clone, Copy, Debug)]
 pub struct Expected {
-    /// Size of the device in bytes: the source's.
+    /// Size of the source in bytes: that of the device, or more when the clone was taken over from dm-clone.
     pub size: u64,
     /// `None` when the user gave none: then the metadata's counts.
     pub region_size: Option<RegionSize>,
@@ -169,14 +177,17 @@ pub fn mismatches(superblock: &Superblock, expected: &Expected) -> Vec<Mismatch>
     if let Some(given) = expected.region_size.filter(|given| *given != geometry.region_size()) {
         found.push(Mismatch::RegionSize { metadata: geometry.region_size(), given });
     }
-    if expected.size != geometry.size() {
-        found.push(Mismatch::Size { metadata: geometry.size(), given: expected.size });
-    } else if expected.source.size != superblock.source.size {
-        found.push(Mismatch::Size { metadata: superblock.source.size, given: expected.source.size });
-    } else if expected.source != superblock.source {
+    let source = &superblock.source;
+    let right_size = match source.is_known() {
+        true => source.size.max(geometry.size()),
+        false => expected.size.max(geometry.size()),
+    };
+    if expected.size != right_size {
+        found.push(Mismatch::Size { metadata: right_size, given: expected.size });
+    } else if source.is_known() && expected.source != *source {
         found.push(Mismatch::SourceContent);
     }
-    if expected.destination_id != superblock.destination_id {
+    if !fits(expected.destination_id, superblock.destination_id) {
         found.push(Mismatch::Destination);
     }
     found

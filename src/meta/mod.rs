@@ -1,8 +1,10 @@
 //! The metadata of a clone: which regions are hydrated, on a device of their own, crash-safe without a journal.
 //!
 //! * [`codec`]: the format, drawn there. * [`region_map`]: the bits in core, sliced by shard.
-//! * [`commit`]: what two superblock copies amount to. * [`store`]: reads and writes them on a [`crate::disk::Disk`].
-//! * [`check`]: judges an image offline.
+//! * [`runs`]: those bits as runs of regions. * [`commit`]: what two superblock copies amount to.
+//! * [`store`]: reads and writes them on a [`crate::disk::Disk`]. * [`check`]: judges an image offline.
+//! * [`repair`]: what can be mended, and what has to be assumed for it.
+//! * [`dump`]: what a dump in JSON says. * [`dm`]: the metadata of the kernel's dm-clone, read and written.
 //!
 //! # Why a crash loses nothing
 //!
@@ -59,5 +61,9 @@
 pub mod check;
 pub mod codec;
 pub mod commit;
+pub mod dm;
+pub mod dump;
 pub mod region_map;
+pub mod repair;
+pub mod runs;
 pub mod store;

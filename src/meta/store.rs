@@ -10,8 +10,8 @@
 //! Error texts do not name the device: the caller knows its path and adds it (`Error::within`).
 
 use super::codec::{
-    BLOCK_SIZE, BadSector, Block, CloneState, SUPERBLOCK_COPIES, Superblock, UnverifiedSuperblock, ZoneCodec,
-    metadata_size_needed, words_per_zone, zone_block,
+    BLOCK_SIZE, BadSector, Block, CloneState, SUPERBLOCK_COPIES, SourceFingerprint, Superblock, UnverifiedSuperblock,
+    ZoneCodec, metadata_size_needed, words_per_zone, zone_block,
 };
 use super::commit::{CopyFound, Recovered, Recovery, recover};
 use super::region_map::ZoneSnapshot;
@@ -168,6 +168,17 @@ impl Store {
     /// crash leaves the old metadata whole, or none, or the new ones. The uuid must be new. The caller has made sure
     /// that the disk may be overwritten, and touches the destination only afterwards.
     pub async fn format(disk: Rc<dyn Disk>, superblock: Superblock) -> Result<Store> {
+        Self::create(disk, superblock, |_, _| Ok(())).await
+    }
+
+    /// As [`Self::format`], with bits: `fill` is given each zone, in order, and its words, all 0. The data behind the
+    /// bits must be durable in the destination already. When `fill` fails no metadata are left. The uuid need not be
+    /// new: every block is written before the superblock.
+    pub async fn create(
+        disk: Rc<dyn Disk>,
+        superblock: Superblock,
+        mut fill: impl FnMut(ZoneIndex, &mut [u64]) -> Result<()>,
+    ) -> Result<Store> {
         check_size(&*disk, &superblock)?;
         let store = Store::new(disk, superblock);
         let disk = &store.disk;
@@ -176,10 +187,18 @@ impl Store {
         disk.flush().await?;
 
         let (geometry, generation) = (store.superblock.borrow().geometry, store.superblock.borrow().generation);
-        let empty = vec![0; words_per_zone(&geometry)];
+        let words = words_per_zone(&geometry);
         let writes = (0..geometry.nr_zones()).step_by(BLOCKS_PER_IO_MAX as usize).map(|first| {
-            let count = (geometry.nr_zones() - first).min(BLOCKS_PER_IO_MAX) as usize;
-            store.write_run(first, std::iter::repeat_n(&empty[..], count), generation)
+            let count = (geometry.nr_zones() - first).min(BLOCKS_PER_IO_MAX);
+            let mut bits = vec![0; words * count as usize];
+            let filled = (first..)
+                .map(ZoneIndex)
+                .zip(bits.chunks_exact_mut(words))
+                .try_for_each(|(zone, bits)| fill(zone, bits));
+            match filled {
+                Ok(()) => store.write_run(first, bits.chunks_exact(words), generation),
+                Err(error) => Box::pin(std::future::ready(Err(error))),
+            }
         });
         run_bounded(writes, Ok).await?;
         disk.flush().await?;
@@ -322,18 +341,35 @@ impl Store {
     /// Writes both superblock copies with a new state, durably, after the bits that were written before.
     pub async fn write_superblock(&self, state: CloneState, generation: Generation) -> Result<()> {
         let operation = self.begin()?;
-        let result = self.change_superblock(state, generation).await;
+        let result = self.change_superblock(generation, |superblock| superblock.state = state).await;
         operation.end(result)
     }
 
-    async fn change_superblock(&self, state: CloneState, generation: Generation) -> Result<()> {
+    /// Records, durably, what was not known when the metadata were made ([`Superblock::lacks_devices`]). `generation` is
+    /// higher than any on the medium.
+    pub async fn record_devices(
+        &self,
+        source: SourceFingerprint,
+        destination_id: [u8; 16],
+        generation: Generation,
+    ) -> Result<()> {
+        let operation = self.begin()?;
+        let record = |superblock: &mut Superblock| {
+            (superblock.source, superblock.destination_id) = (source, destination_id);
+        };
+        let result = self.change_superblock(generation, record).await;
+        operation.end(result)
+    }
+
+    async fn change_superblock(&self, generation: Generation, change: impl FnOnce(&mut Superblock)) -> Result<()> {
         if self.unflushed.get() {
             self.flush_disk().await?;
         }
         {
             let mut superblock = self.superblock.borrow_mut();
             assert!(generation >= superblock.generation, "the generation goes back");
-            (superblock.state, superblock.generation) = (state, generation);
+            change(&mut superblock);
+            superblock.generation = generation;
         }
         self.write_copies().await
     }

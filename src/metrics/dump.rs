@@ -14,6 +14,7 @@ use crate::bail;
 use crate::config::MetricsDump;
 use crate::error::{Error, ErrorKind, Result};
 use crate::local::Notify;
+use crate::local::latch::Latch;
 use crate::log_limit::LogLimit;
 use crate::ring::Ring;
 use crate::shard::pool::ShardContext;
@@ -24,6 +25,10 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::time::Duration;
+
+/// How long the end of the daemon waits for a dump that runs.
+const END_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// Dumps the metrics of a daemon. On shard 0.
 pub struct Dumper {
@@ -32,6 +37,8 @@ pub struct Dumper {
     nbd: NbdProbe,
     wanted: Notify,
     stopping: Cell<bool>,
+    /// Opens when [`Self::run`] has ended.
+    ended: Latch,
     failures: RefCell<LogLimit>,
 }
 
@@ -43,6 +50,7 @@ impl Dumper {
             nbd,
             wanted: Notify::default(),
             stopping: Cell::new(false),
+            ended: Latch::default(),
             failures: RefCell::default(),
         })
     }
@@ -64,9 +72,20 @@ impl Dumper {
         self.wanted.notify();
     }
 
+    /// Waits for the dump that runs after [`Self::stop`], so that nothing of it is left; but not for ever.
+    pub async fn ended(&self) {
+        or(self.ended.opened(), self.context.env.sleep(END_TIME_MAX)).await;
+    }
+
     /// Dumps whenever it is time, or asked for. One task.
     pub async fn run(self: Rc<Self>) {
-        let Some(target) = &self.target else { return };
+        if let Some(target) = &self.target {
+            self.dump_until_stopped(target).await;
+        }
+        self.ended.open();
+    }
+
+    async fn dump_until_stopped(&self, target: &MetricsDump) {
         let env = &self.context.env;
         let mut next = target.interval.map(|interval| env.now() + interval);
         loop {

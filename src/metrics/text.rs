@@ -1,10 +1,7 @@
 //! The metrics document for people at a terminal: at most 100 columns, shards in a table, clones summed over shards. Pure.
 
-use super::record::Kind;
-use super::schema::{
-    CloneMetrics, CommitMetrics, Distribution, HydratedBy, IoCount, MetricsDocument, PartCount, RouteMetrics,
-    SliceMetrics, merge_all,
-};
+use super::record::{How, Kind, Route};
+use super::schema::{CloneMetrics, CommitMetrics, Distribution, IoCount, MetricsDocument, SliceMetrics, merge_all};
 use crate::human::{count, duration, latency, percent, size};
 use crate::units::ByteSize;
 use std::fmt::{Result, Write};
@@ -137,31 +134,46 @@ fn write_requests(text: &mut String, slices: &[&SliceMetrics]) -> Result {
 }
 
 fn write_routes(text: &mut String, slices: &[&SliceMetrics]) -> Result {
-    let names: [(&str, fn(&RouteMetrics) -> &PartCount); 14] = [
-        ("read: destination", |routes| &routes.read_destination),
-        ("read: source, kept", |routes| &routes.read_source_kept),
-        ("read: source, past", |routes| &routes.read_source_past),
-        ("write: destination", |routes| &routes.write_destination),
-        ("write: whole regions", |routes| &routes.write_whole_region),
-        ("write: partial region", |routes| &routes.write_partial_region),
-        ("trim: destination", |routes| &routes.trim_destination),
-        ("trim: whole regions", |routes| &routes.trim_whole_region),
-        ("trim: ignored", |routes| &routes.trim_ignored),
-        ("zeroes: destination", |routes| &routes.write_zeroes_destination),
-        ("zeroes: whole regions", |routes| &routes.write_zeroes_whole_region),
-        ("zeroes: partial region", |routes| &routes.write_zeroes_partial_region),
-        ("cache: hydrated", |routes| &routes.cache_hydrated),
-        ("cache: copied", |routes| &routes.cache_copied),
-    ];
     heading(text, "routes", [""; 7])?;
-    for (name, pick) in names {
-        let parts = slices.iter().map(|slice| pick(&slice.routes));
+    for route in Route::ALL {
+        let parts = slices.iter().map(|slice| slice.routes.of(*route));
         let io = sum_io(parts.map(|part| IoCount { requests: part.parts, bytes: part.bytes, ..Default::default() }));
         if io.requests > 0 {
-            row(text, &format!("  {name}"), &io, None)?;
+            row(text, &format!("  {}", route_words(*route)), &io, None)?;
         }
     }
     Ok(())
+}
+
+fn route_words(route: Route) -> &'static str {
+    match route {
+        Route::ReadDestination => "read: destination",
+        Route::ReadSourceKept => "read: source, kept",
+        Route::ReadSourcePast => "read: source, past",
+        Route::WriteDestination => "write: destination",
+        Route::WriteWholeRegion => "write: whole regions",
+        Route::WritePartialRegion => "write: partial region",
+        Route::TrimDestination => "trim: destination",
+        Route::TrimWholeRegion => "trim: whole regions",
+        Route::TrimIgnored => "trim: ignored",
+        Route::WriteZeroesDestination => "zeroes: destination",
+        Route::WriteZeroesWholeRegion => "zeroes: whole regions",
+        Route::WriteZeroesPartialRegion => "zeroes: partial region",
+        Route::CacheHydrated => "cache: hydrated",
+        Route::CacheCopied => "cache: copied",
+    }
+}
+
+fn how_words(how: How) -> &'static str {
+    match how {
+        How::Background => "background",
+        How::Zeroes => "zeroes",
+        How::Read => "read",
+        How::Cache => "cache",
+        How::PartialWrite => "partial write",
+        How::Overwrite => "overwrite",
+        How::Discard => "discard",
+    }
 }
 
 fn write_hydration(text: &mut String, slices: &[&SliceMetrics]) -> Result {
@@ -172,18 +184,9 @@ fn write_hydration(text: &mut String, slices: &[&SliceMetrics]) -> Result {
         let copied = slices.iter().fold(0u64, |sum, slice| sum.saturating_add(slice.hydration.copied_bytes));
         row(text, "copies", &IoCount { requests: times.count, bytes: copied, errors: 0 }, Some(&times))?;
     }
-    let names: [(&str, fn(&HydratedBy) -> u64); 7] = [
-        ("background", |by| by.background),
-        ("zeroes", |by| by.zeroes),
-        ("read", |by| by.read),
-        ("cache", |by| by.cache),
-        ("partial write", |by| by.partial_write),
-        ("overwrite", |by| by.overwrite),
-        ("discard", |by| by.discard),
-    ];
-    let ways = names.iter().filter_map(|(name, pick)| {
-        let regions: u64 = slices.iter().map(|slice| pick(&slice.hydration.by)).fold(0, u64::saturating_add);
-        (regions > 0).then(|| format!("{} by {name}", count(regions)))
+    let ways = How::ALL.iter().filter_map(|how| {
+        let regions = slices.iter().fold(0u64, |sum, slice| sum.saturating_add(*slice.hydration.by.of(*how)));
+        (regions > 0).then(|| format!("{} by {}", count(regions), how_words(*how)))
     });
     let ways: Vec<_> = ways.collect();
     if !ways.is_empty() {

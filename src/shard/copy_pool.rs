@@ -202,19 +202,17 @@ impl CopyShare {
         fits.then(|| self.pool.take(&self.member, bytes))
     }
 
-    /// Memory that this clone holds, in bytes.
-    pub fn memory(&self) -> u64 {
+    /// Memory that this clone holds now, and the most that all together may hold, in bytes.
+    pub fn used(&self) -> u64 {
         self.member.used.get()
     }
-    /// What all clones of this shard may hold together, in bytes.
     pub fn io_memory(&self) -> u64 {
         self.pool.io_memory
     }
-    /// Wishes that wait; one that was given up counts until its turn comes.
+    /// Copies of this clone that wait for memory now, and the most that ever did.
     pub fn waiting(&self) -> u64 {
         self.member.waiting.borrow().len() as u64
     }
-    /// The most that ever waited at once.
     pub fn waiting_max(&self) -> u64 {
         self.member.waiting_max.get()
     }

@@ -87,7 +87,6 @@ impl CloneSlice {
             let pause = self.sched.borrow().paused_until(now);
             if let Some(until) = pause {
                 self.state.budget().withdraw(self.me, now);
-                self.tell_of_failed_regions(now);
                 self.notified_or_after(until.saturating_sub(now)).await;
                 continue;
             }
@@ -113,17 +112,15 @@ impl CloneSlice {
                     self.launch(batch, &mut ahead).await;
                 }
                 Next::WaitUntil(until) => {
-                    self.state.budget().withdraw(self.me, now);
                     self.tell_of_failed_regions(now);
+                    self.state.budget().withdraw(self.me, now);
                     self.notified_or_after(until.saturating_sub(now)).await;
                 }
-                Next::WaitForBatch => {
+                waiting @ (Next::WaitForBatch | Next::Done) => {
+                    if waiting == Next::Done {
+                        self.state.hydration_works(self.me, now);
+                    }
                     self.state.budget().withdraw(self.me, now);
-                    self.wake.notified().await;
-                }
-                Next::Done => {
-                    self.state.budget().withdraw(self.me, now);
-                    self.state.hydration_works(self.me, now);
                     self.wake.notified().await;
                 }
             }
@@ -184,10 +181,10 @@ impl CloneSlice {
             self.sched.borrow_mut().skipped(batch);
             return;
         };
+        self.counters.batch_regions.record(batch.count());
         let read = if zero { 0 } else { bytes.len() };
         self.state.budget().spend(self.me, read);
         let in_flight = self.copies.begin_batch(read, self.env.now());
-        self.counters.batch_regions.record(batch.count());
         let slice = self.clone();
         self.env.spawn_background(Box::pin(async move {
             let result = slice.copy_batch(batch, held, zero).await;

@@ -4,12 +4,13 @@ use super::disk::SimDisk;
 use super::executor::Sim;
 use super::mesh::{Net, SimMesh};
 use super::source::SimSource;
-use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs};
+use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs, Mode};
 use crate::coordinator::Coordinator;
 use crate::disk::Disk;
 use crate::env::Env;
 use crate::error::Result;
 use crate::event_log::{CloneEvents, EventLog};
+use crate::events::EventKind::*;
 use crate::hydration_budget::BudgetMember;
 use crate::io_frontend::request::{Completion, Request, RequestFlags, StatusExtents, Volume};
 use crate::meta::codec::{self, SourceFingerprint, Superblock, metadata_size_needed};
@@ -153,14 +154,8 @@ impl SimClone {
         let knobs =
             HydrationKnobs { enabled: setup.hydration, threshold: setup.threshold, batch_size: setup.batch_size };
         let log = EventLog::new("sim", Box::new(|| {}));
-        let state = CloneState::new(
-            id,
-            CloneEvents::new(&log, &format!("sim{id}")),
-            geometry,
-            setup.shards,
-            setup.discard_passdown,
-            knobs,
-        );
+        let events = CloneEvents::new(&log, &format!("sim{id}"));
+        let state = CloneState::new(id, events, geometry, setup.shards, setup.discard_passdown, knobs);
         let state = Arc::new(state.with_budget(budget));
         let complete = store.superblock().state == codec::CloneState::Complete;
         let env: Rc<dyn Env> = Rc::new(sim.clone());
@@ -273,6 +268,33 @@ impl SimClone {
     /// The events so far.
     pub fn event_kinds(&self) -> Vec<&'static str> {
         self.log.after(0, None).events.iter().map(|event| event.kind.name()).collect()
+    }
+
+    /// What must hold of the events at any time: each transition is told once, what ends is not told of any more, and dm's
+    /// number counts dm's.
+    pub fn check_events(&self) {
+        let events = self.log.after(0, None).events;
+        let of_dm = events.iter().filter(|event| event.kind.is_dm()).count() as u64;
+        let counts = self.state.events().count();
+        assert_eq!((counts.all, counts.dm), (events.len() as u64, of_dm));
+        let mut hydration = None;
+        for (at, event) in events.iter().enumerate() {
+            let before = &events[..at];
+            match event.kind {
+                HydrationStarted | HydrationPaused | HydrationFailed => {
+                    let summary = event.text.contains("in quick succession");
+                    assert!(hydration != Some(event.kind) || summary, "told twice: {events:#?}");
+                    let first = hydration.is_none() && event.kind != HydrationStarted;
+                    assert!(!first || summary, "nothing had begun: {events:#?}");
+                    let over = before.iter().any(|event| event.kind.is_dm());
+                    assert!(!over, "it can't hydrate any more: {events:#?}");
+                    hydration = Some(event.kind);
+                }
+                kind => assert!(before.iter().all(|event| event.kind != kind), "told twice: {events:#?}"),
+            }
+        }
+        assert_eq!(self.state.is_complete(), events.iter().any(|event| event.kind == HydrationCompleted));
+        assert_eq!(self.state.mode() != Mode::ReadWrite, events.iter().any(|e| matches!(e.kind, ReadOnly | Failed)));
     }
 
     /// As the control interface does after a change of settings.

@@ -309,6 +309,7 @@ fn clones_that_come_and_go_leave_the_others_alone() {
                 "--iodepth=8",
                 "--verify=crc32c",
                 "--verify_fatal=1",
+                "--verify_state_save=0",
                 "--fsync=32",
             ],
         )

@@ -311,6 +311,18 @@ fn a_closed_pipe_ends_quietly() {
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.signal() == Some(SIGPIPE) && said.is_empty(), "{args:?}: {:?} {said}", output.status);
     }
+    // A check of a clone, which is the daemon's own work.
+    let other = ["--destination", "other.img", "--metadata", "other.meta", "--dry-run"];
+    let mut child = daemon.hydrant(&["clone", "--name", "other", "--source"]);
+    let child = child.arg(bench.path("source")).args(other).current_dir(bench.dir());
+    let mut child = child.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.signal(), String::from_utf8_lossy(&output.stderr).as_ref()), (Some(SIGPIPE), ""));
+    // Without anybody to hear an error it is one all the same.
+    let mut child = daemon.hydrant(&["status", "nobody"]).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stderr.take());
+    assert_eq!(child.wait().unwrap().code(), Some(1));
     // A follower notices when there is something to say.
     let mut follow =
         daemon.hydrant(&["events", "--follow"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -331,4 +343,75 @@ fn a_closed_pipe_ends_quietly() {
         );
     }
     daemon.stop();
+}
+
+/// One log for all clones of a daemon; it outlives them.
+#[test]
+fn many_clones_have_one_log() {
+    need!("nbdkit");
+    let bench = Bench::new();
+    let table = |name: &str, source: &str, more: &str| {
+        format!(
+            "[[clone]]\nname = \"{name}\"\nsource = \"{source}\"\ndestination = \"{name}.img\"\nmetadata = \"{name}.meta\"\n{more}\n"
+        )
+    };
+    let good = bench.random("good.source", MIB);
+    let missing = bench.path("missing");
+    let frozen = Nbdkit::start(&bench, "pattern 1M");
+    frozen.freeze(true);
+    let config = table("good", good.to_str().unwrap(), "")
+        + &table("bad", missing.to_str().unwrap(), "")
+        + &table("slow", &frozen.uri(), "");
+    let daemon = Daemon::serve(&bench, &config);
+    daemon.wait_status_of("good", "hydrated", |status| status.is_complete());
+    // One that starts is waited for; one that could not be started is not.
+    let slow = Beside::start(&daemon, &["wait", "slow"]);
+    let mut follow = Beside::start(&daemon, &["events", "slow", "--follow", "--json"]);
+    let refused = daemon.refused(&["wait", "bad"]);
+    assert!(refused.contains("could not be started") && refused.contains("missing"), "{refused}");
+    frozen.freeze(false);
+    assert_eq!(slow.end(), (Some(0), String::new(), String::new()));
+    assert_eq!(
+        follow.event_of(EventKind::HydrationCompleted, &[EventKind::Created, EventKind::HydrationStarted]).nr,
+        3
+    );
+
+    let all = |name: &str| -> Vec<Event> {
+        daemon.done(&["events", name, "--json"]).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let names = |events: &[Event]| events.iter().map(|event| event.kind.name()).collect::<Vec<_>>().join(" ");
+    assert_eq!(names(&all("good")), "created hydration_started hydration_completed");
+    let bad = all("bad");
+    assert_eq!(names(&bad), "start_failed");
+    assert!(bad[0].text.starts_with("could not be started: ") && bad[0].text.contains("missing"), "{bad:?}");
+    let status = daemon.status_of("bad");
+    assert_eq!((status.events, status.event_nr, status.last_event.as_ref()), (1, 0, Some(&bad[0].text)));
+
+    // Removed while somebody waits; then another one of that name.
+    let file = bench.path("again.toml");
+    std::fs::write(&file, table("again", good.to_str().unwrap(), "no_hydration = true")).unwrap();
+    let create = ["create", file.to_str().unwrap()];
+    daemon.done(&create);
+    let mut wait = Beside::start(&daemon, &["wait", "again"]);
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(wait.runs());
+    daemon.done(&["remove", "again"]);
+    let (status, out, said) = wait.end();
+    assert_eq!((status, out.as_str(), said.lines().count()), (Some(1), "", 1), "{said}");
+    assert!(said.starts_with("hydrant: clone 'again' ended while it was waited for: "), "{said}");
+    assert_eq!(names(&all("again")), "created stopped removed");
+    assert!(daemon.refused(&["wait", "again"]).contains("no clone 'again'"));
+    daemon.done(&create);
+    let again = all("again");
+    assert_eq!(again.iter().map(|event| event.nr).collect::<Vec<_>>(), [1, 2, 3, 1]);
+    assert!(again.is_sorted_by_key(|event| event.seq));
+    assert_eq!(daemon.status_of("again").events, 1);
+    let text = daemon.done(&["events"]);
+    assert_eq!(text.lines().count(), 3 + 3 + 1 + 4, "{text}");
+    assert!(follow.runs(), "of the others it says nothing");
+    daemon.done(&["remove", "bad"]);
+    assert_eq!(names(&all("bad")), "start_failed removed");
+    daemon.stop();
+    assert_eq!(follow.event().kind, EventKind::Stopped);
+    assert_eq!(follow.end().0, Some(1));
 }

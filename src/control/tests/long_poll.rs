@@ -124,8 +124,8 @@ fn many_may_wait_and_hold_up_nobody() {
         let mut socket = ask();
         socket.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
         // Refused at once, or else waiting.
-        match socket.read(&mut [0; 1]) {
-            Ok(_) => None,
+        match socket.read_exact(&mut [0; 1]) {
+            Ok(()) => None,
             Err(error) => {
                 assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
                 Some(socket)

@@ -1,4 +1,4 @@
-use super::super::codec::{CloneState, geometry_for};
+use super::super::codec::{CloneState, DESTINATION_NONE_YET, DESTINATION_UNKNOWN, geometry_for};
 use super::*;
 use crate::units::Generation;
 
@@ -104,6 +104,43 @@ fn errors_say_what_and_what_to_do() {
         used.notes,
         ["superblock copy A is unreadable: 4096 bytes at offset 0: Input/output error; the other copy is used"]
     );
+}
+
+/// What was recorded at the first use may be in one copy only.
+#[test]
+fn copies_may_differ_in_what_was_not_known() {
+    let before = Superblock { source: SourceFingerprint::UNKNOWN, destination_id: DESTINATION_NONE_YET, ..sample(3) };
+    for (a, b) in [(sample(4), before.clone()), (before.clone(), sample(4))] {
+        assert_eq!(verdict(Ok(Classified::Valid(a)), Ok(Classified::Valid(b))), "use 4");
+    }
+    let other = Superblock { destination_id: [3; 16], ..sample(4) };
+    assert_eq!(verdict(valid(3), Ok(Classified::Valid(other))), "damaged");
+    let other = Superblock { source: SourceFingerprint { samples: 8, ..sample(3).source }, ..sample(4) };
+    assert_eq!(verdict(valid(3), Ok(Classified::Valid(other))), "damaged");
+}
+
+#[test]
+fn what_is_not_known_fits() {
+    let size = 1 << 30;
+    let known = sample(1).source;
+    let expected = Expected { size, region_size: None, source: known, destination_id: [2; 16] };
+    let none = |superblock: &Superblock, expected: &Expected| mismatches(superblock, expected).is_empty();
+    let unknown = Superblock { source: SourceFingerprint::UNKNOWN, ..sample(1) };
+    assert!(none(&unknown, &expected));
+    // dm-clone's source may be larger, never smaller.
+    let of = |size: u64| Expected { size, source: SourceFingerprint { size, ..known }, ..expected };
+    assert!(none(&unknown, &of(size + 1)) && !none(&unknown, &of(size - 1)));
+    // Once it is recorded it is that one.
+    let larger = Superblock { source: of(size + 1).source, ..sample(1) };
+    assert!(none(&larger, &of(size + 1)) && !none(&larger, &of(size)) && !none(&larger, &of(size + 2)));
+    let smaller = Superblock { source: of(size - 1).source, ..sample(1) };
+    assert!(!none(&smaller, &of(size - 1)), "a source that ends before the device");
+
+    for open in [DESTINATION_UNKNOWN, DESTINATION_NONE_YET] {
+        assert!(none(&Superblock { destination_id: open, ..sample(1) }, &expected));
+    }
+    assert!(none(&sample(1), &Expected { destination_id: DESTINATION_UNKNOWN, ..expected }));
+    assert!(!none(&sample(1), &Expected { destination_id: [3; 16], ..expected }));
 }
 
 #[test]

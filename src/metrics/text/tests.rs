@@ -91,7 +91,6 @@ fn sample() -> MetricsDocument {
                 metadata_flush_us: times(&[400]),
                 ..Default::default()
             },
-            ..Default::default()
         }],
         ..Default::default()
     }

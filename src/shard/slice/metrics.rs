@@ -50,7 +50,7 @@ impl CloneSlice {
             map_bytes: map.memory_bytes(),
             map_max_bytes: map.memory_bytes_max(),
             histogram_bytes: self.counters.memory_bytes(),
-            copy_bytes: self.copies.memory(),
+            copy_bytes: self.copies.used(),
             copy_max_bytes: self.copies.io_memory(),
         }
     }

@@ -4,7 +4,7 @@ use super::super::clone::{Devices, Setup, SimClone};
 use super::super::executor::Sim;
 use super::super::seeds;
 use super::random::{random_content, random_range, random_setup};
-use super::{Seed, result, scenario, start};
+use super::{Seed, result, scenario, scenario_of, start};
 use crate::clone_state::AUTOMATIC;
 use crate::io_frontend::request::{Completion, Request, RequestFlags};
 use crate::metrics::record::{Kind, Route};
@@ -113,6 +113,19 @@ fn a_read_of_a_large_region_goes_past_it() {
 }
 
 #[test]
+fn holes_of_the_source_are_told_from_what_is_copied() {
+    let setup = Setup { size: 32 * REGION, shards: 1, ..Setup::default() };
+    let content = [vec![0; 20 * 4096], vec![1; 12 * 4096]].concat();
+    scenario_of(&setup, content, 0..10, |clone| async move {
+        clone.enable_hydration(true);
+        clone.completed().await;
+        let hydration = &slices(&clone)[0].hydration;
+        assert_eq!((hydration.by.zeroes, hydration.by.background), (20, 12));
+        assert_eq!((hydration.zero_bytes, hydration.copied_bytes), (20 * REGION, 12 * REGION));
+    });
+}
+
+#[test]
 fn requests_that_fail_are_counted_and_not_timed() {
     let setup = Setup { size: 8 * REGION, ..Setup::default() };
     scenario(&setup, |clone| async move {
@@ -140,7 +153,7 @@ fn who_waits_shows_while_it_does() {
                 let read = clone.submit(0, Request::Read(range(0, 100)));
                 let write = clone.submit(0, write(50, 100));
                 let (a, b) = futures_lite::future::zip(read, write).await;
-                (a.unwrap(), b.unwrap());
+                a.and(b).unwrap();
             })
         };
         clone.sim.sleep(Duration::from_millis(20)).await;

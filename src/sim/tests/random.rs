@@ -288,12 +288,16 @@ fn simulate(seed: u64, failures: bool) -> u64 {
         let requests = load.requests_left.get();
         let (ends_by_crash, crash_at, after) =
             sim.draw(|rng| (!rng.one_in(4), rng.below(u64::from(requests)) as u32, rng.below(4000)));
+        let was_complete = clone.state.is_complete();
         if !last && ends_by_crash {
             // In the midst of it, mostly before everything is hydrated.
             while load.requests_left.get() > crash_at {
                 sim.run_for(Duration::from_micros(100));
             }
             sim.run_for(Duration::from_micros(after));
+            if !was_complete {
+                clone.check_events();
+            }
             devices = devices.crash(&sim);
             oracle.crash();
         } else {
@@ -314,6 +318,9 @@ fn simulate(seed: u64, failures: bool) -> u64 {
                     }
                 }
             });
+            if !was_complete {
+                clone.check_events();
+            }
             // The daemon has ended, and then the power fails as well.
             devices = devices.crash(&sim);
             oracle.crash();
