@@ -433,7 +433,7 @@ Sends a message to a running clone and returns when it is in force. dm-clone's:
 
 N is from 0 to 4294967295. Without these two, hydrant finds its own numbers. Hydrant's own:
 
-  hydration_rate BYTES    the most bytes per second that are read to hydrate this clone, from 64KiB on; 0 means no bound
+  hydration_rate BYTES    the most bytes per second that are read to hydrate this clone, from 4KiB on; 0 means no bound
   priority N              its weight beside other clones of the daemon, from 1 to 1000; 100 if nothing is said
 
 Messages last until the daemon ends.")]

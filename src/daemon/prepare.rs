@@ -137,6 +137,12 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
             };
             check_matches(config, &recovered, &expected)?;
             tell_of_sizes(config, superblock.geometry.size(), superblock.source.size, source.source.size());
+            if let Target::Existing(device) = &destination
+                && device.size > 0
+            {
+                // It may have been cut off since.
+                devices::check_size(device, superblock.geometry.size(), "for the clone that it holds")?;
+            }
             let opened = load(&metadata, recovered).await?;
             Ok(Prepared {
                 geometry: opened.store.superblock().geometry,

@@ -20,6 +20,7 @@ mod metrics;
 mod metrics_dump;
 mod refusals;
 mod restart;
+mod shares;
 mod signals;
 mod source_faults;
 mod space;
