@@ -160,7 +160,7 @@ fn settings_of_the_daemon() {
         source.display()
     );
     let daemon_file = bench.path("daemon.toml");
-    let settings = "cpus = [0]\nio_memory = '1MiB'\nspin = '20us'\nlog = 'warn'\nhydration_rate = '1GiB'\n";
+    let settings = "cpus = [0]\nio_memory = '8MiB'\nspin = '20us'\nlog = 'warn'\nhydration_rate = '1GiB'\n";
     let control = bench.socket("own.control");
     fs::write(&daemon_file, format!("[daemon]\ncontrol = '{}'\n{settings}", control.display())).unwrap();
     let clones_file = bench.path("clones.toml");
