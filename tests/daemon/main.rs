@@ -12,6 +12,7 @@ mod discard;
 mod dm_clone;
 mod dm_clone_kernel;
 mod events;
+mod large;
 mod load;
 mod meta_tools;
 mod metadata;
