@@ -56,7 +56,9 @@ pub struct HydrationKnobs {
 pub struct CloneState {
     pub id: CloneId,
     pub name: String,
-    pub geometry: Geometry,
+    geometry: Geometry,
+    /// In bytes; the rest of the geometry never changes.
+    size: AtomicU64,
     pub discard_passdown: bool,
     mode: AtomicU8,
     hydrated: AtomicU64,
@@ -66,6 +68,7 @@ pub struct CloneState {
     batch_size: AtomicU64,
     complete: AtomicBool,
     stopping: AtomicBool,
+    suspended: AtomicBool,
     /// Per shard: bits were set since its last snapshot.
     dirty: Box<[AtomicBool]>,
     foreground_in_flight: AtomicU64,
@@ -92,6 +95,7 @@ impl CloneState {
             id,
             name: events.name().to_owned(),
             geometry,
+            size: AtomicU64::new(geometry.size()),
             discard_passdown,
             mode: AtomicU8::new(Mode::ReadWrite as u8),
             hydrated: AtomicU64::new(0),
@@ -101,6 +105,7 @@ impl CloneState {
             batch_size: AtomicU64::new(knobs.batch_size),
             complete: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
+            suspended: AtomicBool::new(false),
             dirty: (0..shards).map(|_| AtomicBool::new(false)).collect(),
             foreground_in_flight: AtomicU64::new(0),
             foreground_last_us: AtomicU64::new(0),
@@ -108,6 +113,25 @@ impl CloneState {
             health: Mutex::default(),
             hydration_told: AtomicBool::new(false),
             budget: BudgetMember::alone(),
+        }
+    }
+
+    /// As it is now: only the size changes, only to a larger one, and only while the clone is suspended.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry.with_size(self.size.load(Acquire)).expect("only the size of a geometry is ever set")
+    }
+
+    /// The clone has grown. `new_regions`: it has regions that it did not have, none of them hydrated. Only while it is
+    /// suspended: nobody looks at the size and the count of regions together then.
+    pub fn set_grown(&self, geometry: Geometry, new_regions: bool) {
+        assert!(
+            geometry.size() >= self.geometry().size() && self.is_suspended(),
+            "a clone grows while it is suspended"
+        );
+        self.size.store(geometry.size(), Release);
+        if new_regions {
+            self.complete.store(false, Release);
+            self.events.set_incomplete();
         }
     }
 
@@ -157,10 +181,10 @@ impl CloneState {
     }
     /// Counts newly hydrated regions; true when they were the last ones.
     pub fn add_hydrated(&self, regions: u64) -> bool {
-        regions > 0 && self.hydrated.fetch_add(regions, AcqRel) + regions == self.geometry.nr_regions()
+        regions > 0 && self.hydrated.fetch_add(regions, AcqRel) + regions == self.geometry().nr_regions()
     }
     pub fn is_all_hydrated(&self) -> bool {
-        self.hydrated() == self.geometry.nr_regions()
+        self.hydrated() == self.geometry().nr_regions()
     }
 
     pub fn hydrating(&self) -> u64 {
@@ -203,13 +227,14 @@ impl CloneState {
     /// Whether copies may be started in the background at all.
     pub fn may_hydrate(&self) -> bool {
         let knobs = self.knobs();
-        knobs.enabled && knobs.threshold > 0 && self.mode() == Mode::ReadWrite && !self.is_stopping()
+        let goes_on = !self.is_stopping() && !self.is_suspended();
+        knobs.enabled && knobs.threshold > 0 && self.mode() == Mode::ReadWrite && goes_on
     }
     pub fn set_hydration_batch_size(&self, regions: u64) {
         self.batch_size.store(regions, Release);
     }
 
-    /// Everything is hydrated and that is durable: source and maps were let go.
+    /// Everything is hydrated and that is durable: source and maps were let go. Over when the clone grows.
     pub fn is_complete(&self) -> bool {
         self.complete.load(Acquire)
     }
@@ -223,6 +248,15 @@ impl CloneState {
     pub fn set_stopping(&self) {
         self.stopping.store(true, Release);
         self.events.set_ending();
+    }
+
+    /// Client requests are held, nothing is hydrated, and what was acknowledged is committed. While the clone is on
+    /// its way there (or back), what is in flight has not ended yet.
+    pub fn is_suspended(&self) -> bool {
+        self.suspended.load(Acquire)
+    }
+    pub fn set_suspended(&self, suspended: bool) {
+        self.suspended.store(suspended, Release);
     }
 
     pub fn set_dirty(&self, shard: ShardIndex) {
@@ -244,6 +278,10 @@ impl CloneState {
     pub fn foreground_ends(&self, now: Duration) {
         self.foreground_last_us.store(now.as_micros() as u64, Relaxed);
         self.foreground_in_flight.fetch_sub(1, Relaxed);
+    }
+    /// Parts of client requests that slices are carrying out now, of all shards.
+    pub fn foreground_in_flight(&self) -> u64 {
+        self.foreground_in_flight.load(Acquire)
     }
     /// Whether clients are at work, or were within the last `window`.
     pub fn is_foreground_active(&self, now: Duration, window: Duration) -> bool {

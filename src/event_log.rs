@@ -121,6 +121,10 @@ impl CloneEvents {
         self.complete.store(true, Release);
         (self.log.bell)();
     }
+    /// The clone has grown: there is something to wait for again.
+    pub fn set_incomplete(&self) {
+        self.complete.store(false, Release);
+    }
     /// Whoever waits for an event of this clone is told that it ends.
     pub fn set_ending(&self) {
         self.ending.store(true, Release);

@@ -5,7 +5,8 @@
 
 use super::Controlled;
 use super::api::{
-    ErrorBody, ErrorText, EventPage, Message, MessageBody, PREFIX, RemoveBody, Status, StatusList, WAIT_SECONDS_MAX,
+    ErrorBody, ErrorText, EventPage, Message, MessageBody, PREFIX, RemoveBody, Status, StatusList, TableBody,
+    WAIT_SECONDS_MAX,
 };
 use super::query::Query;
 use super::waiters::Waiters;
@@ -17,6 +18,7 @@ use crate::event_log::Feed;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::oneshot;
 use crate::net::Stream;
+use crate::targets;
 use bytes::Bytes;
 use futures_lite::future::or;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
@@ -64,6 +66,8 @@ impl Routes {
             Route::StatusOfAll => {
                 self.controlled.status(None).await.map(|clones| json(StatusCode::OK, &StatusList { clones }))
             }
+            Route::Table(name) => self.controlled.table(name).map(|table| json(StatusCode::OK, &TableBody { table })),
+            Route::Version => Ok(json(StatusCode::OK, &targets::info())),
             Route::MetricsOfAll => self.controlled.metrics(None).await.map(|metrics| json(StatusCode::OK, &metrics)),
             Route::Metrics(name) => {
                 self.controlled.metrics(Some(name)).await.map(|metrics| json(StatusCode::OK, &metrics))
@@ -164,7 +168,9 @@ impl Routes {
 /// What is asked for.
 enum Route<'a> {
     StatusOfAll,
+    Version,
     Status(&'a str),
+    Table(&'a str),
     MetricsOfAll,
     Metrics(&'a str),
     Message(&'a str),
@@ -184,9 +190,11 @@ impl<'a> Route<'a> {
             "/clones" => Some(Self::Create),
             "/metrics" => Some(Self::MetricsOfAll),
             "/stop" => Some(Self::Stop),
+            "/version" => Some(Self::Version),
             _ => match path.strip_prefix("/clones/")?.split_once('/')? {
                 ("", _) => None,
                 (name, "status") => Some(Self::Status(name)),
+                (name, "table") => Some(Self::Table(name)),
                 (name, "metrics") => Some(Self::Metrics(name)),
                 (name, "wait") => Some(Self::Wait(name)),
                 (name, "message") => Some(Self::Message(name)),
@@ -198,7 +206,7 @@ impl<'a> Route<'a> {
     fn method(&self) -> Method {
         match self {
             Self::StatusOfAll | Self::Status(_) | Self::MetricsOfAll | Self::Metrics(_) => Method::GET,
-            Self::Events | Self::Wait(_) => Method::GET,
+            Self::Version | Self::Table(_) | Self::Events | Self::Wait(_) => Method::GET,
             Self::Create | Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
         }
     }

@@ -319,7 +319,7 @@ async fn attach(context: &Rc<ShardContext>, parts: ShardParts, source: Option<Rc
             Some(Rc::new(RemoteSource::new(state.id, crate::shard::COORDINATOR, size, mesh.clone())))
         }
     };
-    let mut map = RegionMap::new(state.geometry, mesh.shards(), mesh.me());
+    let mut map = RegionMap::new(state.geometry(), mesh.shards(), mesh.me());
     for (nr, (zone, bits)) in zones.into_iter().enumerate() {
         map.load_zone(zone, &bits);
         if nr % ZONES_AT_A_TIME == ZONES_AT_A_TIME - 1 {

@@ -402,7 +402,7 @@ impl Daemon {
             let now = self.context.env.now();
             for running in self.all_running() {
                 let state = &running.clone.state;
-                let bytes = state.hydrated() * state.geometry.region_size().bytes();
+                let bytes = state.hydrated() * state.geometry().region_size().bytes();
                 running.rate.borrow_mut().sample(now, bytes);
                 if state.is_complete() && running.complete_since.get().is_none() {
                     running.complete_since.set(Some(Instant::now()));
@@ -469,6 +469,10 @@ impl Daemon {
         // Who waits for an event of a clone is told at once, however long clients take.
         self.events.borrow().values().for_each(|events| events.set_ending());
         let deadline = self.context.env.now() + DRAIN_MAX;
+        // Requests that a suspended clone holds would keep their connections.
+        for running in self.all_running() {
+            running.clone.coordinator.begin_stop().await;
+        }
         self.listeners.stop(&self.context, deadline).await;
         // Who has begun to change something finishes; then it is ended like the others.
         while self.busy.get() > 0 {

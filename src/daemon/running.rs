@@ -10,6 +10,7 @@ use crate::control::api::{
     CloneRunState, Features, HydrationState, HydrationStatus, IoCounters, Message, MetadataMode, MetadataStatus,
     NbdStatus, SourceState, SourceStatus, Status,
 };
+use crate::dm_table;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::EventKind;
 use crate::meta::codec;
@@ -18,8 +19,10 @@ use crate::shard::hydrator::automatic_batch_regions;
 use crate::shard::pool::ShardContext;
 use crate::shard::slice::SliceStats;
 use crate::shard::{Mesh, ShardReply, ShardRequest};
+use crate::source::uri::SourceSpec;
 use crate::units::{CloneId, ShardIndex};
 use std::cell::{Cell, RefCell};
+use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -99,12 +102,12 @@ impl RunningClone {
     /// whatever is returned.
     pub async fn end(&self, context: &Rc<ShardContext>, listeners: &Listeners, deadline: Duration) -> Result<()> {
         let state = &self.clone.state;
+        self.clone.coordinator.begin_stop().await;
         // Who waits for its events is told at once, however long clients take.
         state.events().set_ending();
         if !self.exported.end(context, deadline).await {
             log::warn!("clone '{}': {} connections did not drain", state.name, self.exported.connections());
         }
-        state.set_stopping();
         let drained = Rc::new(Cell::new(0));
         for shard in 0..context.mesh.shards() {
             let drain = context.mesh.call(ShardIndex(shard), ShardRequest::Drain { clone: state.id });
@@ -122,7 +125,7 @@ impl RunningClone {
             context.env.sleep(DRAIN_POLL).await;
         }
         let committed = self.clone.coordinator.commit().await;
-        let (hydrated, regions) = (state.hydrated(), state.geometry.nr_regions());
+        let (hydrated, regions) = (state.hydrated(), state.geometry().nr_regions());
         match &committed {
             Ok(()) => {
                 let text = format!("stopped, {hydrated} of {regions} regions hydrated");
@@ -154,7 +157,7 @@ impl RunningClone {
     pub async fn status(&self, context: &Rc<ShardContext>) -> Result<Status> {
         let stats = self.stats(context).await?;
         let (state, config) = (&self.clone.state, &self.config);
-        let geometry = &state.geometry;
+        let geometry = &state.geometry();
         let source = self.source();
         let hydration_state = self.hydration_state(&stats, source.state);
         let events = state.events().count();
@@ -214,6 +217,36 @@ impl RunningClone {
         })
     }
 
+    /// dm-clone's table line: as it was given, or what it would be.
+    pub fn table(&self) -> String {
+        let config = &self.config;
+        if let Some(table) = &config.table {
+            return table.to_string();
+        }
+        // Of use wherever it is read.
+        let absolute = |path: &Path| match std::path::absolute(path) {
+            Ok(path) => path.display().to_string(),
+            Err(_) => path.display().to_string(),
+        };
+        let source = match config.source.parse() {
+            Ok(SourceSpec::File(path)) => absolute(&path),
+            _ => config.source.clone(),
+        };
+        let geometry = &self.clone.state.geometry();
+        let line = dm_table::Line {
+            size: geometry.size(),
+            metadata: &absolute(&config.metadata),
+            destination: &absolute(&config.destination),
+            source: &source,
+            region_size: geometry.region_size(),
+            no_hydration: !config.hydration,
+            no_discard_passdown: !config.discard_passdown,
+            hydration_threshold: config.hydration_threshold,
+            hydration_batch_size: config.hydration_batch_size,
+        };
+        line.to_string()
+    }
+
     fn hydration_state(&self, stats: &SliceStats, source: SourceState) -> HydrationState {
         let state = &self.clone.state;
         let knobs = state.knobs();
@@ -236,7 +269,7 @@ impl RunningClone {
 
     fn hydration(&self, context: &ShardContext, stats: &SliceStats, now: HydrationState) -> HydrationStatus {
         let state = &self.clone.state;
-        let (geometry, knobs) = (&state.geometry, state.knobs());
+        let (geometry, knobs) = (&state.geometry(), state.knobs());
         let automatic_batch = automatic_batch_regions(geometry);
         let batch = if knobs.batch_size == AUTOMATIC { automatic_batch } else { knobs.batch_size.max(1) };
         let automatic_threshold = automatic_batch * u64::from(context.mesh.shards()) * 16;

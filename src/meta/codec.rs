@@ -22,9 +22,9 @@
 //!    80  regions per zone       u64      1 to 30720
 //!    88  created                u64      seconds since 1970
 //!    96  source size            u64      in bytes
-//!   104  source samples         u32      how many samples are in the digest; 0: the source is not known yet
+//!   104  source samples         u32      how many samples are in the digest; 0: the source is not known yet, or
 //!   108  zero                   u32
-//!   112  source digest         16 bytes
+//!   112  source digest         16 bytes  not needed any more: then the digest is all ones
 //!   128  destination id        16 bytes  all 0: not known; all ones: there is no destination yet
 //!   144  zero to the end
 //!
@@ -130,7 +130,7 @@ pub fn geometry_for(size: u64, region_size: RegionSize) -> Result<Geometry> {
     Ok(geometry)
 }
 
-fn check_limits(geometry: &Geometry) -> Result<(), String> {
+pub(super) fn check_limits(geometry: &Geometry) -> Result<(), String> {
     if geometry.nr_regions() > REGIONS_MAX {
         return Err(format!("{} regions, at most {REGIONS_MAX} are supported", geometry.nr_regions()));
     }
@@ -169,8 +169,14 @@ impl SourceFingerprint {
     /// Nobody has looked at the source yet: any one that is large enough fits, and is recorded at the first use.
     pub const UNKNOWN: Self = Self { size: 0, samples: 0, digest: [0; 16] };
 
-    pub const fn is_known(&self) -> bool {
-        self.samples != 0
+    /// No source is needed: what is not hydrated reads as zeros. Of a complete clone that was grown without its source.
+    pub const NONE: Self = Self { size: 0, samples: 0, digest: [0xff; 16] };
+
+    pub fn is_known(&self) -> bool {
+        self.samples != 0 || self.is_none()
+    }
+    pub fn is_none(&self) -> bool {
+        *self == Self::NONE
     }
 }
 
@@ -214,6 +220,10 @@ pub struct Superblock {
 }
 
 impl Superblock {
+    /// How many bytes of its source the clone is about; the fingerprint is of so many.
+    pub fn source_len(&self) -> u64 {
+        if self.source.is_known() { self.source.size } else { self.geometry.size() }
+    }
     /// Whether the first use has source and destination to record.
     pub fn lacks_devices(&self) -> bool {
         !self.source.is_known() || self.destination_id == DESTINATION_NONE_YET

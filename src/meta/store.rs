@@ -21,7 +21,7 @@ use crate::dma_buf::DmaBuf;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::signatures::{SIGNATURES_END, identify};
-use crate::units::{ByteRange, ByteSize, Generation, ZoneIndex};
+use crate::units::{ByteRange, ByteSize, Generation, Geometry, ZoneIndex};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
@@ -57,6 +57,8 @@ pub struct Opened {
     pub generation: Generation,
     /// Oddities that did not prevent opening; one line each, for the log.
     pub notes: Vec<String>,
+    /// A crash came between the two superblock copies: [`Store::mend`] makes them equal.
+    pub copy_stale: bool,
 }
 
 fn block_range(first: u64, count: u64) -> ByteRange {
@@ -111,6 +113,11 @@ impl Operation<'_> {
             self.store.latch(error.clone());
         }
         result
+    }
+
+    /// It failed, and nothing was touched that counts.
+    fn give_up(mut self) {
+        self.ended = true;
     }
 }
 
@@ -220,7 +227,7 @@ impl Store {
 
     /// The second half of [`Self::open`], for a caller that compares the superblock with its devices first.
     pub async fn load(disk: Rc<dyn Disk>, recovered: Recovered) -> Result<Opened> {
-        let Recovered { superblock, notes, .. } = recovered;
+        let Recovered { superblock, notes, copy_stale, .. } = recovered;
         check_size(&*disk, &superblock)?;
         let (geometry, mut generation) = (superblock.geometry, superblock.generation);
         let complete = superblock.state == CloneState::Complete;
@@ -272,7 +279,7 @@ impl Store {
                 "damaged: marked complete, but {hydrated} of {all} regions are hydrated; look with `hydrant meta check`"
             );
         }
-        Ok(Opened { store, zones, generation, notes })
+        Ok(Opened { store, zones, generation, notes, copy_stale })
     }
 
     /// The superblock as last written.
@@ -380,6 +387,52 @@ impl Store {
             superblock.generation = generation;
         }
         self.write_copies().await
+    }
+
+    /// Writes the superblock that counts to both copies.
+    pub async fn mend(&self) -> Result<()> {
+        let operation = self.begin()?;
+        let result = self.write_copies().await;
+        operation.end(result)
+    }
+
+    /// The store of the clone grown to `superblock`, on `disk`: the same device, opened with the size it has now. Data
+    /// that old bits stand for in the grown tail must be durable already. This store refuses writes afterwards.
+    ///
+    /// When it fails, [`Self::failure`] tells whether this store can still be used: a write that failed before anything
+    /// that counts was touched leaves it as it was. The medium holds the old clone or the grown one, both right.
+    pub async fn grow(&self, disk: Rc<dyn Disk>, superblock: Superblock) -> Result<Store> {
+        let (old, new) = (self.superblock(), superblock.geometry);
+        let division = |g: &Geometry| (g.region_size(), g.regions_per_zone());
+        assert!(superblock.uuid == old.uuid && division(&new) == division(&old.geometry), "another clone");
+        assert!(new.size() > old.geometry.size() && superblock.generation > old.generation, "it does not grow");
+        check_size(&*disk, &superblock)?;
+        let operation = self.begin()?;
+        let generation = superblock.generation;
+        let grown = Store::new(disk, superblock);
+        if let Err(error) = grown.write_empty(old.geometry.nr_zones(), generation).await {
+            operation.give_up();
+            return Err(error);
+        }
+        let written = async {
+            grown.disk.flush().await?;
+            grown.write_copies().await
+        };
+        let result = written.await;
+        operation.end(result)?;
+        self.latch(Error::new(ErrorKind::Failed, "the clone has grown: these metadata are not written any more"));
+        Ok(grown)
+    }
+
+    /// Writes the blocks of all zones from `first` on, nothing hydrated.
+    async fn write_empty(&self, first: u64, generation: Generation) -> Result<()> {
+        let geometry = self.superblock.borrow().geometry;
+        let empty = vec![0; words_per_zone(&geometry)];
+        let writes = (first..geometry.nr_zones()).step_by(BLOCKS_PER_IO_MAX as usize).map(|first| {
+            let count = (geometry.nr_zones() - first).min(BLOCKS_PER_IO_MAX) as usize;
+            self.write_run(first, std::iter::repeat_n(&empty[..], count), generation)
+        });
+        run_bounded(writes, Ok).await
     }
 
     /// Copy A, flush, copy B, flush: one of them is intact at every moment.

@@ -57,10 +57,16 @@ impl Ahead {
 }
 
 impl CloneSlice {
-    /// Hydrates until everything of this slice is hydrated, or the clone stops. One task per slice.
+    /// Starts [`Self::hydrate`] on this executor.
+    pub fn start_hydration(self: &Rc<Self>) {
+        self.env.spawn_background(Box::pin(self.clone().hydrate()));
+    }
+
+    /// Hydrates until everything of this slice is hydrated, the clone stops, or another slice is
+    /// in this one's place. One task per slice.
     pub async fn hydrate(self: Rc<Self>) {
         let mut ahead = Ahead::default();
-        while !self.state.is_stopping() && !self.state.is_complete() {
+        while !self.state.is_stopping() && !self.state.is_complete() && !self.replaced.get() {
             let now = self.env.now();
             let knobs = self.state.knobs();
             let threshold = knobs.threshold;
@@ -109,7 +115,9 @@ impl CloneSlice {
                         continue;
                     }
                     self.state.hydration_starts(now);
+                    self.launching.set(true);
                     self.launch(batch, &mut ahead).await;
+                    self.launching.set(false);
                 }
                 Next::WaitUntil(until) => {
                     self.tell_of_failed_regions(now);

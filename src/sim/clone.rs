@@ -5,26 +5,29 @@ use super::executor::Sim;
 use super::mesh::{Net, SimMesh};
 use super::source::SimSource;
 use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs, Mode};
-use crate::coordinator::Coordinator;
+use crate::coordinator::{Coordinator, GrowParts, SUSPEND_TIME_MAX};
 use crate::disk::Disk;
 use crate::env::Env;
 use crate::error::Result;
 use crate::event_log::{CloneEvents, EventLog};
 use crate::events::EventKind::*;
 use crate::hydration_budget::BudgetMember;
-use crate::io_frontend::request::{Completion, Request, RequestFlags, StatusExtents, Volume};
+use crate::io_frontend::request::{Completion, LocalBoxFuture, Request, RequestFlags, StatusExtents, Volume};
 use crate::meta::codec::{self, SourceFingerprint, Superblock, metadata_size_needed};
+use crate::meta::growth::{self, Wanted};
 use crate::meta::region_map::RegionMap;
 use crate::meta::store::Store;
 use crate::shard::dispatch::Dispatcher;
 use crate::shard::slice::{CloneSlice, SliceParts, SliceStats};
 use crate::shard::{COORDINATOR, Mesh, ShardRequest};
 use crate::source::Source;
+use crate::source::padded::PaddedSource;
 use crate::source::remote::RemoteSource;
 use crate::units::{ByteRange, CloneId, Generation, Geometry, RegionSize, ShardIndex};
 use bytes::Bytes;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What the destination holds before the clone: no read may ever show it.
 pub const OLD_DESTINATION: u8 = 0xee;
@@ -104,10 +107,27 @@ impl Devices {
     }
 }
 
+/// What shard `me` reads from: so many bytes of the source, then zeros.
+fn source_of(
+    id: CloneId,
+    me: ShardIndex,
+    setup: &Setup,
+    devices: &Devices,
+    mesh: &Rc<SimMesh>,
+    shown: u64,
+    size: u64,
+) -> Rc<dyn Source> {
+    match me == COORDINATOR || !setup.remote_source {
+        true if shown == 0 => PaddedSource::zeros(size),
+        true => PaddedSource::view(devices.source.open(), shown, size),
+        false => Rc::new(RemoteSource::new(id, COORDINATOR, size, mesh.clone())),
+    }
+}
+
 /// A running clone.
 pub struct SimClone {
     pub sim: Sim,
-    pub geometry: Geometry,
+    pub setup: Setup,
     pub devices: Devices,
     pub state: Arc<CloneState>,
     pub log: Arc<EventLog>,
@@ -134,15 +154,20 @@ impl SimClone {
         budget: BudgetMember,
     ) -> Result<Rc<Self>> {
         let net = net.clone();
-        let geometry = setup.geometry();
         let metadata: Rc<dyn Disk> = devices.metadata.clone();
         let (store, zones, generation) = match Store::open(metadata.clone()).await? {
-            Some(opened) => (opened.store, opened.zones, opened.generation),
+            Some(opened) => {
+                if opened.copy_stale {
+                    opened.store.mend().await?;
+                }
+                (opened.store, opened.zones, opened.generation)
+            }
             None => {
+                let geometry = setup.geometry();
                 let superblock = Superblock {
                     uuid: [7; 16],
                     geometry,
-                    source: SourceFingerprint { size: geometry.size(), samples: 0, digest: [0; 16] },
+                    source: SourceFingerprint { size: geometry.size(), samples: 1, digest: [0; 16] },
                     destination_id: [0; 16],
                     state: codec::CloneState::Active,
                     generation: Generation(0),
@@ -151,6 +176,7 @@ impl SimClone {
                 (Store::format(metadata, superblock).await?, Vec::new(), Generation(0))
             }
         };
+        let Superblock { geometry, source: fingerprint, .. } = store.superblock();
         let knobs =
             HydrationKnobs { enabled: setup.hydration, threshold: setup.threshold, batch_size: setup.batch_size };
         let log = EventLog::new("sim", Box::new(|| {}));
@@ -168,10 +194,7 @@ impl SimClone {
         let mut dispatchers = Vec::new();
         for (me, map) in (0..setup.shards).map(ShardIndex).zip(maps) {
             let mesh = SimMesh::new(&net, me);
-            let source: Rc<dyn Source> = match me == COORDINATOR || !setup.remote_source {
-                true => devices.source.clone(),
-                false => Rc::new(RemoteSource::new(id, COORDINATOR, geometry.size(), mesh.clone())),
-            };
+            let source = source_of(id, me, setup, devices, &mesh, fingerprint.size, geometry.size());
             state.add_hydrated(map.hydrated_count());
             let slice = CloneSlice::new(SliceParts {
                 state: state.clone(),
@@ -209,8 +232,52 @@ impl SimClone {
         for shard in 0..setup.shards {
             sim.spawn(net.shard(ShardIndex(shard)).slice(id)?.hydrate());
         }
-        let (sim, devices) = (sim.clone(), devices.clone());
-        Ok(Rc::new(Self { sim, geometry, devices, state, log, net, meshes, dispatchers, coordinator }))
+        let (sim, setup, devices) = (sim.clone(), setup.clone(), devices.clone());
+        Ok(Rc::new(Self { sim, setup, devices, state, log, net, meshes, dispatchers, coordinator }))
+    }
+
+    pub fn geometry(&self) -> Geometry {
+        self.state.geometry()
+    }
+
+    /// As the daemon grows a clone; what a file gains is zeros, `fill` what a device gains. True when it has grown.
+    pub async fn grow(self: &Rc<Self>, wanted: Wanted, fill: u8) -> Result<bool> {
+        let source_size = wanted.needs_source().then(|| self.devices.source.size());
+        let superblock = self.coordinator.superblock();
+        let Some(growth) = growth::plan(&superblock, wanted, source_size)? else { return Ok(false) };
+        let geometry = growth.geometry;
+        let destination = self.devices.destination.grown(geometry.size(), fill);
+        let metadata = self.devices.metadata.grown(metadata_size_needed(&geometry), fill);
+        let (clone, staged) = (self.clone(), destination.clone());
+        let stage = move |shard: ShardIndex| -> LocalBoxFuture<'static, Result<()>> {
+            let (clone, destination) = (clone.clone(), staged.clone());
+            Box::pin(async move {
+                clone.sim.sleep(Duration::from_micros(clone.sim.draw(|rng| rng.below(500)))).await;
+                let mesh = &clone.meshes[usize::from(shard.0)];
+                let source = source_of(
+                    clone.state.id,
+                    shard,
+                    &clone.setup,
+                    &clone.devices,
+                    mesh,
+                    growth.source_len,
+                    geometry.size(),
+                );
+                clone.net.shard(shard).stage(clone.state.id, geometry, destination, source)
+            })
+        };
+        let parts = GrowParts {
+            from_size: superblock.geometry.size(),
+            geometry,
+            source: match growth.source_len {
+                0 => SourceFingerprint::NONE,
+                size => SourceFingerprint { size, samples: 1, digest: [0; 16] },
+            },
+            metadata,
+            destination,
+            stage: Box::new(stage),
+        };
+        self.coordinator.grow(parts).await.map(|()| true)
     }
 
     pub fn slice(&self, shard: u16) -> Rc<CloneSlice> {
@@ -286,14 +353,33 @@ impl SimClone {
                     assert!(hydration != Some(event.kind) || summary, "told twice: {events:#?}");
                     let first = hydration.is_none() && event.kind != HydrationStarted;
                     assert!(!first || summary, "nothing had begun: {events:#?}");
-                    let over = before.iter().any(|event| event.kind.is_dm());
+                    let of_this_size = before.rsplit(|event| event.kind == Resized).next().unwrap_or_default();
+                    let over = of_this_size.iter().any(|event| event.kind.is_dm());
                     assert!(!over, "it can't hydrate any more: {events:#?}");
                     hydration = Some(event.kind);
+                }
+                Suspended | Resumed => {
+                    let last = before.iter().rfind(|event| matches!(event.kind, Suspended | Resumed));
+                    let last = last.map_or(Resumed, |event| event.kind);
+                    assert_ne!(last, event.kind, "told twice: {events:#?}");
+                }
+                Resized => hydration = None,
+                HydrationCompleted => {
+                    let of_this_size = before.rsplit(|event| event.kind == Resized).next().unwrap_or_default();
+                    assert!(
+                        of_this_size.iter().all(|event| event.kind != HydrationCompleted),
+                        "told twice: {events:#?}"
+                    );
                 }
                 kind => assert!(before.iter().all(|event| event.kind != kind), "told twice: {events:#?}"),
             }
         }
-        assert_eq!(self.state.is_complete(), events.iter().any(|event| event.kind == HydrationCompleted));
+        let completed = events.iter().any(|event| event.kind == HydrationCompleted);
+        match events.iter().any(|event| event.kind == Resized) {
+            false => assert_eq!(self.state.is_complete(), completed),
+            // What it has grown by may be hydrated yet, or not.
+            true => assert!(completed || !self.state.is_complete()),
+        }
         assert_eq!(self.state.mode() != Mode::ReadWrite, events.iter().any(|e| matches!(e.kind, ReadOnly | Failed)));
     }
 
@@ -316,9 +402,20 @@ impl SimClone {
         }
     }
 
+    pub async fn suspend(&self) -> Result<()> {
+        self.coordinator.suspend(SUSPEND_TIME_MAX).await
+    }
+    pub async fn resume(&self) -> Result<()> {
+        self.coordinator.resume().await
+    }
+    /// Requests that are held, on all shards.
+    pub fn waiting(&self) -> u64 {
+        (0..self.net.shards()).map(|shard| self.net.shard(ShardIndex(shard)).gate(self.state.id).waiting()).sum()
+    }
+
     /// As the daemon ends: drain, commit, detach.
     pub async fn stop(&self) -> Result<()> {
-        self.state.set_stopping();
+        self.coordinator.begin_stop().await;
         for shard in 0..self.net.shards() {
             self.meshes[0].call(ShardIndex(shard), ShardRequest::Drain { clone: self.state.id }).await?;
         }

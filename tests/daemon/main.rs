@@ -7,6 +7,7 @@ mod harness;
 
 mod appliance;
 mod clones;
+mod configs;
 mod control;
 mod discard;
 mod dm_clone;
@@ -24,4 +25,5 @@ mod shares;
 mod signals;
 mod source_faults;
 mod space;
+mod tables;
 mod views;

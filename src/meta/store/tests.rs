@@ -422,3 +422,82 @@ fn a_hostile_size_is_refused_before_anything_is_allocated() {
     image[..4096].copy_from_slice(&superblock(1, huge).encode());
     assert_eq!(open_error(image).0, ErrorKind::TooSmall);
 }
+
+/// Grows on a disk that stops at every operation: it must open with the old or the new size, all bits kept, none new.
+fn explore_growth(lying_flushes: u64) -> Option<String> {
+    let geometry = small_geometry();
+    let (image, bits) = clone_image(1, 2);
+    let grown_geometry = geometry.with_size(geometry.size() + 700 * 4096).unwrap();
+    for stop_at in 0.. {
+        let mut finished = false;
+        for seed in 0..24 {
+            // What lies behind the old blocks is anything: an older clone's, say.
+            let mut image = image.clone();
+            image.resize(metadata_size_needed(&grown_geometry) as usize, 0x5a);
+            let plan = Plan { stop_at: Some(stop_at), lying_flushes, ..Plan::default() };
+            let medium = Rc::new(SimDisk::new(image, plan, seed));
+            let run = async {
+                let opened = Store::open(medium.clone()).await?.expect("formatted");
+                let generation = Generation(opened.generation.0 + 1);
+                let superblock = Superblock { geometry: grown_geometry, generation, ..opened.store.superblock() };
+                let grown = opened.store.grow(medium.clone(), superblock).await?;
+                assert!(opened.store.flush().await.is_err(), "the old store is done");
+                grown.flush().await
+            };
+            finished = block_on(run).is_ok();
+            let at = format!("stopped at {stop_at}, seed {seed}");
+            let opened = match open(medium.crash()) {
+                Ok(Some(opened)) => opened,
+                Ok(None) => return Some(format!("{at}: gone")),
+                Err(error) => return Some(format!("{at}: {error}")),
+            };
+            let size = opened.store.superblock().geometry.size();
+            if size != grown_geometry.size() && (finished || size != geometry.size()) {
+                return Some(format!("{at}: {size} bytes"));
+            }
+            if hydrated(&opened) != bits {
+                return Some(format!("{at}: other bits"));
+            }
+        }
+        if finished {
+            assert!(stop_at > 4, "the exploration saw {stop_at} operations only");
+            return None;
+        }
+    }
+    unreachable!()
+}
+
+#[test]
+fn a_crash_while_growing_leaves_the_old_or_the_new_clone() {
+    assert_eq!(explore_growth(0), None);
+    // Without the flush between the new zones and the superblock.
+    println!("{}", explore_growth(0b1).expect("a missing flush is noticed"));
+}
+
+/// A crash came between the copies, and then copy A is damaged: the clone must not have its old size again.
+#[test]
+fn a_stale_copy_is_mended() {
+    let geometry = small_geometry();
+    let (mut image, _) = clone_image(1, 1);
+    let old_copy = image[4096..8192].to_vec();
+    let grown = geometry.with_size(geometry.size() + 1).unwrap();
+    image.resize(metadata_size_needed(&grown) as usize, 0);
+    let medium = disk(image);
+    block_on(async {
+        let opened = Store::open(medium.clone()).await.unwrap().unwrap();
+        assert!(!opened.copy_stale);
+        let superblock = Superblock { geometry: grown, generation: Generation(50), ..opened.store.superblock() };
+        opened.store.grow(medium.clone(), superblock).await.unwrap();
+    });
+    let mut image = medium.crash();
+    image[4096..8192].copy_from_slice(&old_copy);
+    let medium = disk(image);
+    block_on(async {
+        let opened = Store::open(medium.clone()).await.unwrap().unwrap();
+        assert!(opened.copy_stale);
+        opened.store.mend().await.unwrap();
+    });
+    let mut image = medium.crash();
+    image[100] ^= 1;
+    assert_eq!(open(image).unwrap().unwrap().store.superblock().geometry, grown);
+}

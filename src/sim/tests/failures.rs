@@ -221,7 +221,7 @@ fn a_full_destination_is_told_and_outlived() {
 }
 
 fn setup_size(clone: &SimClone) -> u64 {
-    clone.geometry.size()
+    clone.geometry().size()
 }
 
 /// The server does not answer questions about allocation: everything is data then.

@@ -263,5 +263,5 @@ fn a_request_of_many_pieces_runs_some_at_a_time() {
 }
 
 fn setup_size(clone: &super::SimClone) -> u64 {
-    clone.geometry.size()
+    clone.geometry().size()
 }

@@ -26,7 +26,7 @@ struct Machine {
 
 impl Machine {
     fn hydrated(&self) -> Vec<u64> {
-        self.clones.iter().map(|clone| clone.state.hydrated() * clone.geometry.region_size().bytes()).collect()
+        self.clones.iter().map(|clone| clone.state.hydrated() * clone.geometry().region_size().bytes()).collect()
     }
     /// What each clone hydrates in some time.
     async fn hydrated_in(&self, time: Duration) -> Vec<u64> {
