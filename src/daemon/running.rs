@@ -221,7 +221,7 @@ impl RunningClone {
     pub fn table(&self) -> String {
         let config = &self.config;
         if let Some(table) = &config.table {
-            return table.to_string();
+            return table.grown_to(self.clone.state.geometry().size()).to_string();
         }
         // Of use wherever it is read.
         let absolute = |path: &Path| match std::path::absolute(path) {

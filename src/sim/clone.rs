@@ -363,8 +363,9 @@ impl SimClone {
                     let last = last.map_or(Resumed, |event| event.kind);
                     assert_ne!(last, event.kind, "told twice: {events:#?}");
                 }
-                Resized => hydration = None,
+                Resized => {}
                 HydrationCompleted => {
+                    hydration = None;
                     let of_this_size = before.rsplit(|event| event.kind == Resized).next().unwrap_or_default();
                     assert!(
                         of_this_size.iter().all(|event| event.kind != HydrationCompleted),
