@@ -5,6 +5,8 @@
 // The comments here are help texts: plain words, where [ and ] mean "optional".
 #![allow(rustdoc::broken_intra_doc_links)]
 
+mod meta;
+
 use crate::config::{
     CloneName, HYDRATION_RATE_MAX, HYDRATION_RATE_MIN, NAME_LEN_MAX, OnHydrated, PRIORITY_DEFAULT, PRIORITY_MAX,
     SHARDS_MAX, SIZE_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT, SOURCE_TIMEOUT_SECONDS_MAX,
@@ -14,11 +16,15 @@ use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::units::{ByteSize, RegionSize};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
+pub use meta::{
+    AssumeArg, CheckArgs, DumpArgs, ExportDmArgs, FormatArgs, ImportDmArgs, MetaArgs, MetaFormat, MetaVerb, RepairArgs,
+    RestoreArgs,
+};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 const _: () = assert!(NAME_LEN_MAX == 64 && SHARDS_MAX == 256 && SOURCE_TIMEOUT_SECONDS_MAX == 86_400, "in the help");
-const _: () = assert!(HYDRATION_RATE_MIN == 4 << 10 && HYDRATION_RATE_MAX == 1 << 40 && PRIORITY_MAX == 1000, "too");
+const _: () = assert!(HYDRATION_RATE_MIN == 64 << 10 && HYDRATION_RATE_MAX == 1 << 50 && PRIORITY_MAX == 1000, "too");
 
 /// dm-clone in user space: a slow, read-only source becomes a fast, writable disk at once
 #[derive(Parser, Debug)]
@@ -53,13 +59,17 @@ pub enum Verb {
     Serve(ServeArgs),
     Config(ConfigArgs),
     Status(StatusArgs),
-    Metrics(MetricsArgs),
+    Table(TableArgs),
     Create(CreateArgs),
+    Metrics(MetricsArgs),
     List(ListArgs),
     Remove(RemoveArgs),
     Message(MessageArgs),
+    Events(EventsArgs),
+    Wait(WaitArgs),
     Stop(StopArgs),
     Meta(MetaArgs),
+    Version(VersionArgs),
     Demo(DemoArgs),
 }
 
@@ -161,7 +171,7 @@ pub struct CloneArgs {
 
     /// The most bytes per second that the background copy reads [default: no limit]
     ///
-    /// A size, 4KiB to 1TiB. Reads and writes of clients are not limited.
+    /// A size, 64KiB to 1024TiB. Reads and writes of clients are not limited.
     #[arg(long, value_name = "SIZE", value_parser = parse_hydration_rate)]
     pub hydration_rate: Option<u64>,
 
@@ -312,23 +322,19 @@ pub struct StatusArgs {
     pub control: ControlArgs,
 }
 
-/// Show what every shard has counted and timed
+/// Print the table line of clones that run, as 'dmsetup table' does
 #[derive(Args, Debug)]
 #[command(long_about = "\
-Shows what a daemon has counted and timed since it started: load and messages of each shard; for each clone I/O by kind \
-and by route, latencies, queues, hydration, commits and memory. The text is for people and may change; the JSON is a \
-stable document with a version, which docs/metrics.md describes field by field.")]
+Prints dm-clone's table line of a clone, or of all clones that run here, each after its name: what 'hydrant clone --table' \
+or 'table' in a configuration file would start it with. Messages never change it; 'hydrant status --dm' shows what is in \
+force.")]
 #[command(after_long_help = "\
 Examples:
-  hydrant metrics vm1
-  hydrant metrics --json | jq '.shards[].executor.load_recent'")]
-pub struct MetricsArgs {
-    /// Which clone [default: all that run here]
+  hydrant table vm1
+      0 524288 clone /var/lib/vm1.meta /dev/vg/vm1 nbd://backup/vm1 128 1 no_hydration")]
+pub struct TableArgs {
+    /// Which clone [default: all]
     pub name: Option<CloneName>,
-
-    /// One JSON object per daemon and line
-    #[arg(long)]
-    pub json: bool,
 
     #[command(flatten)]
     pub control: ControlArgs,
@@ -349,6 +355,28 @@ pub struct CreateArgs {
     /// A configuration file with [[clone]]s only
     #[arg(value_name = "FILE.toml")]
     pub file: PathBuf,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Show what every shard has counted and timed
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Shows what a daemon has counted and timed since it started: load and messages of each shard; for each clone I/O by kind \
+and by route, latencies, queues, hydration, commits and memory. The text is for people and may change; the JSON is a \
+stable document with a version, which docs/metrics.md describes field by field.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant metrics vm1
+  hydrant metrics --json | jq '.shards[].executor.load_recent'")]
+pub struct MetricsArgs {
+    /// Which clone [default: all that run here]
+    pub name: Option<CloneName>,
+
+    /// One JSON object per daemon and line
+    #[arg(long)]
+    pub json: bool,
 
     #[command(flatten)]
     pub control: ControlArgs,
@@ -396,25 +424,98 @@ pub struct RemoveArgs {
 /// Change how a running clone hydrates
 #[derive(Args, Debug)]
 #[command(long_about = "\
-Sends one of dm-clone's messages to a running clone and returns when it is in force:
+Sends a message to a running clone and returns when it is in force. dm-clone's:
 
   enable_hydration        switch the background copy on
   disable_hydration       switch it off; what is in flight is finished
   hydration_threshold N   the most regions being copied at a time; 0 stops the background copy
   hydration_batch_size N  how many adjacent regions are copied together, at most; 0 means 1
 
-N is from 0 to 4294967295. Without these two, hydrant finds its own numbers. Messages last until the daemon ends.")]
+N is from 0 to 4294967295. Without these two, hydrant finds its own numbers. Hydrant's own:
+
+  hydration_rate BYTES    the most bytes per second that are read to hydrate this clone, from 4KiB on; 0 means no bound
+  priority N              its weight beside other clones of the daemon, from 1 to 1000; 100 if nothing is said
+
+Messages last until the daemon ends.")]
 #[command(after_long_help = "\
 Examples:
   hydrant message vm1 enable_hydration
-  hydrant message vm1 hydration_threshold 64")]
+  hydrant message vm1 hydration_threshold 64
+  hydrant message vm1 hydration_rate 50MiB")]
 pub struct MessageArgs {
     /// Which clone
     pub name: CloneName,
 
-    /// enable_hydration, disable_hydration, hydration_threshold N or hydration_batch_size N
+    /// One of those above, with its number
     #[arg(required = true, num_args = 1.., value_name = "MESSAGE", allow_negative_numbers = true)]
     pub message: Vec<String>,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Show what happened to clones
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Prints the events of running clones, the oldest first: when (UTC), which clone, what kind of event, and what happened in \
+words. A daemon keeps the last 256 of each clone, and 4096 in all.
+
+Kinds: created, start_failed, hydration_started, hydration_paused, hydration_failed (it backs off and tries again), \
+hydration_completed, read_only, failed, source_lost, source_found, source_changed, suspended, resumed, resized, stopped, \
+removed. What changes more than 6 times in 10 seconds is told once in 10 seconds.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant events                   of every clone that runs here
+  hydrant events vm1 --follow      and go on with what happens, until the daemon ends
+  hydrant events --follow --json | jq --unbuffered 'select(.kind == \"source_lost\")'")]
+pub struct EventsArgs {
+    /// Which clone [default: all]
+    pub name: Option<CloneName>,
+
+    /// Go on with what happens from now
+    ///
+    /// Fails when the daemon ends.
+    #[arg(long)]
+    pub follow: bool,
+
+    /// One JSON object per line: seq, clone, nr, time_unix_ms, kind, text
+    ///
+    /// seq counts the daemon's events, nr those of the clone; both from 1.
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Wait for an event of a clone, as 'dmsetup wait'
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Waits until the event number of a clone is greater than N, as 'dmsetup wait' does; prints nothing. It counts what dm-clone \
+raises events for: the hydration is completed, the metadata mode is 'ro', the metadata mode is 'Fail'. Look at 'hydrant \
+status' for which of them it was. Does not wait for a clone that is complete, whatever N is. Fails when the clone or \
+its daemon ends.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant wait vm1                 until it is hydrated (or has failed)
+  hydrant wait vm1 --event 1 --timeout 60 --json")]
+pub struct WaitArgs {
+    /// Which clone
+    pub name: CloneName,
+
+    /// The last event number that is known
+    ///
+    /// It is 'event_nr' in 'hydrant status NAME --json'.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub event: u64,
+
+    /// Give up after so many seconds [default: never]
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u32>,
+
+    /// Print the status after the event, as one JSON object
+    #[arg(long)]
+    pub json: bool,
 
     #[command(flatten)]
     pub control: ControlArgs,
@@ -437,39 +538,6 @@ pub struct StopArgs {
     pub control: ControlArgs,
 }
 
-/// Look at the metadata of a clone that does not run; nothing is written
-#[derive(Args, Debug)]
-#[command(after_long_help = "\
-Examples:
-  hydrant meta check vm1.meta
-  hydrant meta dump --json vm1.meta")]
-pub struct MetaArgs {
-    #[command(subcommand)]
-    pub verb: MetaVerb,
-}
-
-#[derive(Subcommand, Debug)]
-pub enum MetaVerb {
-    /// Say what the metadata is of, and everything that is wrong with it
-    ///
-    /// Exit status 1 when something is wrong.
-    Check(MetaPath),
-    /// Print the metadata, with every run of hydrated regions
-    ///
-    /// Runs are first and last region, inclusive. Damaged metadata is refused.
-    Dump(MetaPath),
-}
-
-#[derive(Args, Debug)]
-pub struct MetaPath {
-    /// The metadata: a file or a block device
-    pub path: PathBuf,
-
-    /// One line of JSON
-    #[arg(long)]
-    pub json: bool,
-}
-
 /// See it work: clone a small disk under load in a temporary directory and check every byte
 #[derive(Args, Debug)]
 #[command(long_about = "\
@@ -481,6 +549,23 @@ pub struct DemoArgs {
     /// Where to make the temporary directory [default: $TMPDIR or /tmp; /var/tmp when that is in memory]
     #[arg(long, value_name = "PATH")]
     pub dir: Option<PathBuf>,
+}
+
+/// Print the version of hydrant, and of what it is made of
+#[derive(Args, Debug)]
+#[command(after_long_help = "\
+Examples:
+  hydrant version --targets        as 'dmsetup targets' for the kernel's
+      engine    clone            v1.0.0
+      frontend  nbd              v1.0.0")]
+pub struct VersionArgs {
+    /// Every engine, frontend, source and metadata format of this build
+    #[arg(long)]
+    pub targets: bool,
+
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// How to find the daemon.

@@ -1,17 +1,19 @@
 //! What all shards of a clone share: its identity, its knobs, its mode and its totals.
 //!
-//! Only small atomics and an event log: data and bits belong to the shards. Nothing here is on the path of a
-//! hydrated read or write but one load of the mode.
+//! Only small atomics, and the events: data and bits belong to the shards. Nothing here is on the path of a hydrated
+//! read or write but one load of the mode.
+
+mod health;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::event_log::CloneEvents;
+use crate::events::EventKind;
+use crate::hydration_budget::BudgetMember;
 use crate::units::{CloneId, Geometry, ShardIndex};
-use std::collections::VecDeque;
+use health::Health;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::*};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
-
-/// Events kept for `status` and the log; older ones are only counted.
-const EVENTS_KEPT: usize = 256;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// dm-clone's metadata mode.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -37,21 +39,6 @@ impl Mode {
     }
 }
 
-/// Something that happened to a clone.
-#[derive(Clone, Debug)]
-pub struct Event {
-    /// Counts from 1.
-    pub nr: u64,
-    pub at: SystemTime,
-    pub text: String,
-}
-
-#[derive(Default)]
-struct Events {
-    count: u64,
-    kept: VecDeque<Event>,
-}
-
 /// A setting that the clone is to find by itself.
 pub const AUTOMATIC: u64 = u64::MAX;
 
@@ -69,7 +56,9 @@ pub struct HydrationKnobs {
 pub struct CloneState {
     pub id: CloneId,
     pub name: String,
-    pub geometry: Geometry,
+    geometry: Geometry,
+    /// In bytes; the rest of the geometry never changes.
+    size: AtomicU64,
     pub discard_passdown: bool,
     mode: AtomicU8,
     hydrated: AtomicU64,
@@ -79,18 +68,24 @@ pub struct CloneState {
     batch_size: AtomicU64,
     complete: AtomicBool,
     stopping: AtomicBool,
+    suspended: AtomicBool,
     /// Per shard: bits were set since its last snapshot.
     dirty: Box<[AtomicBool]>,
     foreground_in_flight: AtomicU64,
     /// Environment time of the last client request's end, in microseconds.
     foreground_last_us: AtomicU64,
-    events: Mutex<Events>,
+    events: Arc<CloneEvents>,
+    health: Mutex<Health>,
+    /// The background copy is under way as far as the events go: spares the lock.
+    hydration_told: AtomicBool,
+    budget: BudgetMember,
 }
 
 impl CloneState {
+    /// Its name is that of its `events`.
     pub fn new(
         id: CloneId,
-        name: String,
+        events: Arc<CloneEvents>,
         geometry: Geometry,
         shards: u16,
         discard_passdown: bool,
@@ -98,8 +93,9 @@ impl CloneState {
     ) -> Self {
         Self {
             id,
-            name,
+            name: events.name().to_owned(),
             geometry,
+            size: AtomicU64::new(geometry.size()),
             discard_passdown,
             mode: AtomicU8::new(Mode::ReadWrite as u8),
             hydrated: AtomicU64::new(0),
@@ -109,11 +105,44 @@ impl CloneState {
             batch_size: AtomicU64::new(knobs.batch_size),
             complete: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
+            suspended: AtomicBool::new(false),
             dirty: (0..shards).map(|_| AtomicBool::new(false)).collect(),
             foreground_in_flight: AtomicU64::new(0),
             foreground_last_us: AtomicU64::new(0),
-            events: Mutex::default(),
+            events,
+            health: Mutex::default(),
+            hydration_told: AtomicBool::new(false),
+            budget: BudgetMember::alone(),
         }
+    }
+
+    /// As it is now: only the size changes, only to a larger one, and only while the clone is suspended.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry.with_size(self.size.load(Acquire)).expect("only the size of a geometry is ever set")
+    }
+
+    /// The clone has grown. `new_regions`: it has regions that it did not have, none of them hydrated. Only while it is
+    /// suspended: nobody looks at the size and the count of regions together then.
+    pub fn set_grown(&self, geometry: Geometry, new_regions: bool) {
+        assert!(
+            geometry.size() >= self.geometry().size() && self.is_suspended(),
+            "a clone grows while it is suspended"
+        );
+        self.size.store(geometry.size(), Release);
+        if new_regions {
+            self.complete.store(false, Release);
+            self.events.set_incomplete();
+        }
+    }
+
+    /// Shares its hydration bandwidth with the other clones of the budget, from the start to the end of this state.
+    pub fn with_budget(self, budget: BudgetMember) -> Self {
+        Self { budget, ..self }
+    }
+
+    /// Its part of the hydration bandwidth: priority and rates.
+    pub fn budget(&self) -> &BudgetMember {
+        &self.budget
     }
 
     pub fn mode(&self) -> Mode {
@@ -128,7 +157,10 @@ impl CloneState {
     pub fn degrade(&self, to: Mode, why: &Error) {
         if self.mode.fetch_max(to as u8, AcqRel) < to as u8 {
             log::error!("clone '{}': metadata mode is now {}: {why}", self.name, to.word());
-            self.event(format!("metadata mode {}: {why}", to.word()));
+            let kind = if to == Mode::Failed { EventKind::Failed } else { EventKind::ReadOnly };
+            // Under the lock: what is told of the hydration is told before this, or not at all.
+            let _health = self.health();
+            self.events.record(kind, format!("metadata mode {}: {why}", to.word()));
         }
     }
 
@@ -149,10 +181,10 @@ impl CloneState {
     }
     /// Counts newly hydrated regions; true when they were the last ones.
     pub fn add_hydrated(&self, regions: u64) -> bool {
-        regions > 0 && self.hydrated.fetch_add(regions, AcqRel) + regions == self.geometry.nr_regions()
+        regions > 0 && self.hydrated.fetch_add(regions, AcqRel) + regions == self.geometry().nr_regions()
     }
     pub fn is_all_hydrated(&self) -> bool {
-        self.hydrated() == self.geometry.nr_regions()
+        self.hydrated() == self.geometry().nr_regions()
     }
 
     pub fn hydrating(&self) -> u64 {
@@ -178,30 +210,53 @@ impl CloneState {
             batch_size: self.batch_size.load(Acquire),
         }
     }
-    pub fn set_hydration_enabled(&self, enabled: bool) {
-        if self.enabled.swap(enabled, AcqRel) != enabled {
-            self.event(if enabled { "hydration enabled" } else { "hydration disabled" });
+    /// `now` is the environment's time.
+    pub fn set_hydration_enabled(&self, enabled: bool, now: Duration) {
+        self.enabled.store(enabled, Release);
+        if !enabled {
+            self.hydration_paused("disable_hydration", now);
         }
     }
-    pub fn set_hydration_threshold(&self, regions: u64) {
+    /// `now` is the environment's time.
+    pub fn set_hydration_threshold(&self, regions: u64, now: Duration) {
         self.threshold.store(regions, Release);
+        if regions == 0 {
+            self.hydration_paused("hydration_threshold 0", now);
+        }
+    }
+    /// Whether copies may be started in the background at all.
+    pub fn may_hydrate(&self) -> bool {
+        let knobs = self.knobs();
+        let goes_on = !self.is_stopping() && !self.is_suspended();
+        knobs.enabled && knobs.threshold > 0 && self.mode() == Mode::ReadWrite && goes_on
     }
     pub fn set_hydration_batch_size(&self, regions: u64) {
         self.batch_size.store(regions, Release);
     }
 
-    /// Everything is hydrated and that is durable: source and maps were let go.
+    /// Everything is hydrated and that is durable: source and maps were let go. Over when the clone grows.
     pub fn is_complete(&self) -> bool {
         self.complete.load(Acquire)
     }
     pub fn set_complete(&self) {
         self.complete.store(true, Release);
+        self.events.set_complete();
     }
     pub fn is_stopping(&self) -> bool {
         self.stopping.load(Acquire)
     }
     pub fn set_stopping(&self) {
         self.stopping.store(true, Release);
+        self.events.set_ending();
+    }
+
+    /// Client requests are held, nothing is hydrated, and what was acknowledged is committed. While the clone is on
+    /// its way there (or back), what is in flight has not ended yet.
+    pub fn is_suspended(&self) -> bool {
+        self.suspended.load(Acquire)
+    }
+    pub fn set_suspended(&self, suspended: bool) {
+        self.suspended.store(suspended, Release);
     }
 
     pub fn set_dirty(&self, shard: ShardIndex) {
@@ -224,6 +279,10 @@ impl CloneState {
         self.foreground_last_us.store(now.as_micros() as u64, Relaxed);
         self.foreground_in_flight.fetch_sub(1, Relaxed);
     }
+    /// Parts of client requests that slices are carrying out now, of all shards.
+    pub fn foreground_in_flight(&self) -> u64 {
+        self.foreground_in_flight.load(Acquire)
+    }
     /// Whether clients are at work, or were within the last `window`.
     pub fn is_foreground_active(&self, now: Duration, window: Duration) -> bool {
         let last = self.foreground_last_us.load(Relaxed);
@@ -231,21 +290,8 @@ impl CloneState {
             || (last > 0 && now.saturating_sub(Duration::from_micros(last)) < window)
     }
 
-    /// Records an event and wakes nobody: waiters look at the counter.
-    pub fn event(&self, text: impl Into<String>) {
-        let text = text.into();
-        log::info!("clone '{}': {text}", self.name);
-        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
-        events.count += 1;
-        let event = Event { nr: events.count, at: SystemTime::now(), text };
-        if events.kept.len() == EVENTS_KEPT {
-            events.kept.pop_front();
-        }
-        events.kept.push_back(event);
-    }
-    /// How many events there were, and the last one.
-    pub fn events(&self) -> (u64, Option<Event>) {
-        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
-        (events.count, events.kept.back().cloned())
+    /// The clone's events, to raise one and to ask how many there were.
+    pub fn events(&self) -> &Arc<CloneEvents> {
+        &self.events
     }
 }

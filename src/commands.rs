@@ -4,6 +4,7 @@ pub mod clone;
 pub mod config;
 pub mod create;
 pub mod daemons;
+pub mod events;
 pub mod list;
 pub mod message;
 pub mod meta;
@@ -12,9 +13,11 @@ pub mod remove;
 pub mod serve;
 pub mod status;
 pub mod stop;
+pub mod table;
+pub mod version;
+pub mod wait;
 
-use crate::bail;
-use crate::cli::{Cli, ConfigVerb, MetaVerb, Verb};
+use crate::cli::{Cli, ConfigVerb, Verb};
 use crate::config::Plan;
 use crate::error::{Error, Result};
 use std::io::{self, Write};
@@ -29,22 +32,29 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>
             ConfigVerb::Check(of) => config::check(&of.files, out),
         },
         Verb::Status(args) => status::run(&args, out),
+        Verb::Table(args) => table::run(&args, out),
         Verb::Metrics(args) => metrics::run(&args, out),
         Verb::List(args) => list::run(&args, out),
         Verb::Create(args) => create::run(&args),
         Verb::Remove(args) => remove::run(&args),
         Verb::Message(args) => message::run(&args),
+        Verb::Events(args) => events::run(&args, out),
+        Verb::Wait(args) => wait::run(&args, out),
         Verb::Stop(args) => stop::run(&args),
-        Verb::Meta(args) => match args.verb {
-            MetaVerb::Check(of) if meta::check(&of.path, of.json, out)? => Ok(()),
-            MetaVerb::Check(of) => bail!(Damaged, "metadata {}: not clean, see the findings", of.path.display()),
-            MetaVerb::Dump(of) => meta::dump(&of.path, of.json, out),
-        },
+        Verb::Meta(args) => meta::run(args, out),
+        Verb::Version(args) => version::run(&args, out),
         Verb::Demo(args) => crate::demo::run(&args, out),
     }
 }
 
 /// What the output may not be written for: a closed pipe, a full disk.
 pub(crate) fn output_error(error: io::Error) -> Error {
-    Error::from_io(error, "standard output")
+    Error::from_io(error, STANDARD_OUTPUT)
+}
+
+const STANDARD_OUTPUT: &str = "standard output";
+
+/// Whether an error means that nobody reads the output any more.
+pub fn is_closed_output(error: &Error) -> bool {
+    error.os_errno() == Some(libc::EPIPE) && error.to_string().starts_with(STANDARD_OUTPUT)
 }

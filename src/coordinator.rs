@@ -9,12 +9,16 @@
 //! Flushes that come while a commit runs share the next one. Without a flush there is a commit every second. After
 //! a failed flush or metadata write nothing is retried: the clone turns read-only.
 
+mod grow;
+mod suspend;
+
 use crate::clone_state::{CloneState, Mode};
 use crate::disk::Disk;
 use crate::env::Env;
 use crate::error::{Error, ErrorKind, Result};
+use crate::events::EventKind;
 use crate::io_frontend::request::LocalBoxFuture;
-use crate::local::{Notify, join_all, oneshot};
+use crate::local::{Notify, Permit, Semaphore, join_all, oneshot};
 use crate::meta::codec;
 use crate::meta::region_map::ZoneSnapshot;
 use crate::meta::store::Store;
@@ -26,6 +30,9 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
+
+pub use grow::GrowParts;
+pub use suspend::SUSPEND_TIME_MAX;
 
 /// Without a flush, metadata is committed this often (as dm-clone does).
 pub const COMMIT_INTERVAL: Duration = Duration::from_secs(1);
@@ -80,8 +87,9 @@ impl CommitTimes {
 /// Commits the metadata of one clone; lives on shard 0.
 pub struct Coordinator {
     state: Arc<CloneState>,
-    store: Store,
-    destination: Rc<dyn Disk>,
+    /// Replaced when the clone grows, and so is the destination.
+    store: RefCell<Rc<Store>>,
+    destination: RefCell<Rc<dyn Disk>>,
     mesh: Rc<dyn Mesh>,
     env: Rc<dyn Env>,
     waiting: RefCell<Vec<oneshot::Sender<Result<()>>>>,
@@ -90,6 +98,11 @@ pub struct Coordinator {
     ended: Cell<bool>,
     generation: Cell<Generation>,
     stats: Cell<CommitStats>,
+    /// Suspending, resuming and growing: one at a time. Stopping takes it and keeps it.
+    turn: Rc<Semaphore>,
+    last_turn: RefCell<Option<Permit>>,
+    /// Whoever writes metadata: commits, growth.
+    writing: Rc<Semaphore>,
     times: CommitTimes,
 }
 
@@ -105,8 +118,8 @@ impl Coordinator {
     ) -> Rc<Self> {
         Rc::new(Self {
             state,
-            store,
-            destination,
+            store: RefCell::new(Rc::new(store)),
+            destination: RefCell::new(destination),
             mesh,
             env,
             waiting: RefCell::default(),
@@ -115,6 +128,9 @@ impl Coordinator {
             ended: Cell::new(false),
             generation: Cell::new(generation),
             stats: Cell::default(),
+            turn: Semaphore::new(1),
+            last_turn: RefCell::default(),
+            writing: Semaphore::new(1),
             times: CommitTimes::default(),
         })
     }
@@ -127,9 +143,9 @@ impl Coordinator {
         let (state, stats, times) = (&self.state, self.stats.get(), &self.times);
         CloneMetrics {
             name: state.name.clone(),
-            size_bytes: state.geometry.size(),
-            region_size_bytes: state.geometry.region_size().bytes(),
-            regions: state.geometry.nr_regions(),
+            size_bytes: state.geometry().size(),
+            region_size_bytes: state.geometry().region_size().bytes(),
+            regions: state.geometry().nr_regions(),
             hydrated_regions: state.hydrated(),
             hydrating_regions: state.hydrating(),
             commits: CommitMetrics {
@@ -194,6 +210,7 @@ impl Coordinator {
                 if coordinator.ending.get() {
                     return;
                 }
+                coordinator.state.tell_overdue(env.now());
                 if coordinator.state.is_dirty() {
                     coordinator.wake.notify();
                 }
@@ -245,7 +262,9 @@ impl Coordinator {
     }
 
     async fn commit_once(&self, began: Duration) -> Result<()> {
+        let _writing = self.writing.acquire(1).await;
         self.state.check_mode(true)?;
+        let (store, destination) = (self.store.borrow().clone(), self.destination.borrow().clone());
         let all_hydrated = self.state.is_all_hydrated();
         let dirty: Vec<ShardIndex> =
             (0..self.mesh.shards()).map(ShardIndex).filter(|shard| self.state.take_dirty(*shard)).collect();
@@ -260,7 +279,7 @@ impl Coordinator {
             }
         }
         let snapshotted = self.lap(&self.times.snapshot, began);
-        if let Err(error) = self.destination.flush().await {
+        if let Err(error) = destination.flush().await {
             return Err(self.degrade(error));
         }
         let flushed = self.lap(&self.times.destination_flush, snapshotted);
@@ -272,9 +291,9 @@ impl Coordinator {
         if !flush_only {
             let generation = Generation(self.generation.get().0 + 1);
             let written = async {
-                self.store.write_zones(&zones, generation).await?;
+                store.write_zones(&zones, generation).await?;
                 let written = self.lap(&self.times.metadata_write, flushed);
-                self.store.flush().await?;
+                store.flush().await?;
                 self.lap(&self.times.metadata_flush, written);
                 Ok(())
             };
@@ -296,18 +315,20 @@ impl Coordinator {
         stats.blocks_written += blocks_written;
         self.stats.set(stats);
         if all_hydrated && !self.state.is_complete() {
-            self.complete().await?;
+            self.complete(&store).await?;
         }
         Ok(())
     }
 
     /// Everything is hydrated and durable: says so in the superblock and lets go of maps and source.
-    async fn complete(&self) -> Result<()> {
+    async fn complete(&self, store: &Store) -> Result<()> {
         let generation = Generation(self.generation.get().0 + 1);
-        if let Err(error) = self.store.write_superblock(codec::CloneState::Complete, generation).await {
+        if let Err(error) = store.write_superblock(codec::CloneState::Complete, generation).await {
             return Err(self.degrade(error));
         }
         self.generation.set(generation);
+        // At once, and before the source is let go: its loss is no news any more.
+        self.state.events().raise(EventKind::HydrationCompleted, "hydration completed");
         self.state.set_complete();
         let clone = self.state.id;
         let calls = (0..self.mesh.shards())
@@ -316,7 +337,6 @@ impl Coordinator {
         for reply in join_all(calls).await {
             reply?;
         }
-        self.state.event("hydration completed");
         Ok(())
     }
 

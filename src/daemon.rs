@@ -6,6 +6,7 @@
 //! what is in flight is finished, hydration drained, one last commit.
 
 mod activate;
+mod as_table;
 mod control;
 mod listeners;
 mod prepare;
@@ -14,7 +15,9 @@ mod registry;
 mod running;
 
 use crate::bail;
+use crate::commands::output_error;
 use crate::config::{CloneName, DaemonConfig, Plan, SHARDS_MAX};
+use crate::control::feed;
 use crate::control::server::Server;
 use crate::dma_buf::DmaBuf;
 use crate::environment;
@@ -23,10 +26,12 @@ use crate::local::Notify;
 use crate::metrics::dump::Dumper;
 use crate::ring::Ring;
 use crate::shard::Mesh;
+use crate::shard::copy_pool::checked_io_memory;
 use crate::shard::pool::{self, PoolOptions, ShardContext};
 use crate::unix_socket::BoundSocket;
 use control::Handle;
 use registry::Daemon;
+use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
 
@@ -45,7 +50,11 @@ pub fn run(plan: Plan) -> Result<()> {
     environment::check_nofile(shards as u16)?;
     let signals = block_signals()?;
     abort_on_panic();
-    let options = PoolOptions { cpus: cpus.iter().copied().cycle().take(shards).collect(), spin: plan.daemon.spin };
+    let options = PoolOptions {
+        cpus: cpus.iter().copied().cycle().take(shards).collect(),
+        spin: plan.daemon.spin,
+        io_memory: checked_io_memory(plan.daemon.io_memory)?,
+    };
     pool::run(&options, move |context| live(context, plan, signals))?
 }
 
@@ -135,7 +144,8 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
     }
     let Plan { daemon: config, clones, .. } = plan;
     let control_socket = BoundSocket::bind(&config.control)?;
-    let daemon = Daemon::new(context.clone(), config, stop.clone());
+    let feed = feed::start(&context.env)?;
+    let daemon = Daemon::new(context.clone(), config, stop.clone(), feed)?;
     let server = Server::start(control_socket, Rc::new(Handle(daemon.clone())), context.env.clone());
     let wanted = clones.len();
     let (starter, stop_of_starter) = (daemon.clone(), stop.clone());
@@ -188,19 +198,23 @@ async fn dry_run(context: &Rc<ShardContext>, plan: &Plan, stop: &Notify) -> Resu
             Ok(Some(prepared)) => {
                 for (index, line) in prepared.describe(config).iter().enumerate() {
                     let indent = if index > 0 && plan.clones.len() > 1 { "  " } else { "" };
-                    println!("{indent}{line}");
+                    say(&format!("{indent}{line}"))?;
                 }
             }
             Ok(None) => return Ok(()),
             Err(error) => {
                 if plan.clones.len() > 1 {
-                    println!("clone '{}': can't be started: {error}", config.name);
+                    say(&format!("clone '{}': can't be started: {error}", config.name))?;
                 }
                 failures.push((config.name.clone(), error));
             }
         }
     }
     end_of_failures(failures, plan.clones.len())?;
-    println!("dry run: nothing was changed");
-    Ok(())
+    say("dry run: nothing was changed")
+}
+
+/// A line on standard output, which may be closed.
+fn say(line: &str) -> Result<()> {
+    writeln!(std::io::stdout(), "{line}").map_err(output_error)
 }

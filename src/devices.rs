@@ -2,7 +2,8 @@
 //!
 //! Synchronous: runs before the executors start. What is refused here is refused with one clear line, and with
 //! nothing changed on disk:
-//! * the source is opened read-only, never otherwise, under a shared lock;
+//! * the source is opened read-only, never otherwise, under a shared lock; so is what the tools only read, and a block
+//!   device of theirs is claimed too ([`open_input`]);
 //! * destination and metadata are opened under an exclusive lock (flock) and, for block devices, under the
 //!   kernel's exclusive claim (`O_EXCL`), which mounts, swap, RAID, device-mapper and other clones respect;
 //! * the three must not overlap, however they are named: [`check_distinct`];
@@ -34,7 +35,7 @@ pub use content::contents;
 #[cfg(test)]
 use distinct::check_distinct_in;
 pub use distinct::{Place, check_distinct};
-pub use open::{create, open_source, open_target, set_size};
+pub use open::{create, open_input, open_source, open_target, set_size};
 
 /// What a device is to the clone. Displays as the word that errors use.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -42,6 +43,8 @@ pub enum Role {
     Source,
     Destination,
     Metadata,
+    /// Metadata of the kernel's dm-clone, read or written by the tools.
+    Image,
 }
 
 impl fmt::Display for Role {
@@ -50,6 +53,7 @@ impl fmt::Display for Role {
             Role::Source => "source",
             Role::Destination => "destination",
             Role::Metadata => "metadata",
+            Role::Image => "image",
         })
     }
 }
@@ -133,8 +137,8 @@ impl Device {
         holders::mounted_writable(&self.id)
     }
 
-    /// The file for I/O at any alignment.
-    fn any_alignment(&self) -> &File {
+    /// The file for I/O at any alignment; of a block device, the one there is.
+    pub fn any_alignment(&self) -> &File {
         self.buffered.as_ref().unwrap_or(&self.file)
     }
 }

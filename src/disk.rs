@@ -6,6 +6,7 @@
 //! * buffers are as long as the request; short transfers are completed or reported, never returned;
 //! * a future that is dropped does not cancel the I/O: it may still reach the medium.
 
+pub mod blocking;
 pub mod ring;
 
 use crate::dma_buf::DmaBuf;

@@ -36,6 +36,15 @@ const OPERATIONS: [(&str, u8); 10] = [
     ("POLL_ADD", opcode::PollAdd::CODE),
 ];
 
+/// Gives memory that was freed back to the system, as far as the C library has kept it. May take some milliseconds.
+pub fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes no pointers; the allocator locks what it looks at.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Whether io_uring works here, with the operations that are used.
 pub fn check_io_uring() -> Result<()> {
     let failed = |e: io::Error| {
@@ -128,6 +137,21 @@ pub fn check_nofile(shards: u16) -> Result<()> {
 pub fn ignore_file_size_signal() {
     // SAFETY: ignoring a signal installs no handler that could run anything.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
+/// Ends this process as programs end whose standard output is closed: by SIGPIPE, without a word.
+pub fn end_by_closed_pipe() -> ! {
+    // SAFETY: restores what the signal does by default, lifts a block that was inherited, and raises it.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGPIPE);
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut());
+        libc::raise(libc::SIGPIPE);
+    }
+    // Not reached: the signal ends the process.
+    std::process::exit(128 + libc::SIGPIPE)
 }
 
 /// The CPUs this process may run on, in order; at least one.

@@ -49,6 +49,23 @@ pub fn duration(seconds: u64) -> String {
     }
 }
 
+/// A moment, in milliseconds since 1970-01-01 UTC, as RFC 3339 has it: `2026-11-22T18:30:07.042Z`.
+pub fn utc(unix_ms: u64) -> String {
+    let (seconds, ms) = (unix_ms / 1000, unix_ms % 1000);
+    let (days, second) = (seconds / 86400, seconds % 86400);
+    // Civil from days, in eras of 400 years that begin on March 1st: the leap day is the last of its year.
+    let since_era0 = days + 719_468;
+    let (era, day_of_era) = (since_era0 / 146_097, since_era0 % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{ms:03}Z")
+}
+
 /// A latency: `870 us`, `12.3 ms`, `1.25 s`.
 pub fn latency(us: u64) -> String {
     match us {
@@ -86,6 +103,12 @@ mod tests {
         assert_eq!(percent(1.0), "100%");
         assert_eq!(percent(0.4526), "45.2%");
         assert_eq!([0, 59, 60, 3723, 90000].map(duration), ["0s", "59s", "1m 0s", "1h 2m", "1d 1h"]);
+        // Checked against date(1).
+        assert_eq!(utc(0), "1970-01-01T00:00:00.000Z");
+        assert_eq!(utc(951_827_696_789), "2000-02-29T12:34:56.789Z");
+        assert_eq!(utc(4_107_542_399_999), "2100-02-28T23:59:59.999Z");
+        assert_eq!(utc(1_795_372_207_042), "2026-11-22T18:30:07.042Z");
+        assert!(utc(u64::MAX).ends_with('Z'));
         assert_eq!([870, 12_345, 1_250_000].map(latency), ["870 us", "12.3 ms", "1.25 s"]);
     }
 }

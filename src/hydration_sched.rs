@@ -255,6 +255,11 @@ impl HydrationSched {
         self.failed_alone
     }
 
+    /// The end of a pause that is not over.
+    pub fn paused_until(&self, now: Duration) -> Option<Duration> {
+        self.paused_until.filter(|until| now < *until)
+    }
+
     pub fn is_paused(&self) -> bool {
         self.paused_until.is_some()
     }

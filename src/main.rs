@@ -5,7 +5,8 @@ use hydrant::cli::{Cli, Verb};
 use hydrant::commands;
 use hydrant::config::Plan;
 use hydrant::daemon;
-use std::io::stdout;
+use hydrant::environment;
+use std::io::{Write, stderr, stdout};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -21,8 +22,10 @@ fn main() -> ExitCode {
     };
     match commands::run(cli, &mut stdout(), daemon) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if commands::is_closed_output(&error) => environment::end_by_closed_pipe(),
         Err(error) => {
-            eprintln!("hydrant: {error}");
+            // Nobody may be there to hear it; the exit status tells all the same.
+            let _ = writeln!(stderr(), "hydrant: {error}");
             ExitCode::from(error.kind().exit_code())
         }
     }

@@ -79,6 +79,14 @@ impl Stream {
         Ok(())
     }
 
+    /// Whether the peer has closed its socket (not only ended what it sends), or the connection broke.
+    pub fn is_hung_up(&self) -> bool {
+        let mut poll = libc::pollfd { fd: self.fd.as_raw_fd(), events: 0, revents: 0 };
+        // SAFETY: one valid pollfd; does not wait. POLLHUP and POLLERR are reported without being asked for.
+        let count = unsafe { libc::poll(&raw mut poll, 1, 0) };
+        count == 1 && poll.revents & (libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) != 0
+    }
+
     /// Ends both directions: what is pending returns. May be called again.
     pub fn shutdown(&self) {
         // SAFETY: a plain system call on a descriptor that we own.
@@ -152,6 +160,20 @@ mod tests {
             sender.await.unwrap();
             let (count, _) = b.recv(DmaBuf::new(10), 0).await.unwrap();
             assert_eq!(count, 0, "the sender is gone");
+            assert!(b.is_hung_up());
+        });
+    }
+
+    #[test]
+    fn a_peer_that_only_listens_has_not_hung_up() {
+        on_executor(|| async {
+            let (a, b) = UnixStream::pair().unwrap();
+            let stream = Stream::new(a.into());
+            assert!(!stream.is_hung_up());
+            b.shutdown(std::net::Shutdown::Write).unwrap();
+            assert!(!stream.is_hung_up(), "it may still read");
+            drop(b);
+            assert!(stream.is_hung_up());
         });
     }
 

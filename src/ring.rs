@@ -28,6 +28,7 @@ use drive::Drive;
 pub use drive::{Bell, Sleep};
 use load::Load;
 
+pub mod doorbell;
 mod drive;
 mod load;
 mod watch;

@@ -5,7 +5,9 @@
 //! the transport ([`Mesh`]) is below: channels between executors in production, queues in simulation.
 
 pub mod copy;
+pub mod copy_pool;
 pub mod dispatch;
+pub mod gate;
 pub mod hydrator;
 pub mod inflight;
 pub mod locks;
@@ -14,12 +16,16 @@ pub mod pool;
 pub mod slice;
 
 use crate::coordinator::Coordinator;
+use crate::disk::Disk;
 use crate::dma_buf::DmaBuf;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::{Allocation, Completion, Extent, LocalBoxFuture, Request};
 use crate::meta::region_map::ZoneSnapshot;
-use crate::units::{ByteRange, CloneId, ShardIndex, ZoneIndex};
+use crate::source::Source;
+use crate::units::{ByteRange, CloneId, Geometry, ShardIndex, ZoneIndex};
 
+use copy_pool::CopyPool;
+use gate::Gate;
 use slice::{CloneSlice, SliceStats};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -70,8 +76,32 @@ pub enum ShardRequest {
     Stats {
         clone: CloneId,
     },
-    /// Stop hydrating and wait until nothing is in flight.
+    /// Wait until nothing is in flight. The clone is stopping or suspended, so nothing new begins.
     Drain {
+        clone: CloneId,
+    },
+    /// Let no client's request pass, and wait until those inside have ended.
+    Hold {
+        clone: CloneId,
+    },
+    /// Let clients' requests pass again, and hydrate.
+    Open {
+        clone: CloneId,
+    },
+    /// Write what the old last region lacks, before the clone's new size counts.
+    FillTail {
+        clone: CloneId,
+    },
+    /// The new size is durable: go on with what was staged.
+    Grow {
+        clone: CloneId,
+    },
+    /// The clone does not grow: forget what was staged.
+    Unstage {
+        clone: CloneId,
+    },
+    /// Fail the clients' requests that are held, and all later ones.
+    Shut {
         clone: CloneId,
     },
 }
@@ -100,9 +130,23 @@ pub trait Mesh {
 pub struct Shard {
     slices: RefCell<HashMap<CloneId, Rc<CloneSlice>>>,
     coordinators: RefCell<HashMap<CloneId, Rc<Coordinator>>>,
+    copy_pool: Rc<CopyPool>,
+    gates: RefCell<HashMap<CloneId, Rc<Gate>>>,
+    /// Slices of clones that are growing.
+    staged: RefCell<HashMap<CloneId, Rc<CloneSlice>>>,
 }
 
 impl Shard {
+    /// `io_memory`: for copies, in bytes; see [`CopyPool`].
+    pub fn new(io_memory: u64) -> Self {
+        Self { copy_pool: Rc::new(CopyPool::new(io_memory)), ..Self::default() }
+    }
+
+    /// What the copies of all slices here share.
+    pub fn copy_pool(&self) -> &Rc<CopyPool> {
+        &self.copy_pool
+    }
+
     pub fn attach(&self, slice: Rc<CloneSlice>) {
         let before = self.slices.borrow_mut().insert(slice.id(), slice);
         assert!(before.is_none(), "a clone is attached once");
@@ -111,19 +155,54 @@ impl Shard {
         let before = self.coordinators.borrow_mut().insert(clone, coordinator);
         assert!(before.is_none(), "a clone has one coordinator");
     }
-    /// Forgets a clone. What is in flight keeps its parts alive.
+    /// Forgets a clone. What is in flight keeps its parts alive; requests that are held fail.
     pub fn detach(&self, clone: CloneId) {
+        let gate = self.gates.borrow_mut().remove(&clone);
+        if let Some(gate) = gate {
+            gate.shut();
+        }
         self.slices.borrow_mut().remove(&clone);
         self.coordinators.borrow_mut().remove(&clone);
+        self.staged.borrow_mut().remove(&clone);
     }
 
     pub fn slice(&self, clone: CloneId) -> Result<Rc<CloneSlice>> {
         let slice = self.slices.borrow().get(&clone).cloned();
         slice.ok_or_else(|| Error::new(ErrorKind::Shutdown, format!("clone {clone} is gone")))
     }
+    /// Prepares the slice of a clone that grows; the clone is suspended. Destination and source have the new size.
+    pub fn stage(
+        &self,
+        clone: CloneId,
+        geometry: Geometry,
+        destination: Rc<dyn Disk>,
+        source: Rc<dyn Source>,
+    ) -> Result<()> {
+        let grown = self.slice(clone)?.grown(geometry, destination, source);
+        self.staged.borrow_mut().insert(clone, grown);
+        Ok(())
+    }
+    fn staged(&self, clone: CloneId) -> Result<Rc<CloneSlice>> {
+        let staged = self.staged.borrow().get(&clone).cloned();
+        staged.ok_or_else(|| Error::new(ErrorKind::Shutdown, format!("clone {clone} does not grow here")))
+    }
+    /// The source for other shards. While the clone grows, that of the new size: it begins with all of the old one.
+    fn source(&self, clone: CloneId) -> Result<Rc<dyn Source>> {
+        self.staged(clone).or_else(|_| self.slice(clone))?.source()
+    }
+
+    /// What all frontends of this shard lead the clone's requests through. Made when it is first asked for.
+    pub fn gate(&self, clone: CloneId) -> Rc<Gate> {
+        self.gates.borrow_mut().entry(clone).or_default().clone()
+    }
     pub fn coordinator(&self, clone: CloneId) -> Result<Rc<Coordinator>> {
         let coordinator = self.coordinators.borrow().get(&clone).cloned();
         coordinator.ok_or_else(|| Error::new(ErrorKind::Shutdown, format!("clone {clone} is gone")))
+    }
+
+    /// Requests that wait at the clone's gate on this shard.
+    pub fn waiting_at_gate(&self, clone: CloneId) -> u64 {
+        self.gates.borrow().get(&clone).map_or(0, |gate| gate.waiting())
     }
 
     /// All slices, by name.
@@ -162,15 +241,47 @@ impl Shard {
                 self.slice(clone)?.wake();
                 Ok(ShardReply::Done)
             }
-            ShardRequest::SourceRead { clone, range } => {
-                Ok(ShardReply::Data(self.slice(clone)?.source()?.read(range).await?))
-            }
+            ShardRequest::SourceRead { clone, range } => Ok(ShardReply::Data(self.source(clone)?.read(range).await?)),
             ShardRequest::SourceAllocation { clone, range } => {
-                Ok(ShardReply::Allocation(self.slice(clone)?.source()?.allocation(range).await?))
+                Ok(ShardReply::Allocation(self.source(clone)?.allocation(range).await?))
             }
             ShardRequest::Stats { clone } => Ok(ShardReply::Stats(Box::new(self.slice(clone)?.stats()))),
             ShardRequest::Drain { clone } => {
                 self.slice(clone)?.drain().await;
+                Ok(ShardReply::Done)
+            }
+            ShardRequest::Hold { clone } => {
+                self.slice(clone)?;
+                let gate = self.gate(clone);
+                gate.close();
+                gate.emptied().await;
+                Ok(ShardReply::Done)
+            }
+            ShardRequest::Open { clone } => {
+                let slice = self.slice(clone)?;
+                self.gate(clone).open();
+                slice.wake();
+                Ok(ShardReply::Done)
+            }
+            ShardRequest::FillTail { clone } => {
+                self.staged(clone)?.fill_tail(&*self.slice(clone)?).await?;
+                Ok(ShardReply::Done)
+            }
+            ShardRequest::Grow { clone } => {
+                let (grown, old) = (self.staged(clone)?, self.slice(clone)?);
+                grown.replace(&old);
+                self.staged.borrow_mut().remove(&clone);
+                self.slices.borrow_mut().insert(clone, grown.clone());
+                grown.start_hydration();
+                Ok(ShardReply::Done)
+            }
+            ShardRequest::Unstage { clone } => {
+                self.staged.borrow_mut().remove(&clone);
+                Ok(ShardReply::Done)
+            }
+            ShardRequest::Shut { clone } => {
+                self.slice(clone)?;
+                self.gate(clone).shut();
                 Ok(ShardReply::Done)
             }
         }

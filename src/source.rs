@@ -3,6 +3,7 @@
 pub mod file;
 pub mod fingerprint;
 pub mod nbd;
+pub mod padded;
 pub mod remote;
 pub mod uri;
 

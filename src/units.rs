@@ -281,6 +281,10 @@ impl Geometry {
             && (1..=u64::from(u32::MAX)).contains(&regions_per_zone);
         ok.then_some(Self { size, region_size, regions_per_zone })
     }
+    /// The same division of a device of another size.
+    pub fn with_size(&self, size: u64) -> Option<Self> {
+        Self::new(size, self.region_size, self.regions_per_zone)
+    }
     /// Size of the device in bytes: not necessarily a multiple of anything.
     pub const fn size(&self) -> u64 {
         self.size

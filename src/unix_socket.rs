@@ -12,7 +12,9 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Longest path of a socket in bytes: `sun_path` of unix(7) has 108, one of them ends it.
 pub const SOCKET_PATH_MAX: usize = 107;
@@ -120,6 +122,21 @@ fn remove_stale(path: &Path, address: &Address) -> Result<()> {
     }
 }
 
+/// Connects to the socket at `path`. `TimedOut` when its listener does not accept anybody for `time_max` (and its queue is
+/// full).
+pub fn connect(path: &Path, time_max: Duration) -> io::Result<UnixStream> {
+    let address = Address::new(path).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error.to_string()))?;
+    let socket = new_socket(0)?;
+    let stream = UnixStream::from(socket);
+    // SO_SNDTIMEO, which holds for connect(2) too.
+    stream.set_write_timeout(Some(time_max))?;
+    let socket = OwnedFd::from(stream);
+    match address.connect(&socket) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(io::ErrorKind::TimedOut.into()),
+        result => result.map(|()| UnixStream::from(socket)),
+    }
+}
+
 /// The process that listens at the other end of a connected socket.
 fn listener_of(connected: &OwnedFd) -> Option<u32> {
     let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
@@ -192,7 +209,7 @@ impl Address {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::os::unix::net::UnixListener;
 
     #[test]
     fn private_while_it_lives_and_gone_afterwards() {
@@ -251,7 +268,9 @@ mod tests {
         let (fd, _guard) = BoundSocket::bind(&path).unwrap().into_parts();
         // SAFETY: a plain system call; listening again shortens the backlog.
         assert_eq!(unsafe { libc::listen(fd.as_raw_fd(), 0) }, 0);
-        let _waiting = UnixStream::connect(&path).unwrap();
+        let _waiting = connect(&path, Duration::from_secs(10)).unwrap();
+        let error = connect(&path, Duration::from_millis(20)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "a second one would wait for ever");
         assert_eq!(BoundSocket::bind(&path).unwrap_err().kind(), ErrorKind::InUse);
     }
 

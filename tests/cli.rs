@@ -53,6 +53,13 @@ fn help_is_as_pinned() {
         &["meta"],
         &["meta", "check"],
         &["meta", "dump"],
+        &["meta", "format"],
+        &["meta", "restore"],
+        &["meta", "repair"],
+        &["meta", "import-dm"],
+        &["meta", "export-dm"],
+        &["table"],
+        &["version"],
         &["demo"],
     ];
     let mut expected_files: Vec<String> = Vec::new();
@@ -99,6 +106,16 @@ fn version_and_usage() {
         &["status", "--json", "--dm"],
         &["message", "vm"],
         &["message"],
+        &["meta"],
+        &["meta", "format", "m"],
+        &["meta", "format", "--size", "1GiB", "--source", "s", "m"],
+        &["meta", "format", "--size", "1G", "m"],
+        &["meta", "format", "--size", "1GiB", "--region-size", "5KiB", "m"],
+        &["meta", "dump", "--format", "qcow2", "m"],
+        &["meta", "repair", "--assume", "perhaps", "m"],
+        &["meta", "repair", "--assume", "x=hydrated", "m"],
+        &["meta", "import-dm", "image", "--destination", "d"],
+        &["meta", "export-dm", "m"],
     ] {
         let output = run(wrong);
         assert_eq!(output.status.code(), Some(2), "{wrong:?}");
@@ -188,6 +205,28 @@ fn configurations_are_checked() {
     let (_, line) = failure(&hydrant(temp.path(), &["serve", "/no/such.toml"]));
     assert_eq!(line, "configuration /no/such.toml: No such file or directory");
     assert!(!temp.path().join("hydrant").exists(), "nothing is made for what can't be started");
+}
+
+#[test]
+fn version_of_every_part() {
+    let temp = tempfile::tempdir().unwrap();
+    let run = |words: &[&str]| text(&hydrant(temp.path(), words).stdout);
+    assert_eq!(run(&["version"]), format!("hydrant {}\n", env!("CARGO_PKG_VERSION")));
+    let lines = run(&["version", "--targets"]);
+    for line in [
+        "engine    clone            v1.0.0\n",
+        "metadata  hydrant          v1.0.0\n",
+        "metadata  dm-clone         v1.0.0\n",
+        "source    nbd ",
+    ] {
+        assert!(lines.contains(line), "{line}: {lines}");
+    }
+    let json: serde_json::Value = serde_json::from_str(&run(&["version", "--targets", "--json"])).unwrap();
+    assert_eq!(json["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(json["targets"].as_array().unwrap().len(), lines.lines().count());
+    assert_eq!(json["targets"][0], serde_json::json!({"kind": "engine", "name": "clone", "version": "1.0.0"}));
+    let json: serde_json::Value = serde_json::from_str(&run(&["version", "--json"])).unwrap();
+    assert_eq!(json, serde_json::json!({"version": env!("CARGO_PKG_VERSION")}));
 }
 
 #[test]

@@ -46,6 +46,17 @@ pub fn daemons(control: &ControlArgs) -> Result<Vec<(String, Client)>> {
     Ok(all(&RuntimeDir::of_user())?.into_iter().map(|(name, path)| (name, Client::new(path))).collect())
 }
 
+/// All daemons that run here, at least one.
+pub fn running() -> Result<Vec<Client>> {
+    let dir = RuntimeDir::of_user();
+    let clients = all(&dir)?.into_iter().map(|(_, path)| Client::new(path));
+    let running: Vec<_> = clients.filter(Client::is_there).collect();
+    if running.is_empty() {
+        bail!(NotFound, "no daemon is listening in {}; give NAME or --control", dir.path().display());
+    }
+    Ok(running)
+}
+
 /// The one daemon that runs here.
 pub fn only_one() -> Result<Client> {
     let dir = RuntimeDir::of_user();

@@ -4,10 +4,11 @@ use super::daemons::find;
 use super::output_error;
 use crate::bail;
 use crate::cli::StatusArgs;
-use crate::control::api::{CloneRunState, HydrationState, MetadataMode, Status};
+use crate::control::api::{CloneRunState, HydrationState, HydrationStatus, MetadataMode, Status};
 use crate::control::client::{self, Client};
 use crate::error::{Error, ErrorKind, Result};
 use crate::human::{count, duration, percent, rate, size};
+use crate::hydration_share::PRIORITY_DEFAULT;
 use crate::units::ByteSize;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt::Write as _;
@@ -93,6 +94,9 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
             setting(hydration.batch_size, hydration.batch_size_effective)
         ),
     )?;
+    if let Some(words) = share_words(hydration) {
+        line("", words)?;
+    }
     let features: Vec<_> = status.features.words().collect();
     if !features.is_empty() {
         line("features", features.join(", "))?;
@@ -139,7 +143,8 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
         format!("{} hydrated by copying; {} read from the source", size(io.hydrated_bytes), size(io.source_read_bytes)),
     )?;
     if let Some(event) = &status.last_event {
-        line("events", format!("{}, the last: {event}", count(status.event_nr)))?;
+        let (all, dm) = (count(status.events), count(status.event_nr));
+        line("events", format!("{all} (dm's event number {dm}), the last: {event}"))?;
     }
     line(
         "daemon",
@@ -181,6 +186,16 @@ fn pace_words(status: &Status) -> String {
         words.push(format!("{} left", duration(seconds)));
     }
     words.join(", ")
+}
+
+/// `at most 50 MiB/s, 100 MiB/s with all clones, priority 400`; `None` when nothing of it was set.
+fn share_words(hydration: &HydrationStatus) -> Option<String> {
+    let own = hydration.rate.map(|bytes| format!("at most {}", rate(bytes as f64)));
+    let total = hydration.total_rate.map(|bytes| format!("at most {} with all clones", rate(bytes as f64)));
+    let is_usual = [0, u32::from(PRIORITY_DEFAULT)].contains(&hydration.priority);
+    let priority = (!is_usual).then(|| format!("priority {}", hydration.priority));
+    let words: Vec<_> = [own, total, priority].into_iter().flatten().collect();
+    (!words.is_empty()).then(|| words.join(", "))
 }
 
 fn setting(set: Option<u32>, effective: u32) -> String {
@@ -322,6 +337,9 @@ mod tests {
                 batch_size_effective: 32,
                 state: HydrationState::Running,
                 failed_regions: 3,
+                rate: Some(256 << 20),
+                total_rate: Some(1 << 30),
+                priority: 400,
                 bytes_per_second: 220 << 20,
                 eta_seconds: Some(41),
             },
@@ -334,7 +352,8 @@ mod tests {
                 total_blocks: 16,
                 generation: 17,
             },
-            event_nr: 2,
+            event_nr: 1,
+            events: 4,
             last_event: Some("source lost".into()),
             source: SourceStatus {
                 spec: "nbd://backup/vm1".into(),
@@ -370,6 +389,7 @@ vm1: 16GiB, 262144 regions of 64KiB
   hydration    running, 45.1% (118489 of 262144 regions, 16 in flight), 220 MiB/s, 41s left
                3 regions could not be copied; they are tried again
   limits       threshold automatic (now 256), batch size 32
+               at most 256 MiB/s, at most 1.0 GiB/s with all clones, priority 400
   features     no_discard_passdown
   source       nbd://backup/vm1, connected; lost 1 time, back 1 time
   destination  /dev/vg/vm1
@@ -378,7 +398,7 @@ vm1: 16GiB, 262144 regions of 64KiB
   I/O          1234 reads (5.0 MiB), 56 writes (1.5 MiB), 7 flushes
                1 trim (1.0 GiB), 0 write zeroes (0 B), 0 errors
   copied       7.0 GiB hydrated by copying; 8.0 GiB read from the source
-  events       2, the last: source lost
+  events       4 (dm's event number 1), the last: source lost
   daemon       pid 4711, version 0.1.0, 2 shards, up 1h 2m
 ";
         assert_eq!(text_of(&sample()), expected);

@@ -5,14 +5,44 @@
 //! different versions. Sizes are in bytes, unless a name says otherwise.
 
 use crate::bail;
-use crate::error::{Error, Result};
-use crate::units::SECTOR_SIZE;
+use crate::error::{Error, ErrorKind, Result};
+use crate::events::Page;
+use crate::hydration_share::{HydrationRate, Priority};
+use crate::units::{ByteSize, SECTOR_SIZE};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
 /// Path prefix of this version of the interface.
 pub const PREFIX: &str = "/v1";
+
+/// The answer to `GET /v1/version`: what the daemon is, and is made of.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VersionInfo {
+    /// Of the program.
+    pub version: String,
+    pub targets: Vec<TargetVersion>,
+}
+
+/// An engine, frontend, source or metadata format.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TargetVersion {
+    /// `engine`, `frontend`, `source` or `metadata`.
+    pub kind: String,
+    pub name: String,
+    /// MAJOR.MINOR.PATCH.
+    pub version: String,
+}
+
+/// The answer to `GET /v1/clones/NAME/table`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TableBody {
+    /// dm-clone's table line.
+    pub table: String,
+}
 
 /// Everything about one clone at one moment.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
@@ -34,8 +64,11 @@ pub struct Status {
     pub hydration: HydrationStatus,
     pub features: Features,
     pub metadata: MetadataStatus,
-    /// How many events were raised since the daemon started; dm's event number.
+    /// dm's event number, which `wait` looks at: how often the hydration was completed or the metadata mode got worse since
+    /// the clone was started.
     pub event_nr: u64,
+    /// How many events of any kind were raised since the clone was started.
+    pub events: u64,
     /// The last event, in words; null when there was none.
     pub last_event: Option<String>,
     pub source: SourceStatus,
@@ -93,6 +126,12 @@ pub struct HydrationStatus {
     pub state: HydrationState,
     /// Regions that could not be copied and wait for another attempt.
     pub failed_regions: u64,
+    /// The bound of this clone alone, in bytes per second; null is none.
+    pub rate: Option<u64>,
+    /// The bound of all clones of the daemon together, in bytes per second; null is none.
+    pub total_rate: Option<u64>,
+    /// Weight among the clones of the daemon, 1 to 1000.
+    pub priority: u32,
     /// Bytes hydrated per second, lately.
     pub bytes_per_second: u64,
     /// Until complete at that rate; null when unknown (paused, no rate yet).
@@ -266,6 +305,18 @@ pub struct StatusList {
     pub clones: Vec<Status>,
 }
 
+/// Longest time that a question may wait for its answer, in seconds.
+pub const WAIT_SECONDS_MAX: u64 = 25;
+
+/// The answer to `GET /v1/events`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct EventPage {
+    /// Whose numbers these are: another one after a restart of the daemon.
+    pub instance: String,
+    #[serde(flatten)]
+    pub page: Page,
+}
+
 /// The body of `POST /v1/clones/NAME/message`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -347,9 +398,14 @@ pub enum Message {
     HydrationThreshold(u32),
     /// Regions copied together; 0 means 1.
     HydrationBatchSize(u32),
+    /// The most bytes per second that are read to hydrate this clone; 0 means no bound. Not one of dm-clone's.
+    HydrationRate(Option<HydrationRate>),
+    /// The weight of this clone when it hydrates beside others. Not one of dm-clone's.
+    Priority(Priority),
 }
 
-const MESSAGES: &str = "enable_hydration, disable_hydration, hydration_threshold N or hydration_batch_size N";
+const MESSAGES: &str = "enable_hydration, disable_hydration, hydration_threshold N, hydration_batch_size N, \
+                        hydration_rate BYTES_PER_SECOND or priority N";
 
 impl Message {
     /// Reads a message by dm-clone's grammar: keywords in any case, and exactly one number for the two that take
@@ -359,22 +415,29 @@ impl Message {
             bail!(Usage, "empty message: use {MESSAGES}");
         };
         let keyword = keyword.as_ref();
-        let one_number = || -> Result<u32> {
+        let one_value = || -> Result<&str> {
             match values {
                 [] => bail!(Usage, "message {keyword} needs a number, from 0 to {}", u32::MAX),
-                [value] => parse_number(value.as_ref()).ok_or_else(|| {
-                    Error::new(
-                        crate::error::ErrorKind::Usage,
-                        format!(
-                            "message {keyword}: '{}' is not a number from 0 to {}",
-                            value.as_ref().escape_debug(),
-                            u32::MAX
-                        ),
-                    )
-                }),
+                [value] => Ok(value.as_ref()),
                 [_, extra, ..] => {
                     bail!(Usage, "message {keyword} takes one number: '{}' is too much", extra.as_ref().escape_debug())
                 }
+            }
+        };
+        let one_number = || -> Result<u32> {
+            let value = one_value()?;
+            parse_number(value).ok_or_else(|| {
+                let text =
+                    format!("message {keyword}: '{}' is not a number from 0 to {}", value.escape_debug(), u32::MAX);
+                Error::new(ErrorKind::Usage, text)
+            })
+        };
+        let of_message = |error: Error| error.within(format!("message {keyword}"));
+        let rate = || -> Result<Option<HydrationRate>> {
+            let bytes = one_value()?.parse::<ByteSize>().map_err(|text| Error::new(ErrorKind::Usage, text));
+            match bytes.map_err(of_message)?.0 {
+                0 => Ok(None),
+                bytes => HydrationRate::new(bytes).map(Some).map_err(of_message),
             }
         };
         let no_value = |message| match values {
@@ -388,6 +451,8 @@ impl Message {
             "disable_hydration" => no_value(Self::DisableHydration),
             "hydration_threshold" => one_number().map(Self::HydrationThreshold),
             "hydration_batch_size" => one_number().map(Self::HydrationBatchSize),
+            "hydration_rate" => rate().map(Self::HydrationRate),
+            "priority" => Priority::new(u64::from(one_number()?)).map(Self::Priority).map_err(of_message),
             _ => bail!(Usage, "unknown message '{}': use {MESSAGES}", keyword.escape_debug()),
         }
     }
@@ -412,6 +477,10 @@ impl fmt::Display for Message {
             Self::DisableHydration => f.write_str("disable_hydration"),
             Self::HydrationThreshold(n) => write!(f, "hydration_threshold {n}"),
             Self::HydrationBatchSize(n) => write!(f, "hydration_batch_size {n}"),
+            Self::HydrationRate(rate) => {
+                write!(f, "hydration_rate {}", rate.map_or(0, HydrationRate::bytes_per_second))
+            }
+            Self::Priority(priority) => write!(f, "priority {}", priority.weight()),
         }
     }
 }
@@ -469,9 +538,10 @@ mod tests {
         collect_names("", &json, &mut names);
         let pinned = "name state error size region_size nr_regions hydrated_regions hydrating_regions hydration.enabled \
              hydration.threshold hydration.batch_size hydration.threshold_effective hydration.batch_size_effective \
-             hydration.state hydration.failed_regions hydration.bytes_per_second hydration.eta_seconds \
+             hydration.state hydration.failed_regions hydration.rate hydration.total_rate hydration.priority \
+             hydration.bytes_per_second hydration.eta_seconds \
              features.no_hydration features.no_discard_passdown metadata.path metadata.mode metadata.block_size \
-             metadata.used_blocks metadata.total_blocks metadata.generation event_nr last_event source.spec \
+             metadata.used_blocks metadata.total_blocks metadata.generation event_nr events last_event source.spec \
              source.state source.losses source.reconnects destination nbd.address nbd.export nbd.connections io.reads \
              io.writes io.trims io.write_zeroes io.flushes io.read_bytes io.write_bytes io.trim_bytes \
              io.write_zeroes_bytes io.errors io.source_read_bytes io.hydrated_bytes io.commits shards uptime_seconds \
@@ -512,6 +582,10 @@ mod tests {
             (" DISABLE_hydration\n", Message::DisableHydration),
             ("Hydration_Threshold 0", Message::HydrationThreshold(0)),
             ("hydration_batch_size  4294967295", Message::HydrationBatchSize(u32::MAX)),
+            ("hydration_rate 1048576", Message::HydrationRate(Some(HydrationRate::new(1 << 20).unwrap()))),
+            ("Hydration_Rate 1MiB", Message::HydrationRate(Some(HydrationRate::new(1 << 20).unwrap()))),
+            ("hydration_rate 0", Message::HydrationRate(None)),
+            ("priority 1000", Message::Priority(Priority::new(1000).unwrap())),
         ];
         for (text, message) in good {
             assert_eq!(text.parse::<Message>().unwrap(), message, "{text}");
@@ -528,6 +602,12 @@ mod tests {
             ("hydration_threshold 0x10", "'0x10'"),
             ("hydration_threshold 1 2", "'2'"),
             ("hydration_batch_size x\u{7}", r"'x\u{7}'"),
+            ("hydration_rate", "needs a number"),
+            ("hydration_rate 1000", "disable_hydration"),
+            ("hydration_rate 1MB", "'1MB' is not a size"),
+            ("hydration_rate 99999999999999999999", "too large"),
+            ("priority 0", "1 to 1000"),
+            ("priority 1001", "message priority"),
         ];
         for (text, part) in bad {
             let error = text.parse::<Message>().unwrap_err();

@@ -3,11 +3,15 @@
 //! One connection per question. What can go wrong while connecting gets its own words, since that is what users
 //! meet: no daemon, a daemon that crashed, somebody else's daemon.
 
-use super::api::{ErrorBody, Message, MessageBody, PREFIX, RemoveBody, Status, StatusList};
+use super::api::{
+    ErrorBody, EventPage, Message, MessageBody, PREFIX, RemoveBody, Status, StatusList, TableBody, VersionInfo,
+    WAIT_SECONDS_MAX,
+};
 use super::http_io::BlockingIo;
 use crate::config::CloneName;
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::schema::MetricsDocument;
+use crate::unix_socket;
 use bytes::Bytes;
 use futures_lite::future::or;
 use http_body_util::{BodyExt, Full, Limited};
@@ -20,10 +24,15 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How long an answer may take; longer than the server gives itself.
-const ANSWER_TIME_MAX: Duration = Duration::from_secs(35);
 /// Largest answer that is read, in bytes: the metrics of a thousand clones on sixteen shards.
 const ANSWER_MAX: usize = 256 << 20;
+/// How long an answer may take that needs no work.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(10);
+/// How long the answer to what is to be carried out may take; longer than the server gives itself.
+const MESSAGE_TIME_MAX: Duration = Duration::from_secs(25);
+/// How often [`patiently`] asks again, and after which pause.
+const BROKEN_RETRIES: u32 = 5;
+const BROKEN_PAUSE: Duration = Duration::from_millis(200);
 
 /// A daemon's control socket.
 #[derive(Clone, Debug)]
@@ -48,36 +57,75 @@ impl Client {
 
     /// The status of every clone of the daemon.
     pub fn status_of_all(&self) -> Result<Vec<Status>> {
-        self.ask::<StatusList>(Method::GET, "/status", None).map(|list| list.clones)
+        self.get::<StatusList>("/status", ANSWER_TIME_MAX).map(|list| list.clones)
     }
 
     pub fn status(&self, name: &CloneName) -> Result<Status> {
-        self.ask(Method::GET, &format!("/clones/{name}/status"), None)
+        self.get(&format!("/clones/{name}/status"), ANSWER_TIME_MAX)
+    }
+
+    /// What followed event number `after` of the daemon `instance` (empty: of this one), of one clone or of all. Waits for
+    /// something up to `time_max`, at most [`WAIT_SECONDS_MAX`]; whole seconds count.
+    pub fn events(
+        &self,
+        after: u64,
+        clone: Option<&CloneName>,
+        instance: &str,
+        time_max: Duration,
+    ) -> Result<EventPage> {
+        let timeout = time_max.as_secs().min(WAIT_SECONDS_MAX);
+        let mut path = format!("/events?after={after}&timeout={timeout}");
+        if let Some(name) = clone {
+            path.push_str(&format!("&clone={name}"));
+        }
+        if !instance.is_empty() {
+            path.push_str(&format!("&instance={instance}"));
+        }
+        self.get(&path, ANSWER_TIME_MAX + Duration::from_secs(timeout))
+    }
+
+    /// The status, as soon as dm's event number is greater than `event` or the clone is complete; whatever it is after
+    /// `time_max`, as in [`Self::events`].
+    pub fn wait(&self, name: &CloneName, event: u64, time_max: Duration) -> Result<Status> {
+        let timeout = time_max.as_secs().min(WAIT_SECONDS_MAX);
+        let path = format!("/clones/{name}/wait?event={event}&timeout={timeout}");
+        self.get(&path, ANSWER_TIME_MAX + Duration::from_secs(timeout))
     }
 
     /// The metrics of the clone `name`, or of every clone of the daemon.
     pub fn metrics(&self, name: Option<&CloneName>) -> Result<MetricsDocument> {
         match name {
-            Some(name) => self.ask(Method::GET, &format!("/clones/{name}/metrics"), None),
-            None => self.ask(Method::GET, "/metrics", None),
+            Some(name) => self.get(&format!("/clones/{name}/metrics"), ANSWER_TIME_MAX),
+            None => self.get("/metrics", ANSWER_TIME_MAX),
         }
+    }
+
+    /// dm-clone's table line.
+    pub fn table(&self, name: &CloneName) -> Result<String> {
+        self.get::<TableBody>(&format!("/clones/{name}/table"), ANSWER_TIME_MAX).map(|body| body.table)
+    }
+
+    /// Of the daemon.
+    pub fn version(&self) -> Result<VersionInfo> {
+        self.get("/version", ANSWER_TIME_MAX)
     }
 
     /// Returns when the message is in force.
     pub fn message(&self, name: &CloneName, message: &Message) -> Result<()> {
         let body = self.body(&MessageBody { message: message.to_string() })?;
-        self.ask::<serde_json::Value>(Method::POST, &format!("/clones/{name}/message"), Some(body)).map(drop)
+        let path = format!("/clones/{name}/message");
+        self.ask::<serde_json::Value>(Method::POST, &path, body, MESSAGE_TIME_MAX).map(drop)
     }
 
     /// Starts a clone; returns when it is served. `spec` is its JSON.
     pub fn create(&self, spec: &impl Serialize) -> Result<()> {
-        self.ask::<serde_json::Value>(Method::POST, "/clones", Some(self.body(spec)?)).map(drop)
+        self.ask::<serde_json::Value>(Method::POST, "/clones", self.body(spec)?, MESSAGE_TIME_MAX).map(drop)
     }
 
     /// Ends a clone; returns when its devices are free. One that is in use only when `force` says so.
     pub fn remove(&self, name: &CloneName, force: bool) -> Result<()> {
         let body = self.body(&RemoveBody { force })?;
-        self.ask::<serde_json::Value>(Method::POST, &format!("/clones/{name}/remove"), Some(body)).map(drop)
+        self.ask::<serde_json::Value>(Method::POST, &format!("/clones/{name}/remove"), body, MESSAGE_TIME_MAX).map(drop)
     }
 
     fn body(&self, body: &impl Serialize) -> Result<Vec<u8>> {
@@ -87,11 +135,16 @@ impl Client {
 
     /// Returns when the daemon has begun to go down.
     pub fn stop(&self) -> Result<()> {
-        self.ask::<serde_json::Value>(Method::POST, "/stop", None).map(drop)
+        self.ask::<serde_json::Value>(Method::POST, "/stop", Vec::new(), ANSWER_TIME_MAX).map(drop)
     }
 
-    fn ask<T: DeserializeOwned>(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<T> {
-        let (status, answer) = self.exchange(method, path, body.unwrap_or_default())?;
+    fn get<T: DeserializeOwned>(&self, path: &str, time_max: Duration) -> Result<T> {
+        self.ask(Method::GET, path, Vec::new(), time_max)
+    }
+
+    /// `time_max`: for the whole exchange.
+    fn ask<T: DeserializeOwned>(&self, method: Method, path: &str, body: Vec<u8>, time_max: Duration) -> Result<T> {
+        let (status, answer) = self.exchange(method, path, body, time_max)?;
         if status.is_success() {
             return serde_json::from_slice(&answer).map_err(|error| {
                 self.error(ErrorKind::Protocol, format!("what answers is not a hydrant daemon, or too old: {error}"))
@@ -103,7 +156,7 @@ impl Client {
         }
     }
 
-    fn exchange(&self, method: Method, path: &str, body: Vec<u8>) -> Result<(StatusCode, Bytes)> {
+    fn exchange(&self, method: Method, path: &str, body: Vec<u8>, time_max: Duration) -> Result<(StatusCode, Bytes)> {
         let bad = |text: String| self.error(ErrorKind::Protocol, text);
         let io = BlockingIo::new(self.connect()?);
         let request = Request::builder()
@@ -128,19 +181,23 @@ impl Client {
             };
             or(answered, driven).await
         };
-        let result: hyper::Result<_> = io.drive(exchange, ANSWER_TIME_MAX).map_err(|error| match error.kind() {
+        let result: hyper::Result<_> = io.drive(exchange, time_max).map_err(|error| match error.kind() {
             io::ErrorKind::TimedOut => {
-                self.error(ErrorKind::Limit, format!("no answer within {} s", ANSWER_TIME_MAX.as_secs()))
+                self.error(ErrorKind::Limit, format!("no answer within {} s; the daemon hangs", time_max.as_secs()))
             }
             _ => Error::from_io(error, self.what()),
         })?;
-        let (status, body) = result.map_err(|error| bad(format!("the daemon broke the connection: {error}")))?;
+        let (status, body) = result.map_err(|error| {
+            let foreign = error.is_parse() && !error.is_incomplete_message();
+            let kind = if foreign { ErrorKind::Protocol } else { ErrorKind::Io };
+            self.error(kind, format!("the daemon broke the connection: {error}"))
+        })?;
         let body = body.map_err(|error| bad(format!("can't read the answer: {error}")))?;
         Ok((status, body.to_bytes()))
     }
 
     fn connect(&self) -> Result<UnixStream> {
-        UnixStream::connect(&self.path).map_err(|error| {
+        unix_socket::connect(&self.path, ANSWER_TIME_MAX).map_err(|error| {
             let path = self.path.display();
             match error.kind() {
                 io::ErrorKind::NotFound => {
@@ -154,6 +211,10 @@ impl Client {
                     error,
                     format!("control socket {path} (only the user that started the daemon may use it)"),
                 ),
+                io::ErrorKind::TimedOut => {
+                    let seconds = ANSWER_TIME_MAX.as_secs();
+                    self.error(ErrorKind::Limit, format!("nobody is let in within {seconds} s; the daemon hangs"))
+                }
                 _ => Error::from_io(error, self.what()),
             }
         })
@@ -172,6 +233,18 @@ impl Client {
 pub fn is_gone(client: &Client, error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Protocol | ErrorKind::Io)
         && client.connect().is_err_and(|error| error.kind() == ErrorKind::NotFound)
+}
+
+/// Asks again when the connection broke: a daemon that is killed is listening for a moment still, one that is busy may
+/// have turned us away. A daemon that is gone is `NotFound` then.
+pub fn patiently<T>(ask: impl Fn() -> Result<T>) -> Result<T> {
+    for _ in 0..BROKEN_RETRIES {
+        match ask() {
+            Err(error) if error.kind() == ErrorKind::Io => std::thread::sleep(BROKEN_PAUSE),
+            result => return result,
+        }
+    }
+    ask()
 }
 
 /// The kind of an error that came as an HTTP status.

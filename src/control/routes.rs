@@ -4,12 +4,21 @@
 //! Nothing here knows of connections. A message that has begun runs to its end whether or not the client waits.
 
 use super::Controlled;
-use super::api::{ErrorBody, ErrorText, Message, MessageBody, PREFIX, RemoveBody, StatusList};
+use super::api::{
+    ErrorBody, ErrorText, EventPage, Message, MessageBody, PREFIX, RemoveBody, Status, StatusList, TableBody,
+    WAIT_SECONDS_MAX,
+};
+use super::query::Query;
+use super::waiters::Waiters;
+use crate::bail;
 use crate::config::spec::CloneSpec;
 use crate::env::Env;
 use crate::error::{Error, ErrorKind, Result};
+use crate::event_log::Feed;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::oneshot;
+use crate::net::Stream;
+use crate::targets;
 use bytes::Bytes;
 use futures_lite::future::or;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
@@ -29,11 +38,14 @@ const MESSAGE_TIME_MAX: Duration = Duration::from_secs(20);
 /// Answers requests, one at a time or many.
 pub struct Routes {
     pub controlled: Rc<dyn Controlled>,
+    pub feed: Rc<Feed>,
     pub env: Rc<dyn Env>,
+    pub(super) waiters: Waiters,
 }
 
 impl Routes {
-    pub async fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    /// `client`: the connection that the request came on.
+    pub async fn answer(&self, request: Request<Incoming>, client: &Stream) -> Response<Full<Bytes>> {
         let path = request.uri().path().to_owned();
         let route = path.strip_prefix(PREFIX).and_then(Route::of);
         let Some(route) = route else {
@@ -46,18 +58,23 @@ impl Routes {
             response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
             return response;
         }
+        let query = match Query::parse(request.uri().query(), route.parameters()) {
+            Ok(query) => query,
+            Err(error) => return refusal(StatusCode::BAD_REQUEST, error.kind(), &error.to_string()),
+        };
         let result = match route {
             Route::StatusOfAll => {
                 self.controlled.status(None).await.map(|clones| json(StatusCode::OK, &StatusList { clones }))
             }
-            Route::Status(name) => self.controlled.status(Some(name)).await.and_then(|mut clones| match clones.pop() {
-                Some(status) => Ok(json(StatusCode::OK, &status)),
-                None => Err(Error::new(ErrorKind::NotFound, format!("no clone '{}'", name.escape_debug()))),
-            }),
+            Route::Table(name) => self.controlled.table(name).map(|table| json(StatusCode::OK, &TableBody { table })),
+            Route::Version => Ok(json(StatusCode::OK, &targets::info())),
             Route::MetricsOfAll => self.controlled.metrics(None).await.map(|metrics| json(StatusCode::OK, &metrics)),
             Route::Metrics(name) => {
                 self.controlled.metrics(Some(name)).await.map(|metrics| json(StatusCode::OK, &metrics))
             }
+            Route::Status(name) => self.status(name).await.map(|status| json(StatusCode::OK, &status)),
+            Route::Events => self.events(&query, client).await.map(|page| json(StatusCode::OK, &page)),
+            Route::Wait(name) => self.wait(name, &query, client).await.map(|status| json(StatusCode::OK, &status)),
             Route::Stop => self.controlled.stop().map(|()| json(StatusCode::OK, &serde_json::json!({}))),
             Route::Message(name) => match read_message(request.into_body()).await {
                 Ok(message) => {
@@ -83,6 +100,43 @@ impl Routes {
             },
         };
         result.unwrap_or_else(|error| refusal(http_status(error.kind()), error.kind(), &error.to_string()))
+    }
+
+    async fn status(&self, name: &str) -> Result<Status> {
+        let mut clones = self.controlled.status(Some(name)).await?;
+        clones.pop().ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no clone '{}'", name.escape_debug())))
+    }
+
+    async fn events(&self, query: &Query<'_>, client: &Stream) -> Result<EventPage> {
+        let log = self.feed.log();
+        let ours = query.text("instance").is_none_or(|instance| instance == log.instance());
+        let after = query.number("after", 0..=u64::MAX)?.filter(|_| ours).unwrap_or(0);
+        let timeout = seconds(query)?.unwrap_or(Duration::ZERO);
+        let clone = query.text("clone");
+        if let Some(name) = clone
+            && !log.knows(name)
+        {
+            // One that is gone and forgotten is not there either.
+            self.controlled.events_of(name)?;
+        }
+        if after > log.last() {
+            let (last, instance) = (log.last(), log.instance());
+            bail!(Usage, "after={after}: the last event is {last} (its numbers are those of instance {instance})");
+        }
+        let page = match timeout {
+            Duration::ZERO => log.after(after, clone),
+            _ => self.waiters.wait(client, &*self.env, self.feed.after(&*self.env, after, clone, timeout)).await?,
+        };
+        Ok(EventPage { instance: log.instance().into(), page })
+    }
+
+    async fn wait(&self, name: &str, query: &Query<'_>, client: &Stream) -> Result<Status> {
+        let nr = query.number("event", 0..=u64::MAX)?.unwrap_or(0);
+        let timeout = seconds(query)?.unwrap_or(Duration::from_secs(WAIT_SECONDS_MAX));
+        let clone = self.controlled.events_of(name)?;
+        let event = self.feed.dm_event(&*self.env, &clone, nr, timeout);
+        self.waiters.wait(client, &*self.env, event).await?;
+        self.status(name).await
     }
 
     /// Lets `work` run to its end, and answers when it has, or when that takes too long.
@@ -114,10 +168,14 @@ impl Routes {
 /// What is asked for.
 enum Route<'a> {
     StatusOfAll,
+    Version,
     Status(&'a str),
+    Table(&'a str),
     MetricsOfAll,
     Metrics(&'a str),
     Message(&'a str),
+    Events,
+    Wait(&'a str),
     Create,
     Remove(&'a str),
     Stop,
@@ -128,13 +186,17 @@ impl<'a> Route<'a> {
     fn of(path: &'a str) -> Option<Self> {
         match path {
             "/status" => Some(Self::StatusOfAll),
-            "/metrics" => Some(Self::MetricsOfAll),
+            "/events" => Some(Self::Events),
             "/clones" => Some(Self::Create),
+            "/metrics" => Some(Self::MetricsOfAll),
             "/stop" => Some(Self::Stop),
+            "/version" => Some(Self::Version),
             _ => match path.strip_prefix("/clones/")?.split_once('/')? {
                 ("", _) => None,
                 (name, "status") => Some(Self::Status(name)),
+                (name, "table") => Some(Self::Table(name)),
                 (name, "metrics") => Some(Self::Metrics(name)),
+                (name, "wait") => Some(Self::Wait(name)),
                 (name, "message") => Some(Self::Message(name)),
                 (name, "remove") => Some(Self::Remove(name)),
                 _ => None,
@@ -144,9 +206,23 @@ impl<'a> Route<'a> {
     fn method(&self) -> Method {
         match self {
             Self::StatusOfAll | Self::Status(_) | Self::MetricsOfAll | Self::Metrics(_) => Method::GET,
+            Self::Version | Self::Table(_) | Self::Events | Self::Wait(_) => Method::GET,
             Self::Create | Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
         }
     }
+    /// What may follow the `?`.
+    fn parameters(&self) -> &'static [&'static str] {
+        match self {
+            Self::Events => &["after", "clone", "timeout", "instance"],
+            Self::Wait(_) => &["event", "timeout"],
+            _ => &[],
+        }
+    }
+}
+
+/// How long a question may wait for its answer.
+fn seconds(query: &Query<'_>) -> Result<Option<Duration>> {
+    Ok(query.number("timeout", 0..=WAIT_SECONDS_MAX)?.map(Duration::from_secs))
 }
 
 async fn read_message(body: Incoming) -> Result<Message, Response<Full<Bytes>>> {

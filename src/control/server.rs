@@ -6,6 +6,7 @@
 use super::Controlled;
 use super::http_io::StreamIo;
 use super::routes::Routes;
+use super::waiters::Waiters;
 use crate::env::Env;
 use crate::local::{Notify, oneshot};
 use crate::net::{Listener, Stream};
@@ -19,8 +20,10 @@ use std::convert::Infallible;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// Connections served at a time; more are closed at once.
+/// Connections served at a time, without those that wait for an event; more have to stand in line.
 const CONNECTIONS_MAX: usize = 64;
+/// How long the next in line stands there before it is turned away.
+const LINE_TIME_MAX: Duration = Duration::from_secs(1);
 /// Most bytes of a request's head.
 const HEAD_MAX: usize = 16 << 10;
 /// Most header lines.
@@ -46,20 +49,22 @@ struct Shared {
     /// Those that are served, by number.
     connections: RefCell<HashMap<u64, Stream>>,
     closing: Cell<bool>,
-    idle: Notify,
+    /// A connection has ended, or waits.
+    idle: Rc<Notify>,
 }
 
 impl Server {
     /// Starts to answer, on the current executor (whose ring runs already).
     pub fn start(socket: BoundSocket, controlled: Rc<dyn Controlled>, env: Rc<dyn Env>) -> Self {
         let (fd, guard) = socket.into_parts();
+        let waiters = Waiters::default();
         let shared = Rc::new(Shared {
-            routes: Rc::new(Routes { controlled, env: env.clone() }),
+            idle: waiters.begun.clone(),
+            routes: Rc::new(Routes { feed: controlled.feed(), controlled, env: env.clone(), waiters }),
             env: env.clone(),
             listener: Listener::new(fd),
             connections: RefCell::default(),
             closing: Cell::new(false),
-            idle: Notify::default(),
         });
         let (ended, accepting) = oneshot();
         let accepter = shared.clone();
@@ -70,12 +75,14 @@ impl Server {
         Self { shared, guard, accepting }
     }
 
-    /// Stops listening, removes the socket's path and gives answers that are on their way a moment to get out.
+    /// Stops listening, removes the socket's path, answers those who wait, and gives answers that are on their way a moment
+    /// to get out.
     pub async fn close(self) {
         let shared = self.shared;
         shared.closing.set(true);
         drop(self.guard);
         shared.listener.close();
+        shared.routes.feed.close();
         self.accepting.await;
         or(shared.all_ended(), shared.env.sleep(CLOSE_TIME_MAX)).await;
         shared.connections.borrow().values().for_each(Stream::shutdown);
@@ -90,6 +97,16 @@ impl Shared {
         }
     }
 
+    fn is_full(&self) -> bool {
+        self.connections.borrow().len() >= CONNECTIONS_MAX + self.routes.waiters.count()
+    }
+
+    async fn has_room(&self) {
+        while self.is_full() && !self.closing.get() {
+            self.idle.notified().await;
+        }
+    }
+
     async fn accept_all(self: &Rc<Self>) {
         let mut failing = false;
         let mut number = 0;
@@ -97,7 +114,8 @@ impl Shared {
             match self.listener.accept().await {
                 Ok(fd) => {
                     failing = false;
-                    if self.closing.get() || self.connections.borrow().len() >= CONNECTIONS_MAX {
+                    or(self.has_room(), self.env.sleep(LINE_TIME_MAX)).await;
+                    if self.closing.get() || self.is_full() {
                         continue;
                     }
                     number += 1;
@@ -124,10 +142,10 @@ impl Shared {
 
     async fn serve(self: Rc<Self>, stream: Stream) {
         let service = {
-            let routes = self.routes.clone();
+            let (routes, client) = (self.routes.clone(), stream.clone());
             service_fn(move |request| {
-                let routes = routes.clone();
-                async move { Ok::<_, Infallible>(routes.answer(request).await) }
+                let (routes, client) = (routes.clone(), client.clone());
+                async move { Ok::<_, Infallible>(routes.answer(request, &client).await) }
             })
         };
         let connection = http1::Builder::new()

@@ -1,14 +1,18 @@
 //! Server and client against each other over a real socket, and the server against broken peers.
 
+mod long_poll;
+
 use super::Controlled;
 use super::api::{Message, Status};
 use super::client::Client;
+use super::feed;
 use super::server::Server;
 use crate::bail;
 use crate::config::spec::CloneSpec;
 use crate::env::Env;
 use crate::env::glommio::GlommioEnv;
 use crate::error::{Error, ErrorKind, Result};
+use crate::event_log::{CloneEvents, Feed};
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::Notify;
 use crate::metrics::schema::{CloneMetrics, MetricsDocument, SCHEMA};
@@ -34,11 +38,20 @@ struct Clones {
     env: Rc<dyn Env>,
     seen: Seen,
     stopped: Rc<Notify>,
+    feed: Rc<Feed>,
+    events: [Arc<CloneEvents>; 2],
 }
 
 impl Controlled for Clones {
     fn status(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<Vec<Status>>> {
-        let status = |name: &str| Status { name: name.into(), size: 1 << 40, pid: 7, ..Default::default() };
+        let event_nr = |name: &str| self.events_of(name).map_or(0, |events| events.count().dm);
+        let status = |name: &str| Status {
+            name: name.into(),
+            event_nr: event_nr(name),
+            size: 1 << 40,
+            pid: 7,
+            ..Status::default()
+        };
         let found = match name {
             None => Ok(vec![status("a"), status("b")]),
             Some("a") => Ok(vec![status("a")]),
@@ -70,6 +83,19 @@ impl Controlled for Clones {
             Ok(())
         })
     }
+    fn table(&self, name: &str) -> Result<String> {
+        match name {
+            "a" => Ok("0 8 clone /m /d /s 8".into()),
+            _ => bail!(NotFound, "no clone '{name}'"),
+        }
+    }
+    fn feed(&self) -> Rc<Feed> {
+        self.feed.clone()
+    }
+    fn events_of(&self, name: &str) -> Result<Arc<CloneEvents>> {
+        let found = self.events.iter().find(|events| events.name() == name);
+        found.cloned().ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no clone '{name}'")))
+    }
     fn create(&self, spec: CloneSpec) -> LocalBoxFuture<'static, Result<()>> {
         let seen = self.seen.clone();
         Box::pin(async move {
@@ -100,6 +126,8 @@ struct Running {
     executor: JoinHandle<()>,
     path: PathBuf,
     seen: Seen,
+    /// Of `a` and `b`.
+    events: [Arc<CloneEvents>; 2],
     _dir: tempfile::TempDir,
 }
 
@@ -110,19 +138,25 @@ impl Running {
         let socket = BoundSocket::bind(&path).unwrap();
         let seen = Seen::default();
         let seen_inside = seen.clone();
+        let (sender, events) = std::sync::mpsc::channel();
         let executor = std::thread::spawn(move || {
             glommio::LocalExecutorBuilder::default().io_memory(1 << 20).make().unwrap().run(async move {
                 let ring = Ring::start().unwrap();
                 let env: Rc<dyn Env> = Rc::new(GlommioEnv::new());
                 let stopped = Rc::new(Notify::default());
-                let clones = Rc::new(Clones { env: env.clone(), seen: seen_inside, stopped: stopped.clone() });
+                let feed = feed::start(&env).unwrap();
+                let events = ["a", "b"].map(|name| CloneEvents::new(feed.log(), name));
+                sender.send(events.clone()).unwrap();
+                let (env_inside, stopped_inside) = (env.clone(), stopped.clone());
+                let clones =
+                    Rc::new(Clones { env: env_inside, seen: seen_inside, stopped: stopped_inside, feed, events });
                 let server = Server::start(socket, clones, env);
                 stopped.notified().await;
                 server.close().await;
                 ring.shutdown().await;
             });
         });
-        Self { executor, path, seen, _dir: dir }
+        Self { executor, path, seen, events: events.recv().unwrap(), _dir: dir }
     }
 
     fn client(&self) -> Client {
@@ -169,6 +203,18 @@ fn status_message_and_stop() {
     let error = client.message(&name("a"), &Message::DisableHydration).unwrap_err();
     assert_eq!(error.to_string(), "clone 'a' is read-only");
     assert_eq!(client.message(&name("c"), &Message::EnableHydration).unwrap_err().kind(), ErrorKind::NotFound);
+    running.stop();
+}
+
+#[test]
+fn table_and_version() {
+    let running = Running::start();
+    let client = running.client();
+    assert_eq!(client.table(&"a".parse().unwrap()).unwrap(), "0 8 clone /m /d /s 8");
+    assert_eq!(client.table(&"c".parse().unwrap()).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(client.version().unwrap(), crate::targets::info());
+    let answer = running.post("/v1/version", "{}");
+    assert!(answer.starts_with("HTTP/1.1 405") && answer.contains("allow: GET"), "{answer}");
     running.stop();
 }
 
@@ -261,7 +307,6 @@ fn the_client_says_what_is_at_the_other_end() {
     assert!(error_of(&client).to_string().contains("ended without removing its socket"));
 
     for (answer, part) in [
-        ("", "broke the connection"),
         ("SSH-2.0-OpenSSH\r\n", "broke the connection"),
         ("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", "is not a hydrant daemon"),
         ("HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n", "is not a hydrant daemon: 500"),
@@ -273,6 +318,11 @@ fn the_client_says_what_is_at_the_other_end() {
         assert!(error.to_string().contains(part), "{answer:?}: {error}");
         server.join().unwrap();
     }
+    let server = impostor(&path, "");
+    let error = error_of(&client);
+    assert_eq!(error.kind(), ErrorKind::Io, "no other daemon, but one that ended: {error}");
+    assert!(error.to_string().contains("broke the connection"), "{error}");
+    server.join().unwrap();
 }
 
 /// Answers one connection with `answer`, whatever it asks.

@@ -9,11 +9,16 @@ use crate::coordinator::Coordinator;
 use crate::devices::{self, Device, Role, Target};
 use crate::disk::Disk;
 use crate::disk::ring::{DiskParts, RingDisk};
+use crate::environment;
 use crate::error::{Error, ErrorKind, Result};
+use crate::event_log::CloneEvents;
+use crate::events::EventKind;
+use crate::hydration_budget::BudgetMember;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::meta::codec::{self, Superblock, metadata_size_needed};
 use crate::meta::region_map::RegionMap;
 use crate::meta::store::Store;
+use crate::ring::Ring;
 use crate::shard::pool::ShardContext;
 use crate::shard::slice::{CloneSlice, SliceParts};
 use crate::shard::{Mesh, ShardRequest};
@@ -23,11 +28,17 @@ use crate::source::nbd::{NbdSource, NbdSourceOptions, SourceEvent};
 use crate::source::remote::RemoteSource;
 use crate::source::uri::NbdUri;
 use crate::units::{CloneId, Generation, Geometry, ShardIndex, ZoneIndex};
+use futures_lite::future::yield_now;
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Zones that are loaded into a map before others get their turn: 480 KiB of bits.
+const ZONES_AT_A_TIME: usize = 128;
+/// A clone of so many zones (4 MiB of bits or more, as a rule) leaves memory behind that is worth giving back.
+const ZONES_WORTH_A_TRIM: u64 = 1024;
 
 /// A clone that runs on all shards.
 pub struct ActiveClone {
@@ -83,16 +94,23 @@ fn open(role: Role, path: &Path, target: Target, size: u64) -> Result<(Device, C
 enum SourceParts {
     None,
     File(DiskParts),
-    Nbd { uri: NbdUri, options: NbdSourceOptions },
+    Nbd { uri: NbdUri, options: NbdSourceOptions, size: u64 },
     Remote { size: u64 },
 }
 
 /// What a shard makes its slice from.
 struct ShardParts {
     state: Arc<CloneState>,
-    zones: Vec<(ZoneIndex, Box<[u64]>)>,
+    zones: Vec<(ZoneIndex, Arc<[u64]>)>,
     destination: DiskParts,
     source: SourceParts,
+}
+
+/// What a clone has of its daemon.
+pub struct Shared {
+    pub events: Arc<CloneEvents>,
+    /// Its part of the hydration bandwidth of all clones.
+    pub budget: BudgetMember,
 }
 
 /// Starts the clone on all shards. Hydration is not started yet. After an error [`abandon`] clears up.
@@ -101,7 +119,9 @@ pub async fn activate(
     config: &CloneConfig,
     id: CloneId,
     prepared: Prepared,
+    shared: Shared,
 ) -> Result<ActiveClone> {
+    let Shared { events, budget } = shared;
     let Prepared { geometry, fingerprint, source, destination, metadata, found } = prepared;
     let (destination, created_destination) =
         open(Role::Destination, &config.destination, destination, geometry.size())?;
@@ -110,7 +130,14 @@ pub async fn activate(
     let (store, zones, generation) = match found {
         FoundMetadata::Ours(opened) => {
             opened.notes.iter().for_each(|note| log::warn!("{}: {note}", metadata.label()));
-            (opened.store, opened.zones, opened.generation)
+            let (superblock, mut generation) = (opened.store.superblock(), opened.generation);
+            if superblock.lacks_devices() && superblock.state == codec::CloneState::Active {
+                // Made by `hydrant meta`: from now on they belong to these.
+                generation = Generation(generation.0 + 1);
+                let recorded = opened.store.record_devices(fingerprint, destination.fingerprint_id(), generation).await;
+                recorded.map_err(|error| error.within(metadata.label()))?;
+            }
+            (opened.store, opened.zones, generation)
         }
         FoundMetadata::None => {
             let superblock = Superblock {
@@ -131,9 +158,9 @@ pub async fn activate(
     created_metadata.keep();
 
     let shards = context.mesh.shards();
-    let state = Arc::new(CloneState::new(
+    let state = CloneState::new(
         id,
-        config.name.to_string(),
+        events,
         geometry,
         shards,
         config.discard_passdown,
@@ -142,12 +169,19 @@ pub async fn activate(
             threshold: config.hydration_threshold.map_or(AUTOMATIC, u64::from),
             batch_size: config.hydration_batch_size.map_or(AUTOMATIC, u64::from),
         },
-    ));
+    );
+    let state = Arc::new(state.with_budget(budget));
     let complete = store.superblock().state == codec::CloneState::Complete;
     let source_counts = Rc::<SourceCounts>::default();
     let nbd_source = source.as_ref().and_then(|source| watch(context, source, &state, &source_counts));
     let local_source = source.as_ref().map(|source| source.source.clone());
     attach_slices(context, &state, &geometry, zones, &destination, source, local_source).await?;
+    if geometry.nr_zones() >= ZONES_WORTH_A_TRIM {
+        // What was loaded is in the maps now; it is not to stay in the memory of the process as well.
+        let _ = Ring::current().blocking(environment::give_back_memory).await;
+    }
+    let (hydrated, regions) = (state.hydrated(), geometry.nr_regions());
+    state.events().raise(EventKind::Created, format!("created, {hydrated} of {regions} regions are hydrated"));
     if complete {
         if !state.is_all_hydrated() {
             let text =
@@ -203,12 +237,12 @@ fn watch(
     source.on_event(move |event| match event {
         SourceEvent::Lost(error) => {
             counts.losses.set(counts.losses.get() + 1);
-            state.event(format!("source lost: {error}"));
+            state.source_lost(error, env.now());
         }
-        SourceEvent::Changed(error) => state.event(format!("source changed, nothing more is read from it: {error}")),
+        SourceEvent::Changed(error) => state.source_changed(error, env.now()),
         SourceEvent::Found => {
             counts.reconnects.set(counts.reconnects.get() + 1);
-            state.event("source found again");
+            state.source_found(env.now());
             for shard in 0..mesh.shards() {
                 let wake = mesh.call(ShardIndex(shard), ShardRequest::Wake { clone: state.id });
                 env.spawn(Box::pin(async move {
@@ -225,7 +259,7 @@ async fn attach_slices(
     context: &Rc<ShardContext>,
     state: &Arc<CloneState>,
     geometry: &Geometry,
-    zones: Vec<(ZoneIndex, Box<[u64]>)>,
+    zones: Vec<(ZoneIndex, Arc<[u64]>)>,
     destination: &Device,
     source: Option<OpenSource>,
     local_source: Option<Rc<dyn Source>>,
@@ -242,7 +276,7 @@ async fn attach_slices(
             None => SourceParts::None,
             Some(OpenSourceKind::File { parts, .. }) => SourceParts::File(parts.duplicate()?),
             Some(OpenSourceKind::Nbd { source, uri, options }) => match source.info().multi_conn {
-                true => SourceParts::Nbd { uri: uri.clone(), options: options.clone() },
+                true => SourceParts::Nbd { uri: uri.clone(), options: options.clone(), size: source.size() },
                 false => SourceParts::Remote { size: source.size() },
             },
         };
@@ -274,9 +308,9 @@ async fn attach(context: &Rc<ShardContext>, parts: ShardParts, source: Option<Rc
         (Some(source), _) => Some(source),
         (None, SourceParts::None) => None,
         (None, SourceParts::File(parts)) => Some(Rc::new(FileSource::new(Rc::new(RingDisk::new(parts))))),
-        (None, SourceParts::Nbd { uri, options }) => {
+        (None, SourceParts::Nbd { uri, options, size }) => {
             let source = NbdSource::connect(uri, options, context.env.clone()).await?;
-            if source.size() != state.geometry.size() {
+            if source.size() != size {
                 bail!(SourceChanged, "the source's size changed while it was opened");
             }
             Some(Rc::new(source))
@@ -285,13 +319,19 @@ async fn attach(context: &Rc<ShardContext>, parts: ShardParts, source: Option<Rc
             Some(Rc::new(RemoteSource::new(state.id, crate::shard::COORDINATOR, size, mesh.clone())))
         }
     };
-    let mut map = RegionMap::new(state.geometry, mesh.shards(), mesh.me());
-    for (zone, bits) in zones {
+    let mut map = RegionMap::new(state.geometry(), mesh.shards(), mesh.me());
+    for (nr, (zone, bits)) in zones.into_iter().enumerate() {
         map.load_zone(zone, &bits);
+        if nr % ZONES_AT_A_TIME == ZONES_AT_A_TIME - 1 {
+            // The other clones of this shard get their turn.
+            yield_now().await;
+        }
     }
     state.add_hydrated(map.hydrated_count());
     let destination = Rc::new(RingDisk::new(destination));
-    let slice = CloneSlice::new(SliceParts { state, map, destination, source, env: context.env.clone(), mesh });
+    let copies = context.shard.copy_pool().join(state.clone());
+    let env = context.env.clone();
+    let slice = CloneSlice::new(SliceParts { state, map, destination, source, env, mesh, copies });
     context.shard.attach(slice);
     Ok(())
 }

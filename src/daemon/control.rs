@@ -8,12 +8,14 @@ use crate::config::spec::CloneSpec;
 use crate::control::Controlled;
 use crate::control::api::{Message, Status};
 use crate::error::{Error, ErrorKind, Result};
+use crate::event_log::{CloneEvents, Feed};
 use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::metrics::collect::collect;
 use crate::metrics::schema::MetricsDocument;
 use crate::runtime_dir::RuntimeDir;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// A handle that is shared with the control server.
@@ -43,6 +45,10 @@ impl Controlled for Handle {
         self.0.last_asked.set(Some(Instant::now()));
         let (daemon, name) = (self.0.clone(), name.map(String::from));
         Box::pin(async move { daemon.status(name.as_deref()).await })
+    }
+
+    fn table(&self, name: &str) -> Result<String> {
+        self.0.running(name).map(|running| running.table())
     }
 
     fn metrics(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<MetricsDocument>> {
@@ -83,6 +89,16 @@ impl Controlled for Handle {
             }
             daemon.remove(&name, force).await
         })
+    }
+
+    fn feed(&self) -> Rc<Feed> {
+        self.0.feed.clone()
+    }
+
+    fn events_of(&self, name: &str) -> Result<Arc<CloneEvents>> {
+        // Whoever waits for the end of a clone is watching it, too.
+        self.0.last_asked.set(Some(Instant::now()));
+        self.0.events_of(name)
     }
 
     fn stop(&self) -> Result<()> {

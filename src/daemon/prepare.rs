@@ -1,12 +1,13 @@
 //! Before anything is changed: opens and checks the three devices, and says what would be done.
 
+use super::as_table;
 use crate::bail;
 use crate::config::CloneConfig;
 use crate::devices::{self, Device, DeviceKind, Place, Role, Target};
 use crate::disk::Disk;
 use crate::disk::ring::{DiskParts, RingDisk};
 use crate::error::{Error, ErrorKind, Result};
-use crate::meta::codec::{CloneState, SourceFingerprint, geometry_for, metadata_size_needed};
+use crate::meta::codec::{CloneState, DESTINATION_NONE_YET, SourceFingerprint, geometry_for, metadata_size_needed};
 use crate::meta::commit::{Expected, Mismatch, Recovered, Recovery, mismatch_error, mismatches};
 use crate::meta::store::{Opened, Store, probe};
 use crate::shard::pool::ShardContext;
@@ -14,6 +15,7 @@ use crate::source::Source;
 use crate::source::file::FileSource;
 use crate::source::fingerprint::fingerprint;
 use crate::source::nbd::{NbdSource, NbdSourceOptions};
+use crate::source::padded::PaddedSource;
 use crate::source::uri::{NbdUri, SourceSpec};
 use crate::units::{ByteSize, Geometry};
 use std::fs::File;
@@ -47,8 +49,9 @@ pub enum FoundMetadata {
 /// Everything checked; nothing changed.
 pub struct Prepared {
     pub geometry: Geometry,
+    /// Of what the clone takes from its source: so many bytes from its start.
     pub fingerprint: SourceFingerprint,
-    /// `None`: the clone is complete and needs no source.
+    /// `None`: the clone needs no source, it is complete or reads zeros where it is not hydrated.
     pub source: Option<OpenSource>,
     pub destination: Target,
     pub metadata: Target,
@@ -73,6 +76,14 @@ pub fn disk_parts(device: &Device) -> Result<DiskParts> {
 
 /// Checks everything that can be checked without a change.
 pub async fn prepare(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> Result<Prepared> {
+    let looked = async {
+        let config = as_table::with_devices(config)?;
+        look(context, &config, shards).await
+    };
+    as_table::judged(config, looked.await)
+}
+
+async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> Result<Prepared> {
     let spec =
         SourceSpec::parse(std::ffi::OsStr::new(&config.source)).map_err(|text| Error::new(ErrorKind::Usage, text))?;
     let source_path = match &spec {
@@ -94,22 +105,44 @@ pub async fn prepare(context: &Rc<ShardContext>, config: &CloneConfig, shards: u
     if let Some(recovered) = &recovered
         && recovered.superblock.state == CloneState::Complete
     {
-        return complete(config, recovered.clone(), destination, metadata).await;
+        return without_source(config, recovered.clone(), destination, metadata).await;
+    }
+
+    if let Some(recovered) = recovered.clone().filter(|recovered| recovered.superblock.source.is_none()) {
+        return without_source(config, recovered, destination, metadata).await;
     }
 
     let source = match spec {
         SourceSpec::File(path) => open_file_source(&path, &destination, &metadata)?,
         SourceSpec::Nbd(uri) => open_nbd_source(context, uri, config, shards).await?,
     };
-    let size = source.source.size();
-    let label = format!("source {}", config.source);
-    let found_fingerprint = fingerprint(&*source.source).await.map_err(|error| error.within(label.clone()))?;
     match recovered {
         Some(recovered) => {
-            let destination_id = destination_of_clone(&destination, config)?;
-            let expected =
-                Expected { size, region_size: config.region_size, source: found_fingerprint, destination_id };
+            let superblock = &recovered.superblock;
+            let destination_id = match superblock.destination_id {
+                // Formatted ahead: the destination is taken as that of a new clone.
+                DESTINATION_NONE_YET => {
+                    check_new_destination(config, &superblock.geometry, &destination)?;
+                    DESTINATION_NONE_YET
+                }
+                _ => destination_of_clone(&destination, config)?,
+            };
+            let found_fingerprint = fingerprint_of(config, &source, superblock.source_len()).await?;
+            let expected = Expected {
+                size: config.size,
+                source_size: Some(source.source.size()),
+                region_size: config.region_size,
+                source: found_fingerprint,
+                destination_id,
+            };
             check_matches(config, &recovered, &expected)?;
+            tell_of_sizes(config, superblock.geometry.size(), superblock.source.size, source.source.size());
+            if let Target::Existing(device) = &destination
+                && device.size > 0
+            {
+                // It may have been cut off since.
+                devices::check_size(device, superblock.geometry.size(), "for the clone that it holds")?;
+            }
             let opened = load(&metadata, recovered).await?;
             Ok(Prepared {
                 geometry: opened.store.superblock().geometry,
@@ -121,6 +154,11 @@ pub async fn prepare(context: &Rc<ShardContext>, config: &CloneConfig, shards: u
             })
         }
         None => {
+            let (has, size) = (source.source.size(), config.size.unwrap_or(source.source.size()));
+            if size > has {
+                bail!(TooSmall, "source {} is too small: it has {has} bytes, {size} are to be cloned", config.source);
+            }
+            let found_fingerprint = fingerprint_of(config, &source, size).await?;
             let geometry = geometry_for(size, config.region_size.unwrap_or_default())?;
             check_new(config, &geometry, &destination, &metadata)?;
             Ok(Prepared {
@@ -132,6 +170,27 @@ pub async fn prepare(context: &Rc<ShardContext>, config: &CloneConfig, shards: u
                 found: FoundMetadata::None,
             })
         }
+    }
+}
+
+/// The fingerprint of the first `len` bytes of a source, or of all when it has not so many.
+pub async fn fingerprint_of(config: &CloneConfig, source: &OpenSource, len: u64) -> Result<SourceFingerprint> {
+    let len = len.min(source.source.size());
+    let seen = PaddedSource::view(source.source.clone(), len, len);
+    fingerprint(&*seen).await.map_err(|error| error.within(format!("source {}", config.source)))
+}
+
+/// Logs where sizes that may differ do.
+fn tell_of_sizes(config: &CloneConfig, size: u64, shown: u64, has: u64) {
+    if let Some(given) = config.size.filter(|given| *given < size) {
+        let (given, size) = (ByteSize(given), ByteSize(size));
+        log::warn!("clone '{}': it has grown to {size} since it was made with {given}", config.name);
+    } else if has > shown && config.size.is_none() {
+        let (has, shown) = (ByteSize(has), ByteSize(shown));
+        log::info!(
+            "clone '{}': its source has {has} now, {shown} of it are cloned; `hydrant resize` takes the rest",
+            config.name
+        );
     }
 }
 
@@ -213,6 +272,10 @@ fn check_new(config: &CloneConfig, geometry: &Geometry, destination: &Target, me
         devices::check_size(device, needed, &format!("for {} regions", geometry.nr_regions()))?;
         refuse_contents(config, device)?;
     }
+    check_new_destination(config, geometry, destination)
+}
+
+fn check_new_destination(config: &CloneConfig, geometry: &Geometry, destination: &Target) -> Result<()> {
     if let Target::Existing(device) = destination
         && device.size > 0
     {
@@ -235,7 +298,8 @@ fn refuse_contents(config: &CloneConfig, device: &Device) -> Result<()> {
     bail!(ForeignData, "{} holds {what}, which no metadata of hydrant knows; {hint}", device.label())
 }
 
-async fn complete(
+/// A clone that is known and needs no source.
+async fn without_source(
     config: &CloneConfig,
     recovered: Recovered,
     destination: Target,
@@ -244,7 +308,8 @@ async fn complete(
     let superblock = &recovered.superblock;
     let destination_id = destination_of_clone(&destination, config)?;
     let expected = Expected {
-        size: superblock.geometry.size(),
+        size: config.size,
+        source_size: None,
         region_size: config.region_size,
         source: superblock.source,
         destination_id,

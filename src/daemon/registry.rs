@@ -3,6 +3,7 @@
 //! Every clone lives on its own: one that can't start, or fails, leaves the others alone. A name is taken from the
 //! moment its clone is asked for until nothing of it runs any more, so that no two of one name ever meet.
 
+use super::activate::Shared;
 use super::listeners::Listeners;
 use super::prepare;
 use super::running::RunningClone;
@@ -10,6 +11,10 @@ use crate::bail;
 use crate::config::{CloneConfig, CloneName, DaemonConfig, OnHydrated};
 use crate::control::api::{CloneRunState, MetadataMode, MetadataStatus, NbdStatus, SourceState, SourceStatus, Status};
 use crate::error::{Error, ErrorKind, Result};
+use crate::event_log::{CloneEvents, Feed};
+use crate::events::EventKind;
+use crate::hydration_budget::HydrationBudget;
+use crate::hydration_share::{HydrationRate, Priority};
 use crate::local::latch::Latch;
 use crate::local::{Notify, join_some};
 use crate::shard::Mesh;
@@ -20,6 +25,7 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Most clones of one daemon: bounds memory, and what a hostile owner of the control socket can ask for.
@@ -54,8 +60,14 @@ pub enum Started {
 pub struct Daemon {
     pub context: Rc<ShardContext>,
     pub config: DaemonConfig,
+    /// The hydration bandwidth that all clones share.
+    pub budget: Arc<HydrationBudget>,
     listeners: Listeners,
     entries: RefCell<BTreeMap<CloneName, Entry>>,
+    /// The events of all clones.
+    pub feed: Rc<Feed>,
+    /// Those of each entry.
+    events: RefCell<BTreeMap<CloneName, Arc<CloneEvents>>>,
     next_id: Cell<u32>,
     /// Notified when the daemon is to end.
     pub stop: Rc<Notify>,
@@ -70,18 +82,23 @@ pub struct Daemon {
 type LocalFuture<T> = Pin<Box<dyn Future<Output = T>>>;
 
 impl Daemon {
-    pub fn new(context: Rc<ShardContext>, config: DaemonConfig, stop: Rc<Notify>) -> Rc<Self> {
-        Rc::new(Self {
+    /// `Usage` when a number of the configuration is out of bounds.
+    pub fn new(context: Rc<ShardContext>, config: DaemonConfig, stop: Rc<Notify>, feed: Rc<Feed>) -> Result<Rc<Self>> {
+        let total = config.hydration_rate.map(HydrationRate::new).transpose()?;
+        Ok(Rc::new(Self {
+            budget: HydrationBudget::new(total),
             context,
             config,
             listeners: Listeners::default(),
             entries: RefCell::default(),
+            feed,
+            events: RefCell::default(),
             next_id: Cell::new(0),
             stop,
             stopping: Latch::default(),
             busy: Cell::new(0),
             last_asked: Cell::new(None),
-        })
+        }))
     }
 
     pub fn is_stopping(&self) -> bool {
@@ -113,25 +130,29 @@ impl Daemon {
         let claimed = self.claim(&config);
         let daemon = self.clone();
         Box::pin(async move {
-            let replaces_failed = claimed?;
+            let (replaces_failed, events) = claimed?;
             let _busy = Busy::new(&daemon.busy);
-            let started = daemon.bring_up(&config).await;
-            let mut entries = daemon.entries.borrow_mut();
+            let started = daemon.bring_up(&config, &events).await;
             match started {
                 Ok(Some(running)) => {
-                    entries.insert(config.name.clone(), Entry::Running(running));
+                    daemon.entries.borrow_mut().insert(config.name.clone(), Entry::Running(running));
                     Ok(Started::Serving)
                 }
                 Ok(None) => {
-                    entries.remove(&config.name);
+                    daemon.forget(&config.name);
                     log::info!("clone '{}': stopped before it was started; nothing was changed", config.name);
                     Ok(Started::GivenUp)
                 }
                 Err(error) => {
+                    events.record(EventKind::StartFailed, format!("could not be started: {error}"));
+                    events.set_ending();
                     if keep || replaces_failed {
-                        entries.insert(config.name.clone(), Entry::Failed(config.clone(), error.clone()));
+                        daemon
+                            .entries
+                            .borrow_mut()
+                            .insert(config.name.clone(), Entry::Failed(config.clone(), error.clone()));
                     } else {
-                        entries.remove(&config.name);
+                        daemon.forget(&config.name);
                     }
                     Err(error)
                 }
@@ -139,8 +160,26 @@ impl Daemon {
         })
     }
 
-    /// Takes the name; whether it was that of a clone that could not be started.
-    fn claim(&self, config: &Rc<CloneConfig>) -> Result<bool> {
+    /// Nothing of a clone runs any more.
+    fn forget(&self, name: &CloneName) {
+        self.entries.borrow_mut().remove(name);
+        self.events.borrow_mut().remove(name);
+    }
+
+    /// The events of a clone that starts, runs or ends. `NotFound` when there is none of that name, the reason when it could
+    /// not be started.
+    pub fn events_of(&self, name: &str) -> Result<Arc<CloneEvents>> {
+        let entries = self.entries.borrow();
+        let known: Option<CloneName> = name.parse().ok().filter(|name| entries.contains_key(name));
+        if let Some(Entry::Failed(..)) = known.as_ref().and_then(|name| entries.get(name)) {
+            return Err(self.running(name).err().unwrap_or_else(|| self.no_clone_in(name, &entries)));
+        }
+        let events = known.and_then(|name| self.events.borrow().get(&name).cloned());
+        events.ok_or_else(|| self.no_clone_in(name, &entries))
+    }
+
+    /// Takes the name; whether it was that of a clone that could not be started, and the new one's events.
+    fn claim(&self, config: &Rc<CloneConfig>) -> Result<(bool, Arc<CloneEvents>)> {
         if self.is_stopping() {
             bail!(Shutdown, "the daemon is stopping");
         }
@@ -155,11 +194,15 @@ impl Daemon {
             Some(_) => bail!(InUse, "there is a clone '{}' already", config.name),
         };
         entries.insert(config.name.clone(), Entry::Starting(config.clone()));
-        Ok(replaces_failed)
+        let events = CloneEvents::new(self.feed.log(), config.name.to_string());
+        self.events.borrow_mut().insert(config.name.clone(), events.clone());
+        Ok((replaces_failed, events))
     }
 
     /// `None`: the daemon was told to stop before anything was changed.
-    async fn bring_up(&self, config: &Rc<CloneConfig>) -> Result<Option<Rc<RunningClone>>> {
+    async fn bring_up(&self, config: &Rc<CloneConfig>, events: &Arc<CloneEvents>) -> Result<Option<Rc<RunningClone>>> {
+        let rate = config.hydration_rate.map(HydrationRate::new).transpose()?;
+        let priority = Priority::new(u64::from(config.priority))?;
         let prepared = async { prepare::prepare(&self.context, config, self.context.mesh.shards()).await.map(Some) };
         // Nothing is changed on disk yet, so a stop just gives up: a source may be slow to answer.
         let stopped = async {
@@ -175,7 +218,10 @@ impl Daemon {
             }
         }
         let id = CloneId(self.next_id.replace(self.next_id.get() + 1));
-        let running = RunningClone::start(&self.context, &self.listeners, id, (**config).clone(), prepared).await?;
+        let shared =
+            Shared { events: events.clone(), budget: self.budget.join(priority, rate, self.context.env.now()) };
+        let config_now = (**config).clone();
+        let running = RunningClone::start(&self.context, &self.listeners, id, config_now, prepared, shared).await?;
         log::info!(
             "clone '{}': serving NBD at {}, control at {}",
             config.name,
@@ -197,7 +243,10 @@ impl Daemon {
                 return Err(self.no_clone_in(name, &entries));
             };
             match entry {
-                Entry::Failed(..) => return Ok(()),
+                Entry::Failed(..) => {
+                    self.tell_removed(&name);
+                    return Ok(());
+                }
                 Entry::Running(running) => {
                     entries.insert(name, Entry::Removing(running.clone()));
                     running
@@ -225,9 +274,16 @@ impl Daemon {
         }
         let deadline = self.context.env.now() + DRAIN_MAX;
         let ended = running.end(&self.context, &self.listeners, deadline).await;
-        self.entries.borrow_mut().remove(&name);
-        log::info!("clone '{name}': removed");
+        self.tell_removed(&name);
+        self.forget(&name);
         ended
+    }
+
+    fn tell_removed(&self, name: &CloneName) {
+        let events = self.events.borrow_mut().remove(name);
+        if let Some(events) = events {
+            events.raise(EventKind::Removed, "removed");
+        }
     }
 
     fn no_clone_in(&self, name: &str, entries: &BTreeMap<CloneName, Entry>) -> Error {
@@ -303,10 +359,14 @@ impl Daemon {
     /// Of a clone that does not run.
     fn idle_status(&self, config: &CloneConfig, error: Option<&Error>) -> Status {
         let state = if error.is_some() { CloneRunState::Failed } else { CloneRunState::Starting };
+        let events = self.events.borrow().get(&config.name).map(|events| events.count()).unwrap_or_default();
         Status {
             name: config.name.to_string(),
             state,
             error: error.map(Error::to_string),
+            event_nr: events.dm,
+            events: events.all,
+            last_event: events.last.map(|event| event.text),
             region_size: config.region_size.map_or(0, |size| size.bytes()),
             metadata: MetadataStatus {
                 path: config.metadata.display().to_string(),
@@ -342,7 +402,7 @@ impl Daemon {
             let now = self.context.env.now();
             for running in self.all_running() {
                 let state = &running.clone.state;
-                let bytes = state.hydrated() * state.geometry.region_size().bytes();
+                let bytes = state.hydrated() * state.geometry().region_size().bytes();
                 running.rate.borrow_mut().sample(now, bytes);
                 if state.is_complete() && running.complete_since.get().is_none() {
                     running.complete_since.set(Some(Instant::now()));
@@ -406,7 +466,13 @@ impl Daemon {
     /// failure is returned, after all clones have ended.
     pub async fn end(self: &Rc<Self>) -> Result<()> {
         self.stopping.open();
+        // Who waits for an event of a clone is told at once, however long clients take.
+        self.events.borrow().values().for_each(|events| events.set_ending());
         let deadline = self.context.env.now() + DRAIN_MAX;
+        // Requests that a suspended clone holds would keep their connections.
+        for running in self.all_running() {
+            running.clone.coordinator.begin_stop().await;
+        }
         self.listeners.stop(&self.context, deadline).await;
         // Who has begun to change something finishes; then it is ended like the others.
         while self.busy.get() > 0 {
@@ -416,7 +482,7 @@ impl Daemon {
             let daemon = self.clone();
             async move {
                 let ended = running.end(&daemon.context, &daemon.listeners, deadline).await;
-                daemon.entries.borrow_mut().remove(&running.config.name);
+                daemon.forget(&running.config.name);
                 ended
             }
         });

@@ -1,6 +1,6 @@
 //! A clone that runs: from what was prepared to its orderly end, and what it tells about itself.
 
-use super::activate::{self, ActiveClone};
+use super::activate::{self, ActiveClone, Shared};
 use super::listeners::{Exported, Listeners};
 use super::prepare::Prepared;
 use super::rate::Rate;
@@ -10,15 +10,19 @@ use crate::control::api::{
     CloneRunState, Features, HydrationState, HydrationStatus, IoCounters, Message, MetadataMode, MetadataStatus,
     NbdStatus, SourceState, SourceStatus, Status,
 };
+use crate::dm_table;
 use crate::error::{Error, ErrorKind, Result};
+use crate::events::EventKind;
 use crate::meta::codec;
 use crate::shard::dispatch::Dispatcher;
 use crate::shard::hydrator::automatic_batch_regions;
 use crate::shard::pool::ShardContext;
 use crate::shard::slice::SliceStats;
 use crate::shard::{Mesh, ShardReply, ShardRequest};
+use crate::source::uri::SourceSpec;
 use crate::units::{CloneId, ShardIndex};
 use std::cell::{Cell, RefCell};
+use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -46,10 +50,11 @@ impl RunningClone {
         id: CloneId,
         config: CloneConfig,
         prepared: Prepared,
+        shared: Shared,
     ) -> Result<Rc<Self>> {
         let export = config.nbd.export.clone();
         let listener = listeners.acquire(&config.nbd.address, &export)?;
-        let clone = match activate::activate(context, &config, id, prepared).await {
+        let clone = match activate::activate(context, &config, id, prepared, shared).await {
             Ok(clone) => clone,
             Err(error) => {
                 activate::abandon(context, id).await;
@@ -97,10 +102,12 @@ impl RunningClone {
     /// whatever is returned.
     pub async fn end(&self, context: &Rc<ShardContext>, listeners: &Listeners, deadline: Duration) -> Result<()> {
         let state = &self.clone.state;
+        self.clone.coordinator.begin_stop().await;
+        // Who waits for its events is told at once, however long clients take.
+        state.events().set_ending();
         if !self.exported.end(context, deadline).await {
             log::warn!("clone '{}': {} connections did not drain", state.name, self.exported.connections());
         }
-        state.set_stopping();
         let drained = Rc::new(Cell::new(0));
         for shard in 0..context.mesh.shards() {
             let drain = context.mesh.call(ShardIndex(shard), ShardRequest::Drain { clone: state.id });
@@ -118,10 +125,16 @@ impl RunningClone {
             context.env.sleep(DRAIN_POLL).await;
         }
         let committed = self.clone.coordinator.commit().await;
-        let (hydrated, regions) = (state.hydrated(), state.geometry.nr_regions());
+        let (hydrated, regions) = (state.hydrated(), state.geometry().nr_regions());
         match &committed {
-            Ok(()) => log::info!("clone '{}': stopped, {hydrated} of {regions} regions hydrated", state.name),
-            Err(_) => log::error!("clone '{}': stopped without its last commit", state.name),
+            Ok(()) => {
+                let text = format!("stopped, {hydrated} of {regions} regions hydrated");
+                state.events().raise(EventKind::Stopped, text);
+            }
+            Err(error) => {
+                log::error!("clone '{}': stopped without its last commit", state.name);
+                state.events().record(EventKind::Stopped, format!("stopped without its last commit: {error}"));
+            }
         }
         activate::abandon(context, state.id).await;
         listeners.release(context, &self.exported.listener, &self.exported.name).await;
@@ -144,10 +157,10 @@ impl RunningClone {
     pub async fn status(&self, context: &Rc<ShardContext>) -> Result<Status> {
         let stats = self.stats(context).await?;
         let (state, config) = (&self.clone.state, &self.config);
-        let geometry = &state.geometry;
+        let geometry = &state.geometry();
         let source = self.source();
         let hydration_state = self.hydration_state(&stats, source.state);
-        let (event_nr, last_event) = state.events();
+        let events = state.events().count();
         let commits = self.clone.coordinator.stats();
         Ok(Status {
             name: state.name.clone(),
@@ -172,8 +185,9 @@ impl RunningClone {
                 total_blocks: self.clone.metadata_blocks,
                 generation: self.clone.coordinator.generation().0,
             },
-            event_nr,
-            last_event: last_event.map(|event| event.text),
+            event_nr: events.dm,
+            events: events.all,
+            last_event: events.last.map(|event| event.text),
             source,
             destination: config.destination.display().to_string(),
             nbd: NbdStatus {
@@ -203,6 +217,36 @@ impl RunningClone {
         })
     }
 
+    /// dm-clone's table line: as it was given, or what it would be.
+    pub fn table(&self) -> String {
+        let config = &self.config;
+        if let Some(table) = &config.table {
+            return table.to_string();
+        }
+        // Of use wherever it is read.
+        let absolute = |path: &Path| match std::path::absolute(path) {
+            Ok(path) => path.display().to_string(),
+            Err(_) => path.display().to_string(),
+        };
+        let source = match config.source.parse() {
+            Ok(SourceSpec::File(path)) => absolute(&path),
+            _ => config.source.clone(),
+        };
+        let geometry = &self.clone.state.geometry();
+        let line = dm_table::Line {
+            size: geometry.size(),
+            metadata: &absolute(&config.metadata),
+            destination: &absolute(&config.destination),
+            source: &source,
+            region_size: geometry.region_size(),
+            no_hydration: !config.hydration,
+            no_discard_passdown: !config.discard_passdown,
+            hydration_threshold: config.hydration_threshold,
+            hydration_batch_size: config.hydration_batch_size,
+        };
+        line.to_string()
+    }
+
     fn hydration_state(&self, stats: &SliceStats, source: SourceState) -> HydrationState {
         let state = &self.clone.state;
         let knobs = state.knobs();
@@ -225,7 +269,7 @@ impl RunningClone {
 
     fn hydration(&self, context: &ShardContext, stats: &SliceStats, now: HydrationState) -> HydrationStatus {
         let state = &self.clone.state;
-        let (geometry, knobs) = (&state.geometry, state.knobs());
+        let (geometry, knobs) = (&state.geometry(), state.knobs());
         let automatic_batch = automatic_batch_regions(geometry);
         let batch = if knobs.batch_size == AUTOMATIC { automatic_batch } else { knobs.batch_size.max(1) };
         let automatic_threshold = automatic_batch * u64::from(context.mesh.shards()) * 16;
@@ -242,6 +286,9 @@ impl RunningClone {
             batch_size_effective: u32::try_from(batch.min(threshold.max(1))).unwrap_or(u32::MAX),
             state: now,
             failed_regions: stats.failed_regions,
+            rate: state.budget().rate(),
+            total_rate: state.budget().total_rate(),
+            priority: u32::try_from(state.budget().weight()).unwrap_or(u32::MAX),
             bytes_per_second,
             eta_seconds: left.checked_div(bytes_per_second).filter(|_| !state.is_complete()),
         }
@@ -263,12 +310,14 @@ impl RunningClone {
 
     /// Carries a message out; returns when it is in force on every shard.
     pub async fn apply(&self, context: &Rc<ShardContext>, message: Message) -> Result<()> {
-        let state = &self.clone.state;
+        let (state, now) = (&self.clone.state, context.env.now());
         match message {
-            Message::EnableHydration => state.set_hydration_enabled(true),
-            Message::DisableHydration => state.set_hydration_enabled(false),
-            Message::HydrationThreshold(regions) => state.set_hydration_threshold(u64::from(regions)),
+            Message::EnableHydration => state.set_hydration_enabled(true, now),
+            Message::DisableHydration => state.set_hydration_enabled(false, now),
+            Message::HydrationThreshold(regions) => state.set_hydration_threshold(u64::from(regions), now),
             Message::HydrationBatchSize(regions) => state.set_hydration_batch_size(u64::from(regions)),
+            Message::HydrationRate(rate) => state.budget().set_rate(rate, context.env.now()),
+            Message::Priority(priority) => state.budget().set_priority(priority),
         }
         for shard in 0..context.mesh.shards() {
             context.mesh.call(ShardIndex(shard), ShardRequest::Wake { clone: state.id }).await?;

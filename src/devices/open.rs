@@ -36,12 +36,32 @@ pub fn open_source(path: &Path) -> Result<Device> {
     check_type(role, path, &fs::metadata(path).map_err(|e| Error::from_io(e, label(role, path)))?)?;
     let file = open(role, path, OpenOptions::new().read(true))?;
     let stat = file.metadata().map_err(|e| Error::from_io(e, label(role, path)))?;
-    lock(role, path, &file, &stat)?;
-    let device = describe(role, path, file, &stat)?;
+    lock(role, path, &file, &stat, false)?;
+    let device = describe(role, path, file, &stat, false)?;
     if device.size == 0 {
         bail!(TooSmall, "{} is empty: there is nothing to clone", device.label());
     }
     Ok(device)
+}
+
+/// Opens what a tool reads and nobody may change meanwhile: read-only, under a shared lock, and a block device under
+/// the kernel's exclusive claim too, which a device that dm-clone has open does not give.
+pub fn open_input(role: Role, path: &Path) -> Result<Device> {
+    let context = |e| Error::from_io(e, label(role, path));
+    let looked = fs::metadata(path).map_err(context)?;
+    check_type(role, path, &looked)?;
+    let id = DeviceId::of(&looked);
+    if let Some(used) = holders::kernel_use(&Sysfs::system(), &id) {
+        bail!(InUse, "{} is {used}: it may change while it is read", label(role, path));
+    }
+    let claim = if matches!(id, DeviceId::Block { .. }) { libc::O_EXCL } else { 0 };
+    let file = open(role, path, OpenOptions::new().read(true).custom_flags(claim))?;
+    let stat = file.metadata().map_err(context)?;
+    if DeviceId::of(&stat) != id {
+        bail!(InUse, "{} was replaced while it was opened: try again", label(role, path));
+    }
+    lock(role, path, &file, &stat, false)?;
+    describe(role, path, file, &stat, false)
 }
 
 /// Opens an existing destination or metadata device for reading and writing, locked and, for a block device,
@@ -72,10 +92,10 @@ pub fn open_target(role: Role, path: &Path) -> Result<Target> {
     if DeviceId::of(&stat) != place.id {
         bail!(InUse, "{} was replaced while it was opened: try again", label(role, path));
     }
-    lock(role, path, &file, &stat)?;
+    lock(role, path, &file, &stat, true)?;
     // Again, now that nobody new can claim it: what came between the look and the claim.
     check_unused(&sysfs, role, path, &place.id)?;
-    let device = describe(role, path, file, &stat)?;
+    let device = describe(role, path, file, &stat, true)?;
     if device.kind == DeviceKind::Block && device.size == 0 {
         bail!(TooSmall, "{} has size 0: is a medium inserted, is the device attached?", device.label());
     }
@@ -97,8 +117,8 @@ pub fn create(role: Role, path: &Path, size: u64) -> Result<Device> {
     })?;
     let stat = file.metadata().map_err(|e| Error::from_io(e, context()))?;
     let made = (|| {
-        lock(role, path, &file, &stat)?;
-        let mut device = describe(role, path, file, &stat)?;
+        lock(role, path, &file, &stat, true)?;
+        let mut device = describe(role, path, file, &stat, true)?;
         set_size(&mut device, size)?;
         sync_directory(path).map_err(|e| Error::from_io(e, context()))?;
         Ok(device)
@@ -210,8 +230,7 @@ fn check_writable_block(role: Role, path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn lock(role: Role, path: &Path, file: &File, stat: &Metadata) -> Result<()> {
-    let exclusive = role != Role::Source;
+fn lock(role: Role, path: &Path, file: &File, stat: &Metadata, exclusive: bool) -> Result<()> {
     let tries = if exclusive && stat.file_type().is_block_device() { BLOCK_LOCK_TRIES_MAX } else { 1 };
     let wait = WaitForTheGone::new();
     let mut attempt = 1;
@@ -233,8 +252,11 @@ fn lock(role: Role, path: &Path, file: &File, stat: &Metadata) -> Result<()> {
     };
     if !locked {
         let by = holders::lock_holder(stat.dev(), stat.ino(), !exclusive).unwrap_or_else(|| "another process".into());
-        let why =
-            if exclusive { "another clone may use it" } else { "it is the destination or metadata of another clone" };
+        let why = match exclusive {
+            true => "another clone may use it",
+            false if role == Role::Source => "it is the destination or metadata of another clone",
+            false => "a clone uses it",
+        };
         bail!(InUse, "{} is in use, locked by {by}: {why}", label(role, path));
     }
     if exclusive && holders::has_record_lock(file) {
@@ -245,7 +267,7 @@ fn lock(role: Role, path: &Path, file: &File, stat: &Metadata) -> Result<()> {
     Ok(())
 }
 
-fn describe(role: Role, path: &Path, file: File, stat: &Metadata) -> Result<Device> {
+fn describe(role: Role, path: &Path, file: File, stat: &Metadata, writable: bool) -> Result<Device> {
     let context = |e| Error::from_io(e, label(role, path));
     check_type(role, path, stat)?;
     let block_device = stat.file_type().is_block_device();
@@ -281,7 +303,7 @@ fn describe(role: Role, path: &Path, file: File, stat: &Metadata) -> Result<Devi
         fs_dev: stat.dev(),
     };
     if kind == DeviceKind::File && direct {
-        open_buffered(&mut device)?;
+        open_buffered(&mut device, writable)?;
     }
     Ok(device)
 }
@@ -306,10 +328,10 @@ fn set_up_direct(file: &File) -> io::Result<(bool, u32)> {
 }
 
 /// The second, buffered descriptor of a regular file in direct mode.
-fn open_buffered(device: &mut Device) -> Result<()> {
+fn open_buffered(device: &mut Device, writable: bool) -> Result<()> {
     let context = |e| Error::from_io(e, device.label());
     let mut options = OpenOptions::new();
-    let file = options.read(true).write(device.role != Role::Source).open(&device.path).map_err(context)?;
+    let file = options.read(true).write(writable).open(&device.path).map_err(context)?;
     if DeviceId::of(&file.metadata().map_err(context)?) != device.id {
         bail!(InUse, "{} was replaced while it was opened: try again", device.label());
     }

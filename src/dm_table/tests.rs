@@ -93,6 +93,8 @@ fn good_lines() {
     let plain = parse("0 524288 clone 254:0 /dev/d nbd://h/x 8").unwrap();
     assert_eq!((plain.size(), plain.region_size().bytes()), (256 << 20, 4096));
     assert_eq!(plain.metadata(), Path::new("/dev/block/254:0"));
+    assert_eq!(device_number(&plain.metadata()), Some("254:0"));
+    assert_eq!(device_number(&plain.destination()), None);
     assert_eq!(plain.destination(), Path::new("/dev/d"));
     assert_eq!(plain.source(), "nbd://h/x");
     assert!(!plain.no_hydration() && !plain.no_discard_passdown());

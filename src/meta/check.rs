@@ -82,6 +82,13 @@ pub struct Report {
     pub notes: Vec<String>,
 }
 
+impl Summary {
+    /// Whether the superblock says that all is hydrated, and the bits say that it is not.
+    pub fn contradicts_itself(&self) -> bool {
+        self.superblock.state == CloneState::Complete && self.hydrated_count != self.superblock.geometry.nr_regions()
+    }
+}
+
 impl Report {
     /// Whether nothing is wrong.
     pub fn is_clean(&self) -> bool {
@@ -149,7 +156,8 @@ pub fn check(read_block: &mut ReadBlock<'_>, device_size: u64) -> Result<Report>
         report.add(Finding::block(zone_block(ZoneIndex(inside)), RegionRange::between(first, last.end()), what));
     }
     let nr_regions = geometry.nr_regions();
-    if superblock.state == CloneState::Complete && report.is_clean() && hydrated_count != nr_regions {
+    let bits_are_good = report.findings.iter().all(|finding| finding.block < SUPERBLOCK_COPIES);
+    if superblock.state == CloneState::Complete && bits_are_good && hydrated_count != nr_regions {
         let what = format!("marked complete, but {hydrated_count} of {nr_regions} regions are hydrated");
         report.add(Finding::block(0, None, what));
     }

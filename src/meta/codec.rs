@@ -22,10 +22,10 @@
 //!    80  regions per zone       u64      1 to 30720
 //!    88  created                u64      seconds since 1970
 //!    96  source size            u64      in bytes
-//!   104  source samples         u32      how many samples are in the digest
+//!   104  source samples         u32      how many samples are in the digest; 0: the source is not known yet, or
 //!   108  zero                   u32
-//!   112  source digest         16 bytes
-//!   128  destination id        16 bytes
+//!   112  source digest         16 bytes  not needed any more: then the digest is all ones
+//!   128  destination id        16 bytes  all 0: not known; all ones: there is no destination yet
 //!   144  zero to the end
 //!
 //! bitmap block: 8 sectors of 512 bytes, each complete in itself
@@ -130,7 +130,7 @@ pub fn geometry_for(size: u64, region_size: RegionSize) -> Result<Geometry> {
     Ok(geometry)
 }
 
-fn check_limits(geometry: &Geometry) -> Result<(), String> {
+pub(super) fn check_limits(geometry: &Geometry) -> Result<(), String> {
     if geometry.nr_regions() > REGIONS_MAX {
         return Err(format!("{} regions, at most {REGIONS_MAX} are supported", geometry.nr_regions()));
     }
@@ -165,6 +165,26 @@ pub struct SourceFingerprint {
     pub digest: [u8; 16],
 }
 
+impl SourceFingerprint {
+    /// Nobody has looked at the source yet: any one that is large enough fits, and is recorded at the first use.
+    pub const UNKNOWN: Self = Self { size: 0, samples: 0, digest: [0; 16] };
+
+    /// No source is needed: what is not hydrated reads as zeros. Of a complete clone that was grown without its source.
+    pub const NONE: Self = Self { size: 0, samples: 0, digest: [0xff; 16] };
+
+    pub fn is_known(&self) -> bool {
+        self.samples != 0 || self.is_none()
+    }
+    pub fn is_none(&self) -> bool {
+        *self == Self::NONE
+    }
+}
+
+/// Nothing tells the destination from others: it fits any.
+pub const DESTINATION_UNKNOWN: [u8; 16] = [0; 16];
+/// Formatted ahead of the first use, which takes a destination as a new clone does, and records it.
+pub const DESTINATION_NONE_YET: [u8; 16] = [0xff; 16];
+
 /// How far a clone has come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum CloneState {
@@ -190,7 +210,8 @@ pub struct Superblock {
     pub uuid: [u8; 16],
     pub geometry: Geometry,
     pub source: SourceFingerprint,
-    /// Identifies the destination; what goes into it is the caller's business.
+    /// Identifies the destination; what goes into it is the caller's business, but for [`DESTINATION_UNKNOWN`] and
+    /// [`DESTINATION_NONE_YET`].
     pub destination_id: [u8; 16],
     pub state: CloneState,
     pub generation: Generation,
@@ -199,6 +220,15 @@ pub struct Superblock {
 }
 
 impl Superblock {
+    /// How many bytes of its source the clone is about; the fingerprint is of so many.
+    pub fn source_len(&self) -> u64 {
+        if self.source.is_known() { self.source.size } else { self.geometry.size() }
+    }
+    /// Whether the first use has source and destination to record.
+    pub fn lacks_devices(&self) -> bool {
+        !self.source.is_known() || self.destination_id == DESTINATION_NONE_YET
+    }
+
     /// The 4096 bytes of either copy.
     pub fn encode(&self) -> Block {
         let mut block = [0; BLOCK_SIZE];

@@ -3,9 +3,10 @@
 //! Pure: shared by the daemon at start, its dry run and the offline tools, so that all of them say the same.
 //! The order of a commit, and the argument why it is safe, are in [`super`].
 
-use super::codec::{Classified, SourceFingerprint, Superblock};
+use super::codec::{Classified, DESTINATION_NONE_YET, DESTINATION_UNKNOWN, SourceFingerprint, Superblock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{ByteSize, RegionSize};
+use std::cmp::Ordering;
 use std::fmt;
 
 /// The names of the copies, for people.
@@ -22,6 +23,8 @@ pub struct Recovered {
     pub notes: Vec<String>,
     /// The copy (0 or 1) that is damaged or unreadable, not merely older or missing after a crash.
     pub copy_lost: Option<usize>,
+    /// Both copies are valid, but they differ: a crash came between writing them.
+    pub copy_stale: bool,
 }
 
 /// The verdict on both copies.
@@ -55,9 +58,27 @@ impl Recovery {
     }
 }
 
+/// Whether both can be of one clone. Its size, and what it takes from its source, change when it grows: the newer one is
+/// larger then. What was not known when the metadata were made may be in one copy only: recording it writes one after
+/// the other.
 fn same_clone(a: &Superblock, b: &Superblock) -> bool {
-    let immutable = |s: &Superblock| (s.uuid, s.geometry, s.source, s.destination_id, s.created_unix_s);
-    immutable(a) == immutable(b)
+    let division = |s: &Superblock| (s.geometry.region_size(), s.geometry.regions_per_zone());
+    let immutable = |s: &Superblock| (s.uuid, division(s), s.created_unix_s);
+    let same_source = a.source == b.source || !a.source.is_known() || !b.source.is_known();
+    let (a_size, b_size) = (a.geometry.size(), b.geometry.size());
+    let same_or_grown = match a.generation.cmp(&b.generation) {
+        _ if a_size == b_size => same_source,
+        Ordering::Equal => false,
+        Ordering::Less => a_size < b_size,
+        Ordering::Greater => a_size > b_size,
+    };
+    immutable(a) == immutable(b) && same_or_grown && fits(a.destination_id, b.destination_id)
+}
+
+/// Whether two destination ids may be of the same one.
+fn fits(a: [u8; 16], b: [u8; 16]) -> bool {
+    let open = |id| [DESTINATION_UNKNOWN, DESTINATION_NONE_YET].contains(&id);
+    a == b || open(a) || open(b)
 }
 
 /// Judges the two copies. A valid copy counts beside a missing, damaged or unreadable one; a newer format or foreign
@@ -97,7 +118,8 @@ fn newer(a: Superblock, b: Superblock) -> Recovery {
         }
         a
     };
-    Recovery::Use(Box::new(Recovered { superblock, notes, copy_lost: None }))
+    let copy_stale = !notes.is_empty();
+    Recovery::Use(Box::new(Recovered { superblock, notes, copy_lost: None, copy_stale }))
 }
 
 /// One valid copy; `other` was found at the place of copy `index`.
@@ -115,16 +137,19 @@ fn beside(superblock: Superblock, other: CopyFound, index: usize) -> Recovery {
         Ok(Classified::Valid(_) | Classified::Unsupported(_)) => unreachable!("handled by the caller"),
     };
     let notes = vec![format!("superblock copy {name} is {what}; the other copy is used")];
-    Recovery::Use(Box::new(Recovered { superblock, notes, copy_lost }))
+    Recovery::Use(Box::new(Recovered { superblock, notes, copy_lost, copy_stale: false }))
 }
 
 /// What the devices and options given at start say.
 #[derive(Clone, Copy, Debug)]
 pub struct Expected {
-    /// Size of the device in bytes: the source's.
-    pub size: u64,
+    /// What the user wants to clone of the source, in bytes; `None` when nothing was said.
+    pub size: Option<u64>,
+    /// Size of the source in bytes: it may have grown. `None` when it was not looked at, since it is not needed.
+    pub source_size: Option<u64>,
     /// `None` when the user gave none: then the metadata's counts.
     pub region_size: Option<RegionSize>,
+    /// Of as many bytes as went into that of the metadata, if the source has so many; else of all.
     pub source: SourceFingerprint,
     pub destination_id: [u8; 16],
 }
@@ -132,8 +157,20 @@ pub struct Expected {
 /// A way in which metadata and devices do not belong together.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mismatch {
-    RegionSize { metadata: RegionSize, given: RegionSize },
-    Size { metadata: u64, given: u64 },
+    RegionSize {
+        metadata: RegionSize,
+        given: RegionSize,
+    },
+    /// More than the clone has was asked for.
+    Size {
+        metadata: u64,
+        given: u64,
+    },
+    /// The source is smaller than what the clone takes from it.
+    SourceSize {
+        metadata: u64,
+        given: u64,
+    },
     SourceContent,
     Destination,
 }
@@ -141,7 +178,7 @@ pub enum Mismatch {
 impl Mismatch {
     /// Whether the source is at fault, for an override that lets a changed source pass.
     pub fn is_source(&self) -> bool {
-        matches!(self, Mismatch::Size { .. } | Mismatch::SourceContent)
+        matches!(self, Mismatch::SourceSize { .. } | Mismatch::SourceContent)
     }
 }
 
@@ -152,6 +189,14 @@ impl fmt::Display for Mismatch {
                 write!(f, "the metadata are for regions of {metadata}, {given} was given")
             }
             Mismatch::Size { metadata, given } => {
+                write!(
+                    f,
+                    "the clone has {}, {} was asked for; start it as it is, and grow it with `hydrant resize`",
+                    ByteSize(*metadata),
+                    ByteSize(*given)
+                )
+            }
+            Mismatch::SourceSize { metadata, given } => {
                 write!(f, "the metadata are for a source of {}, this one has {}", ByteSize(*metadata), ByteSize(*given))
             }
             Mismatch::SourceContent => {
@@ -169,14 +214,17 @@ pub fn mismatches(superblock: &Superblock, expected: &Expected) -> Vec<Mismatch>
     if let Some(given) = expected.region_size.filter(|given| *given != geometry.region_size()) {
         found.push(Mismatch::RegionSize { metadata: geometry.region_size(), given });
     }
-    if expected.size != geometry.size() {
-        found.push(Mismatch::Size { metadata: geometry.size(), given: expected.size });
-    } else if expected.source.size != superblock.source.size {
-        found.push(Mismatch::Size { metadata: superblock.source.size, given: expected.source.size });
-    } else if expected.source != superblock.source {
+    // A smaller one is what the clone was made with, before it grew.
+    if let Some(given) = expected.size.filter(|given| *given > geometry.size()) {
+        found.push(Mismatch::Size { metadata: geometry.size(), given });
+    }
+    let source = &superblock.source;
+    if let Some(given) = expected.source_size.filter(|given| *given < superblock.source_len()) {
+        found.push(Mismatch::SourceSize { metadata: superblock.source_len(), given });
+    } else if source.is_known() && expected.source != *source {
         found.push(Mismatch::SourceContent);
     }
-    if expected.destination_id != superblock.destination_id {
+    if !fits(expected.destination_id, superblock.destination_id) {
         found.push(Mismatch::Destination);
     }
     found

@@ -1,8 +1,11 @@
 //! The metadata of a clone: which regions are hydrated, on a device of their own, crash-safe without a journal.
 //!
 //! * [`codec`]: the format, drawn there. * [`region_map`]: the bits in core, sliced by shard.
-//! * [`commit`]: what two superblock copies amount to. * [`store`]: reads and writes them on a [`crate::disk::Disk`].
-//! * [`check`]: judges an image offline.
+//! * [`runs`]: those bits as runs of regions. * [`commit`]: what two superblock copies amount to.
+//! * [`store`]: reads and writes them on a [`crate::disk::Disk`]. * [`check`]: judges an image offline.
+//! * [`repair`]: what can be mended, and what has to be assumed for it.
+//! * [`dump`]: what a dump in JSON says. * [`dm`]: the metadata of the kernel's dm-clone, read and written.
+//! * [`growth`]: what the size of a clone may become.
 //!
 //! # Why a crash loses nothing
 //!
@@ -52,6 +55,25 @@
 //! two valid copies the higher generation counts, with equal ones copy A, which is always written first. Safety never
 //! depends on the state: the bits say what is hydrated, and a complete clone with a missing bit is refused as damaged.
 //!
+//! **Growth** changes nothing of what is there: zones keep their regions, so every old block stays valid, and the block of a
+//! last zone that was short only has room for more bits. While nothing is in flight and everything is committed:
+//!
+//! 1. Make both devices large enough, durably. Larger ones than the superblock says are right at any time.
+//! 2. If the last region is short and hydrated, its bit will stand for more bytes: write those to the destination.
+//! 3. Flush the destination.
+//! 4. Write the blocks of new zones, all bits 0, and flush ([`store::Store::grow`]).
+//! 5. Write copy A with the new size and a higher generation, flush, copy B, flush.
+//!
+//! | crash | copies | verdict |
+//! |---|---|---|
+//! | before 5 | old, old | the old clone; what lies behind its end in either device means nothing |
+//! | in 5 | new or old, old | each a whole clone: new blocks are durable and empty (4), the tail's bytes are durable (3) |
+//! | in 5, after A | new, new or old | the new clone: the higher generation counts |
+//!
+//! No bit is written between the two copies, and a start that finds them different writes copy B anew
+//! ([`store::Store::mend`]), so an old copy never stands beside bits of new regions. Copies that differ in size are of one
+//! clone only if the larger one is the newer one.
+//!
 //! **Failures.** The first failed write or flush is latched: every later one fails with the same error, and nothing is
 //! retried, because a flush that failed once may have dropped the data it failed on, and its repetition succeeds without
 //! them. The bits on the medium stay a right state; the clone accepts no new metadata (`ro`).
@@ -59,5 +81,10 @@
 pub mod check;
 pub mod codec;
 pub mod commit;
+pub mod dm;
+pub mod dump;
+pub mod growth;
 pub mod region_map;
+pub mod repair;
+pub mod runs;
 pub mod store;

@@ -298,6 +298,41 @@ impl RegionMap {
         self.incomplete = Vec::new();
     }
 
+    /// The clone has grown: the new regions are not hydrated. Everything must be durable. Costs no second map in memory;
+    /// a released one is made anew, unless there are no new regions.
+    ///
+    /// # Panics
+    /// When something is not durable, or the clone does not grow.
+    pub fn grow(&mut self, geometry: Geometry) {
+        let same = |g: &Geometry| (g.region_size(), g.regions_per_zone());
+        assert!(same(&geometry) == same(&self.geometry) && geometry.size() >= self.geometry.size(), "not a growth");
+        assert!(self.is_all_durable(), "the map has bits that are not durable");
+        if self.released && geometry.nr_regions() == self.geometry.nr_regions() {
+            self.geometry = geometry;
+            return;
+        }
+        let mut old = std::mem::replace(self, Self::new(geometry, self.shards, self.me));
+        if old.released {
+            let last = RegionIndex(old.geometry.nr_regions());
+            for slot in 0..self.zones.len() {
+                let regions = self.geometry.zone_regions(self.zone_at(slot));
+                if let Some(range) = RegionRange::between(regions.first(), regions.end().min(last)) {
+                    self.set(range);
+                }
+            }
+            self.dirty.clear();
+            self.zones.iter_mut().for_each(|zone| zone.dirty = false);
+        } else {
+            let len = self.words.len();
+            self.words = std::mem::take(&mut old.words);
+            self.words.resize(len, 0);
+            for (slot, zone) in old.zones.iter().enumerate() {
+                let regions = self.geometry.zone_regions(self.zone_at(slot)).count();
+                self.count(slot, regions, u64::from(zone.hydrated));
+            }
+        }
+    }
+
     /// What the map takes now.
     pub fn memory_bytes(&self) -> u64 {
         let words = self.words.capacity() + self.incomplete.capacity();

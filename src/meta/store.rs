@@ -10,8 +10,8 @@
 //! Error texts do not name the device: the caller knows its path and adds it (`Error::within`).
 
 use super::codec::{
-    BLOCK_SIZE, BadSector, Block, CloneState, SUPERBLOCK_COPIES, Superblock, UnverifiedSuperblock, ZoneCodec,
-    metadata_size_needed, words_per_zone, zone_block,
+    BLOCK_SIZE, BadSector, Block, CloneState, SUPERBLOCK_COPIES, SourceFingerprint, Superblock, UnverifiedSuperblock,
+    ZoneCodec, metadata_size_needed, words_per_zone, zone_block,
 };
 use super::commit::{CopyFound, Recovered, Recovery, recover};
 use super::region_map::ZoneSnapshot;
@@ -21,12 +21,13 @@ use crate::dma_buf::DmaBuf;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::signatures::{SIGNATURES_END, identify};
-use crate::units::{ByteRange, ByteSize, Generation, ZoneIndex};
+use crate::units::{ByteRange, ByteSize, Generation, Geometry, ZoneIndex};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::Poll;
 
 /// The most that one read or write carries: 1 MiB.
@@ -49,12 +50,15 @@ pub struct Store {
 /// What [`Store::open`] found.
 pub struct Opened {
     pub store: Store,
-    /// Every zone in order, with [`words_per_zone`] words each.
-    pub zones: Vec<(ZoneIndex, Box<[u64]>)>,
+    /// The zones that have hydrated regions, in order, with [`words_per_zone`] words each. Zones that are hydrated as a
+    /// whole share theirs: of a large clone, little is held twice while it starts.
+    pub zones: Vec<(ZoneIndex, Arc<[u64]>)>,
     /// The newest generation on the medium: the next commit has a higher one.
     pub generation: Generation,
     /// Oddities that did not prevent opening; one line each, for the log.
     pub notes: Vec<String>,
+    /// A crash came between the two superblock copies: [`Store::mend`] makes them equal.
+    pub copy_stale: bool,
 }
 
 fn block_range(first: u64, count: u64) -> ByteRange {
@@ -109,6 +113,11 @@ impl Operation<'_> {
             self.store.latch(error.clone());
         }
         result
+    }
+
+    /// It failed, and nothing was touched that counts.
+    fn give_up(mut self) {
+        self.ended = true;
     }
 }
 
@@ -168,6 +177,17 @@ impl Store {
     /// crash leaves the old metadata whole, or none, or the new ones. The uuid must be new. The caller has made sure
     /// that the disk may be overwritten, and touches the destination only afterwards.
     pub async fn format(disk: Rc<dyn Disk>, superblock: Superblock) -> Result<Store> {
+        Self::create(disk, superblock, |_, _| Ok(())).await
+    }
+
+    /// As [`Self::format`], with bits: `fill` is given each zone, in order, and its words, all 0. The data behind the
+    /// bits must be durable in the destination already. When `fill` fails no metadata are left. The uuid need not be
+    /// new: every block is written before the superblock.
+    pub async fn create(
+        disk: Rc<dyn Disk>,
+        superblock: Superblock,
+        mut fill: impl FnMut(ZoneIndex, &mut [u64]) -> Result<()>,
+    ) -> Result<Store> {
         check_size(&*disk, &superblock)?;
         let store = Store::new(disk, superblock);
         let disk = &store.disk;
@@ -176,10 +196,18 @@ impl Store {
         disk.flush().await?;
 
         let (geometry, generation) = (store.superblock.borrow().geometry, store.superblock.borrow().generation);
-        let empty = vec![0; words_per_zone(&geometry)];
+        let words = words_per_zone(&geometry);
         let writes = (0..geometry.nr_zones()).step_by(BLOCKS_PER_IO_MAX as usize).map(|first| {
-            let count = (geometry.nr_zones() - first).min(BLOCKS_PER_IO_MAX) as usize;
-            store.write_run(first, std::iter::repeat_n(&empty[..], count), generation)
+            let count = (geometry.nr_zones() - first).min(BLOCKS_PER_IO_MAX);
+            let mut bits = vec![0; words * count as usize];
+            let filled = (first..)
+                .map(ZoneIndex)
+                .zip(bits.chunks_exact_mut(words))
+                .try_for_each(|(zone, bits)| fill(zone, bits));
+            match filled {
+                Ok(()) => store.write_run(first, bits.chunks_exact(words), generation),
+                Err(error) => Box::pin(std::future::ready(Err(error))),
+            }
         });
         run_bounded(writes, Ok).await?;
         disk.flush().await?;
@@ -199,13 +227,14 @@ impl Store {
 
     /// The second half of [`Self::open`], for a caller that compares the superblock with its devices first.
     pub async fn load(disk: Rc<dyn Disk>, recovered: Recovered) -> Result<Opened> {
-        let Recovered { superblock, notes, .. } = recovered;
+        let Recovered { superblock, notes, copy_stale, .. } = recovered;
         check_size(&*disk, &superblock)?;
         let (geometry, mut generation) = (superblock.geometry, superblock.generation);
         let complete = superblock.state == CloneState::Complete;
         let store = Store::new(disk, superblock);
         // Grown as valid blocks arrive: a hostile size in the superblock must not decide how much is allocated.
-        let mut zones: Vec<(ZoneIndex, Box<[u64]>)> = Vec::new();
+        let mut zones: Vec<(ZoneIndex, Arc<[u64]>)> = Vec::new();
+        let mut whole: Option<Arc<[u64]>> = None;
         let reads = (0..geometry.nr_zones()).step_by(BLOCKS_PER_IO_MAX as usize).map(|first| {
             let count = (geometry.nr_zones() - first).min(BLOCKS_PER_IO_MAX);
             let disk = &store.disk;
@@ -222,8 +251,13 @@ impl Store {
                 let decoded = store.codec.decode(zone, block);
                 bad.extend(decoded.bad);
                 generation = generation.max(decoded.generation);
-                hydrated += decoded.bits.iter().map(|w| u64::from(w.count_ones())).sum::<u64>();
-                zones.push((zone, decoded.bits));
+                let count = decoded.bits.iter().map(|w| u64::from(w.count_ones())).sum::<u64>();
+                hydrated += count;
+                if count == geometry.regions_per_zone() {
+                    zones.push((zone, whole.get_or_insert_with(|| decoded.bits.into()).clone()));
+                } else if count > 0 {
+                    zones.push((zone, decoded.bits.into()));
+                }
             }
             match bad.is_empty() {
                 true => Ok(()),
@@ -245,7 +279,7 @@ impl Store {
                 "damaged: marked complete, but {hydrated} of {all} regions are hydrated; look with `hydrant meta check`"
             );
         }
-        Ok(Opened { store, zones, generation, notes })
+        Ok(Opened { store, zones, generation, notes, copy_stale })
     }
 
     /// The superblock as last written.
@@ -322,20 +356,83 @@ impl Store {
     /// Writes both superblock copies with a new state, durably, after the bits that were written before.
     pub async fn write_superblock(&self, state: CloneState, generation: Generation) -> Result<()> {
         let operation = self.begin()?;
-        let result = self.change_superblock(state, generation).await;
+        let result = self.change_superblock(generation, |superblock| superblock.state = state).await;
         operation.end(result)
     }
 
-    async fn change_superblock(&self, state: CloneState, generation: Generation) -> Result<()> {
+    /// Records, durably, what was not known when the metadata were made ([`Superblock::lacks_devices`]). `generation` is
+    /// higher than any on the medium.
+    pub async fn record_devices(
+        &self,
+        source: SourceFingerprint,
+        destination_id: [u8; 16],
+        generation: Generation,
+    ) -> Result<()> {
+        let operation = self.begin()?;
+        let record = |superblock: &mut Superblock| {
+            (superblock.source, superblock.destination_id) = (source, destination_id);
+        };
+        let result = self.change_superblock(generation, record).await;
+        operation.end(result)
+    }
+
+    async fn change_superblock(&self, generation: Generation, change: impl FnOnce(&mut Superblock)) -> Result<()> {
         if self.unflushed.get() {
             self.flush_disk().await?;
         }
         {
             let mut superblock = self.superblock.borrow_mut();
             assert!(generation >= superblock.generation, "the generation goes back");
-            (superblock.state, superblock.generation) = (state, generation);
+            change(&mut superblock);
+            superblock.generation = generation;
         }
         self.write_copies().await
+    }
+
+    /// Writes the superblock that counts to both copies.
+    pub async fn mend(&self) -> Result<()> {
+        let operation = self.begin()?;
+        let result = self.write_copies().await;
+        operation.end(result)
+    }
+
+    /// The store of the clone grown to `superblock`, on `disk`: the same device, opened with the size it has now. Data
+    /// that old bits stand for in the grown tail must be durable already. This store refuses writes afterwards.
+    ///
+    /// When it fails, [`Self::failure`] tells whether this store can still be used: a write that failed before anything
+    /// that counts was touched leaves it as it was. The medium holds the old clone or the grown one, both right.
+    pub async fn grow(&self, disk: Rc<dyn Disk>, superblock: Superblock) -> Result<Store> {
+        let (old, new) = (self.superblock(), superblock.geometry);
+        let division = |g: &Geometry| (g.region_size(), g.regions_per_zone());
+        assert!(superblock.uuid == old.uuid && division(&new) == division(&old.geometry), "another clone");
+        assert!(new.size() > old.geometry.size() && superblock.generation > old.generation, "it does not grow");
+        check_size(&*disk, &superblock)?;
+        let operation = self.begin()?;
+        let generation = superblock.generation;
+        let grown = Store::new(disk, superblock);
+        if let Err(error) = grown.write_empty(old.geometry.nr_zones(), generation).await {
+            operation.give_up();
+            return Err(error);
+        }
+        let written = async {
+            grown.disk.flush().await?;
+            grown.write_copies().await
+        };
+        let result = written.await;
+        operation.end(result)?;
+        self.latch(Error::new(ErrorKind::Failed, "the clone has grown: these metadata are not written any more"));
+        Ok(grown)
+    }
+
+    /// Writes the blocks of all zones from `first` on, nothing hydrated.
+    async fn write_empty(&self, first: u64, generation: Generation) -> Result<()> {
+        let geometry = self.superblock.borrow().geometry;
+        let empty = vec![0; words_per_zone(&geometry)];
+        let writes = (first..geometry.nr_zones()).step_by(BLOCKS_PER_IO_MAX as usize).map(|first| {
+            let count = (geometry.nr_zones() - first).min(BLOCKS_PER_IO_MAX) as usize;
+            self.write_run(first, std::iter::repeat_n(&empty[..], count), generation)
+        });
+        run_bounded(writes, Ok).await
     }
 
     /// Copy A, flush, copy B, flush: one of them is intact at every moment.

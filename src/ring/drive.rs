@@ -59,7 +59,7 @@ impl Bell {
     }
 }
 
-fn eventfd() -> io::Result<OwnedFd> {
+pub(super) fn eventfd() -> io::Result<OwnedFd> {
     // SAFETY: plain system call; the result is checked.
     match unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) } {
         fd if fd < 0 => Err(io::Error::last_os_error()),
@@ -68,7 +68,7 @@ fn eventfd() -> io::Result<OwnedFd> {
     }
 }
 
-fn signal(event: &OwnedFd) {
+pub(super) fn signal(event: &OwnedFd) {
     let one = 1u64.to_ne_bytes();
     // SAFETY: writes eight bytes of a live array to our own eventfd. It can't fail: nobody adds up to 2^64.
     unsafe { libc::write(event.as_raw_fd(), one.as_ptr().cast(), one.len()) };

@@ -69,7 +69,9 @@ impl CloneSlice {
         small && bytes.len() <= COPY_UNIT_BYTES && self.state.mode() == Mode::ReadWrite
     }
 
+    /// A copy on demand: it is charged to the bandwidth of hydration, but does not wait for any.
     pub(super) fn begin_copy(&self, regions: RegionRange, held: Held) -> Copy {
+        self.state.budget().charge(self.geometry.bytes_of(regions).len(), self.env.now());
         self.state.add_hydrating(regions.count());
         self.counted_copy(regions, held)
     }
@@ -80,13 +82,13 @@ impl CloneSlice {
     }
 
     /// The copy is in the destination: marks its regions, and counts what brought them in.
-    pub(super) fn copied(&self, copy: &Copy, how: How) {
+    pub(super) fn copied(self: &Rc<Self>, copy: &Copy, how: How) {
         self.mark_hydrated(copy.regions, how);
         self.counters.copy_latency.record_time(self.env.now().saturating_sub(copy.began));
     }
 
     /// Writes what the source holds of the copy's regions, and marks them.
-    pub(super) async fn finish_copy(&self, copy: Copy, data: Bytes, how: How) -> Result<()> {
+    pub(super) async fn finish_copy(self: &Rc<Self>, copy: Copy, data: Bytes, how: How) -> Result<()> {
         self.state.check_mode(true)?;
         let bytes = self.geometry.bytes_of(copy.regions());
         self.store_copied(bytes, data).await?;
@@ -95,7 +97,7 @@ impl CloneSlice {
     }
 
     /// Copies regions whose bytes are held, and marks them.
-    pub(super) async fn copy(&self, copy: Copy, how: How) -> Result<()> {
+    pub(super) async fn copy(self: &Rc<Self>, copy: Copy, how: How) -> Result<()> {
         self.state.check_mode(true)?;
         let bytes = self.geometry.bytes_of(copy.regions());
         self.copy_chunks(bytes).await?;
@@ -121,7 +123,7 @@ impl CloneSlice {
     }
 
     async fn copy_chunk(&self, bytes: ByteRange) -> Result<()> {
-        let _memory = self.copy_memory.acquire(bytes.len()).await;
+        let _memory = self.copies.acquire(bytes.len()).await;
         let data = self.read_source(bytes).await?;
         self.store_copied(bytes, data.into()).await
     }

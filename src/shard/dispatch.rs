@@ -2,7 +2,11 @@
 //!
 //! A request that lies in zones of this shard takes no channel. One that crosses zones is cut, its pieces run at
 //! the same time, and it completes when all have; the first failure is its result.
+//!
+//! Every request passes the clone's gate first, and is inside until its end: see [`super::gate`]. What the clone is
+//! (its size above all) is looked at only inside.
 
+use super::gate::Gate;
 use super::{COORDINATOR, Mesh, Shard, ShardReply, ShardRequest};
 use crate::clone_state::CloneState;
 use crate::disk::EXTENTS_MAX;
@@ -23,6 +27,7 @@ pub struct Dispatcher {
     state: Arc<CloneState>,
     export: String,
     shard: Rc<Shard>,
+    gate: Rc<Gate>,
     mesh: Rc<dyn Mesh>,
     preferred_block: u32,
 }
@@ -31,12 +36,13 @@ impl Dispatcher {
     /// `export` is the name that clients know it by.
     pub fn new(state: Arc<CloneState>, export: String, shard: Rc<Shard>, mesh: Rc<dyn Mesh>) -> Rc<Self> {
         // Preferred: what causes neither read-modify-write nor a copy larger than the request.
-        let preferred_block = state.geometry.region_size().bytes().clamp(4096, 1 << 20) as u32;
-        Rc::new(Self { state, export, shard, mesh, preferred_block })
+        let preferred_block = state.geometry().region_size().bytes().clamp(4096, 1 << 20) as u32;
+        let gate = shard.gate(state.id);
+        Rc::new(Self { state, export, shard, gate, mesh, preferred_block })
     }
 
     fn check(&self, range: ByteRange) -> Result<()> {
-        match self.state.geometry.whole().contains(range) {
+        match self.state.geometry().whole().contains(range) {
             true => Ok(()),
             false => {
                 let text = format!("clone '{}': {range} are outside the device", self.state.name);
@@ -56,7 +62,7 @@ impl Dispatcher {
     }
 
     fn pieces(&self, range: ByteRange) -> impl Iterator<Item = (ShardIndex, ByteRange)> + use<> {
-        let (geometry, shards) = (self.state.geometry, self.mesh.shards());
+        let (geometry, shards) = (self.state.geometry(), self.mesh.shards());
         geometry.split_at_zones(range).map(move |(zone, bytes)| (geometry.owner_of(zone, shards), bytes))
     }
 
@@ -188,12 +194,18 @@ impl Volume for Dispatcher {
     fn info(&self) -> VolumeInfo {
         VolumeInfo {
             name: self.export.clone(),
-            size: self.state.geometry.size(),
+            size: self.state.geometry().size(),
             preferred_block: self.preferred_block,
         }
     }
 
     fn submit(self: Rc<Self>, request: Request) -> LocalBoxFuture<'static, Result<Completion>> {
-        Box::pin(async move { self.dispatch(request).await })
+        Box::pin(async move {
+            let inside =
+                self.gate.enter().await.map_err(|error| error.within(format!("clone '{}'", self.state.name)))?;
+            let result = self.dispatch(request).await;
+            drop(inside);
+            result
+        })
     }
 }

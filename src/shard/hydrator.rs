@@ -1,25 +1,23 @@
 //! Background hydration of one slice: keeps a pipeline of copies full, gives way to clients, never stops for good.
 
+use super::copy_pool::{BATCH_BYTES, Pipeline};
 use super::inflight::Hold;
 use super::locks::Held;
 use super::slice::{CloneSlice, count};
-use crate::clone_state::{AUTOMATIC, Mode};
+use crate::clone_state::AUTOMATIC;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hydration_sched::Next;
+use crate::hydration_share::Answer;
 use crate::io_frontend::request::{Allocation, Extent};
 use crate::metrics::record::How;
 use crate::units::{ByteRange, Geometry, RegionIndex, RegionRange};
 use std::rc::Rc;
 use std::time::Duration;
 
-/// Bytes being copied at a time on one shard when nobody uses the clone.
-const PIPELINE_BYTES: u64 = 16 << 20;
-/// The same while clients are at work: enough to go on, little to wait behind.
-const PIPELINE_BYTES_BUSY: u64 = 2 << 20;
-/// Clients count as at work for this long after their last request.
-const BUSY_WINDOW: Duration = Duration::from_millis(20);
-/// Bytes of one batch when no batch size is set.
-const BATCH_BYTES: u64 = super::copy::COPY_UNIT_BYTES;
+/// With a rate, batches are at most the bytes of this time...
+const BATCH_TIME_MAX: Duration = Duration::from_millis(125);
+/// ...and this, when a batch size is set.
+const SET_BATCH_TIME_MAX: Duration = Duration::from_secs(1);
 /// How far ahead the source is asked what is allocated, in bytes.
 const ALLOCATION_AHEAD_BYTES: u64 = 256 << 20;
 /// When another shard uses up the hydration threshold, look again after this.
@@ -59,14 +57,29 @@ impl Ahead {
 }
 
 impl CloneSlice {
-    /// Hydrates until everything of this slice is hydrated, or the clone stops. One task per slice.
+    /// Starts [`Self::hydrate`] on this executor.
+    pub fn start_hydration(self: &Rc<Self>) {
+        self.env.spawn_background(Box::pin(self.clone().hydrate()));
+    }
+
+    /// Hydrates until everything of this slice is hydrated, the clone stops, or another slice is
+    /// in this one's place. One task per slice.
     pub async fn hydrate(self: Rc<Self>) {
         let mut ahead = Ahead::default();
-        while !self.state.is_stopping() && !self.state.is_complete() {
+        while !self.state.is_stopping() && !self.state.is_complete() && !self.replaced.get() {
             let now = self.env.now();
             let knobs = self.state.knobs();
             let threshold = knobs.threshold;
-            if !self.may_hydrate() || self.pipeline_is_full(now) {
+            if !self.state.may_hydrate() {
+                self.state.budget().withdraw(self.me, now);
+                self.wake.notified().await;
+                continue;
+            }
+            let pipeline = self.copies.pipeline(now);
+            let batch_max = self.batch_regions(knobs.batch_size, pipeline);
+            let batch_bytes = batch_max << self.geometry.region_size().shift();
+            // Batches can be larger than the share: one always goes.
+            if self.copies.copies_in_flight() > 0 && self.copies.bytes_in_flight() + batch_bytes > pipeline.limit {
                 self.wake.notified().await;
                 continue;
             }
@@ -77,8 +90,18 @@ impl CloneSlice {
                 self.notified_or_after(THRESHOLD_RETRY).await;
                 continue;
             }
-            let automatic = automatic_batch_regions(&self.geometry);
-            let batch_max = if knobs.batch_size == AUTOMATIC { automatic } else { knobs.batch_size.max(1) }.min(room);
+            let pause = self.sched.borrow().paused_until(now);
+            if let Some(until) = pause {
+                self.state.budget().withdraw(self.me, now);
+                self.notified_or_after(until.saturating_sub(now)).await;
+                continue;
+            }
+            let batch_max = batch_max.min(room);
+            let batch_bytes = batch_max << self.geometry.region_size().shift();
+            if let Answer::WaitUntil(until) = self.state.budget().request(self.me, batch_bytes, now) {
+                self.notified_or_after(until.saturating_sub(now)).await;
+                continue;
+            }
             let next = {
                 let busy = |regions| !self.locks.is_free(self.geometry.bytes_of(regions), Hold::Exclusive);
                 self.sched.borrow_mut().next(&*self.map.borrow(), now, batch_max, &busy)
@@ -91,26 +114,43 @@ impl CloneSlice {
                         self.notified_or_after(THRESHOLD_RETRY).await;
                         continue;
                     }
+                    self.state.hydration_starts(now);
+                    self.launching.set(true);
                     self.launch(batch, &mut ahead).await;
+                    self.launching.set(false);
                 }
-                Next::WaitUntil(until) => self.notified_or_after(until.saturating_sub(now)).await,
-                Next::WaitForBatch => self.wake.notified().await,
-                Next::Done => self.wake.notified().await,
+                Next::WaitUntil(until) => {
+                    self.tell_of_failed_regions(now);
+                    self.state.budget().withdraw(self.me, now);
+                    self.notified_or_after(until.saturating_sub(now)).await;
+                }
+                waiting @ (Next::WaitForBatch | Next::Done) => {
+                    if waiting == Next::Done {
+                        self.state.hydration_works(self.me, now);
+                    }
+                    self.state.budget().withdraw(self.me, now);
+                    self.wake.notified().await;
+                }
             }
         }
+        self.state.budget().withdraw(self.me, self.env.now());
     }
 
-    fn pipeline_is_full(&self, now: Duration) -> bool {
-        let busy = self.state.is_foreground_active(now, BUSY_WINDOW);
-        let limit = if busy { PIPELINE_BYTES_BUSY } else { PIPELINE_BYTES };
-        // Regions can be larger than the pipeline: one batch always goes.
-        self.copies_in_flight.get() > 0 && self.copy_bytes_in_flight.get() >= limit
-    }
-
-    /// Whether copies may be started at all.
-    fn may_hydrate(&self) -> bool {
-        let knobs = self.state.knobs();
-        knobs.enabled && knobs.threshold > 0 && self.state.mode() == Mode::ReadWrite && !self.state.is_stopping()
+    /// The most regions of one batch: as it was set, or what the share of the pipeline and the rate make of it.
+    fn batch_regions(&self, set: u64, pipeline: Pipeline) -> u64 {
+        let of_rate = |time: Duration| {
+            let rate = u128::from(self.state.budget().lowest_rate()?);
+            u64::try_from(rate * time.as_millis() / 1000).ok()
+        };
+        let regions = |bytes: u64| bytes >> self.geometry.region_size().shift();
+        let regions = match set {
+            AUTOMATIC => regions(of_rate(BATCH_TIME_MAX).map_or(pipeline.batch, |bytes| bytes.min(pipeline.batch))),
+            // More than the device has is all of it.
+            set => {
+                of_rate(SET_BATCH_TIME_MAX).map_or(set, |bytes| regions(bytes).min(set)).min(self.geometry.nr_regions())
+            }
+        };
+        regions.max(1)
     }
 
     async fn notified_or_after(&self, delay: Duration) {
@@ -130,7 +170,7 @@ impl CloneSlice {
                 return self.batch_ended(batch, Err(error));
             }
         };
-        if !self.may_hydrate() {
+        if !self.state.may_hydrate() {
             // That was decided while the source was asked.
             self.state.sub_hydrating(batch.count());
             let mut sched = self.sched.borrow_mut();
@@ -149,15 +189,14 @@ impl CloneSlice {
             self.sched.borrow_mut().skipped(batch);
             return;
         };
-        self.copies_in_flight.set(self.copies_in_flight.get() + 1);
-        let weight = if zero { 0 } else { bytes.len() };
-        self.copy_bytes_in_flight.set(self.copy_bytes_in_flight.get() + weight);
         self.counters.batch_regions.record(batch.count());
+        let read = if zero { 0 } else { bytes.len() };
+        self.state.budget().spend(self.me, read);
+        let in_flight = self.copies.begin_batch(read, self.env.now());
         let slice = self.clone();
         self.env.spawn_background(Box::pin(async move {
             let result = slice.copy_batch(batch, held, zero).await;
-            slice.copies_in_flight.set(slice.copies_in_flight.get() - 1);
-            slice.copy_bytes_in_flight.set(slice.copy_bytes_in_flight.get() - weight);
+            in_flight.end(slice.env.now());
             slice.batch_ended(batch, result);
         }));
     }
@@ -176,22 +215,40 @@ impl CloneSlice {
     fn batch_ended(&self, batch: RegionRange, result: Result<()>) {
         let mut sched = self.sched.borrow_mut();
         match result {
-            Ok(()) => sched.succeeded(batch),
+            Ok(()) => {
+                sched.succeeded(batch);
+                if !sched.is_paused() && sched.failed_regions() == 0 {
+                    self.state.hydration_works(self.me, self.env.now());
+                }
+            }
             Err(error) => {
                 let now = self.env.now();
-                let was_paused = sched.is_paused();
                 match is_for_all(&error) {
                     true => sched.failed_for_all(batch, now),
                     false => _ = sched.failed(batch, now),
                 }
-                if sched.is_paused() && !was_paused {
-                    self.state.event(format!("hydration pauses on shard {}: {error}", self.me));
+                if sched.is_paused() {
+                    self.state.hydration_fails(
+                        self.me,
+                        &format!("hydration pauses on shard {}: {error}", self.me),
+                        now,
+                    );
                 }
                 drop(sched);
                 self.note_failed_batch(error);
             }
         }
         self.wake.notify();
+    }
+
+    /// Nothing is left to do but what can't be copied: it is told when nothing was told so far.
+    fn tell_of_failed_regions(&self, now: Duration) {
+        let regions = self.sched.borrow().failed_regions();
+        if regions > 0 {
+            let which = if regions == 1 { "1 region".into() } else { format!("{regions} regions") };
+            let text = format!("hydration backs off on shard {}: {which} could not be copied", self.me);
+            self.state.hydration_fails(self.me, &text, now);
+        }
     }
 
     fn note_failed_batch(&self, error: Error) {

@@ -84,6 +84,8 @@ pub struct PoolOptions {
     pub cpus: Vec<usize>,
     /// How long an idle shard polls before it sleeps.
     pub spin: Duration,
+    /// Memory for copies on each shard, in bytes; see [`super::copy_pool`].
+    pub io_memory: u64,
 }
 
 /// What a shard's executor has at hand.
@@ -295,12 +297,15 @@ where
         };
         let (start, started) = mpsc::channel();
         starts.push(start);
-        let (gate, spin) = (Gate { ready: ready.clone(), started }, options.spin);
+        let gate = Gate { ready: ready.clone(), started };
+        let (spin, io_memory) = (options.spin, options.io_memory);
         if let Some(main) = main.take() {
-            first = Some(builder.spawn(move || run_shard(me, shards, mailboxes, gate, spin, main)).map_err(failed)?);
+            let shard = move || run_shard(me, shards, mailboxes, gate, spin, io_memory, main);
+            first = Some(builder.spawn(shard).map_err(failed)?);
         } else {
             let ended = |_: Rc<ShardContext>| std::future::pending::<()>();
-            others.push(builder.spawn(move || run_shard(me, shards, mailboxes, gate, spin, ended)).map_err(failed)?);
+            let shard = move || run_shard(me, shards, mailboxes, gate, spin, io_memory, ended);
+            others.push(builder.spawn(shard).map_err(failed)?);
         }
     }
     drop(ready);
@@ -354,6 +359,7 @@ async fn run_shard<T: 'static, F, Fut>(
     mailboxes: Arc<[Mailbox]>,
     gate: Gate,
     spin: Duration,
+    io_memory: u64,
     main: F,
 ) -> Result<Option<T>>
 where
@@ -372,7 +378,7 @@ where
         ring.shutdown().await;
         return Ok(None);
     }
-    let shard = Rc::new(Shard::default());
+    let shard = Rc::new(Shard::new(io_memory));
     let mesh = Rc::new(ChannelMesh {
         me,
         shards,

@@ -7,10 +7,12 @@
 //! * A plan made before the bytes were held is made again after.
 
 mod changes;
+mod growth;
 mod metrics;
 mod reads;
 mod status;
 
+use super::copy_pool::CopyShare;
 use super::locks::Locks;
 use super::plan::Runs;
 use super::{COORDINATOR, Mesh, ShardReply, ShardRequest};
@@ -21,7 +23,7 @@ use crate::env::Env;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hydration_sched::{HydrationSched, Unhydrated};
 use crate::io_frontend::request::{Completion, Request, RequestFlags};
-use crate::local::{Notify, Semaphore};
+use crate::local::Notify;
 use crate::meta::region_map::{RegionMap, ZoneSnapshot};
 pub(super) use crate::metrics::record::count;
 use crate::metrics::record::{How, Kind, SliceRecorder};
@@ -31,9 +33,6 @@ use changes::Change;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
-
-/// Bytes of source data that one shard holds for one clone while copying: bounds memory.
-pub const COPY_MEMORY_BYTES: u64 = 32 << 20;
 
 /// Parts of one request that run at a time. One over patchy regions has thousands.
 const PARTS_AT_A_TIME: usize = 64;
@@ -89,6 +88,8 @@ pub struct SliceParts {
     pub source: Option<Rc<dyn Source>>,
     pub env: Rc<dyn Env>,
     pub mesh: Rc<dyn Mesh>,
+    /// Its part of what copies may use on this shard.
+    pub copies: CopyShare,
 }
 
 /// One shard's slice of one clone.
@@ -102,12 +103,16 @@ pub struct CloneSlice {
     source: RefCell<Option<Rc<dyn Source>>>,
     pub(super) env: Rc<dyn Env>,
     mesh: Rc<dyn Mesh>,
-    pub(super) copy_memory: Rc<Semaphore>,
+    pub(super) copies: Rc<CopyShare>,
     pub(super) sched: RefCell<HydrationSched>,
     pub(super) wake: Notify,
-    pub(super) copies_in_flight: Cell<u64>,
-    pub(super) copy_bytes_in_flight: Cell<u64>,
-    pub(super) counters: SliceRecorder,
+    /// Hydration asks the source what is allocated before it begins a copy.
+    pub(super) launching: Cell<bool>,
+    /// Commits that this slice has asked for by itself.
+    commits_in_flight: Cell<u64>,
+    /// The clone has grown: another slice is in this one's place.
+    pub(super) replaced: Cell<bool>,
+    pub(super) counters: Rc<SliceRecorder>,
     pub(super) failures: RefCell<crate::log_limit::LogLimit>,
 }
 
@@ -162,9 +167,9 @@ fn kind_of(request: &Request) -> Option<(Kind, u64)> {
 
 impl CloneSlice {
     pub fn new(parts: SliceParts) -> Rc<Self> {
-        let SliceParts { state, map, destination, source, env, mesh } = parts;
+        let SliceParts { state, map, destination, source, env, mesh, copies } = parts;
         Rc::new(Self {
-            geometry: state.geometry,
+            geometry: state.geometry(),
             me: mesh.me(),
             map: RefCell::new(map),
             locks: Rc::default(),
@@ -172,12 +177,13 @@ impl CloneSlice {
             source: RefCell::new(source),
             env,
             mesh,
-            copy_memory: Semaphore::new(COPY_MEMORY_BYTES),
+            copies: Rc::new(copies),
             sched: RefCell::default(),
             wake: Notify::default(),
-            copies_in_flight: Cell::new(0),
-            copy_bytes_in_flight: Cell::new(0),
-            counters: SliceRecorder::default(),
+            launching: Cell::new(false),
+            commits_in_flight: Cell::new(0),
+            replaced: Cell::new(false),
+            counters: Rc::default(),
             failures: RefCell::default(),
             state,
         })
@@ -320,7 +326,7 @@ impl CloneSlice {
     }
 
     /// The data of these regions is in the destination: from now on they are served from there.
-    pub(super) fn mark_hydrated(&self, regions: RegionRange, how: How) {
+    pub(super) fn mark_hydrated(self: &Rc<Self>, regions: RegionRange, how: How) {
         let new = self.map.borrow_mut().set(regions);
         if new == 0 {
             return;
@@ -330,9 +336,12 @@ impl CloneSlice {
         if self.state.add_hydrated(new) {
             // The last regions of the whole clone: a commit now completes it.
             let commit = self.mesh.call(COORDINATOR, ShardRequest::Commit { clone: self.id() });
+            let slice = self.clone();
+            self.commits_in_flight.set(self.commits_in_flight.get() + 1);
             self.env.spawn(Box::pin(async move {
                 // A failure has degraded the mode and was reported there.
                 let _ = commit.await;
+                slice.commits_in_flight.set(slice.commits_in_flight.get() - 1);
             }));
         }
     }
@@ -357,10 +366,15 @@ impl CloneSlice {
         self.sched.borrow_mut().retry_now();
         self.wake.notify();
     }
-    /// Waits until hydration has ended (the clone is stopping) and nothing is in flight.
+    /// Waits until nothing is in flight: neither copies nor client requests nor commits. For a clone that is stopping or
+    /// suspended, so that nothing new begins; gives up when it is neither any more.
     pub async fn drain(&self) {
         self.wake.notify();
-        while self.copies_in_flight.get() > 0 || !self.locks.is_empty() {
+        let is_busy =
+            || self.copies.copies_in_flight() > 0 || !self.locks.is_empty() || self.commits_in_flight.get() > 0;
+        // At the end nobody waits for an answer that begins nothing any more.
+        let is_asking = || self.launching.get() && !self.state.is_stopping();
+        while (is_busy() || is_asking()) && (self.state.is_stopping() || self.state.is_suspended()) {
             self.env.sleep(Duration::from_millis(1)).await;
         }
     }

@@ -4,26 +4,31 @@ use super::disk::SimDisk;
 use super::executor::Sim;
 use super::mesh::{Net, SimMesh};
 use super::source::SimSource;
-use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs};
-use crate::coordinator::Coordinator;
+use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs, Mode};
+use crate::coordinator::{Coordinator, GrowParts, SUSPEND_TIME_MAX};
 use crate::disk::Disk;
 use crate::env::Env;
 use crate::error::Result;
-use crate::io_frontend::request::{Completion, Request, RequestFlags, StatusExtents, Volume};
+use crate::event_log::{CloneEvents, EventLog};
+use crate::events::EventKind::*;
+use crate::hydration_budget::BudgetMember;
+use crate::io_frontend::request::{Completion, LocalBoxFuture, Request, RequestFlags, StatusExtents, Volume};
 use crate::meta::codec::{self, SourceFingerprint, Superblock, metadata_size_needed};
+use crate::meta::growth::{self, Wanted};
 use crate::meta::region_map::RegionMap;
 use crate::meta::store::Store;
 use crate::shard::dispatch::Dispatcher;
 use crate::shard::slice::{CloneSlice, SliceParts, SliceStats};
 use crate::shard::{COORDINATOR, Mesh, ShardRequest};
 use crate::source::Source;
+use crate::source::padded::PaddedSource;
 use crate::source::remote::RemoteSource;
 use crate::units::{ByteRange, CloneId, Generation, Geometry, RegionSize, ShardIndex};
 use bytes::Bytes;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
-const ID: CloneId = CloneId(0);
 /// What the destination holds before the clone: no read may ever show it.
 pub const OLD_DESTINATION: u8 = 0xee;
 
@@ -102,12 +107,30 @@ impl Devices {
     }
 }
 
+/// What shard `me` reads from: so many bytes of the source, then zeros.
+fn source_of(
+    id: CloneId,
+    me: ShardIndex,
+    setup: &Setup,
+    devices: &Devices,
+    mesh: &Rc<SimMesh>,
+    shown: u64,
+    size: u64,
+) -> Rc<dyn Source> {
+    match me == COORDINATOR || !setup.remote_source {
+        true if shown == 0 => PaddedSource::zeros(size),
+        true => PaddedSource::view(devices.source.open(), shown, size),
+        false => Rc::new(RemoteSource::new(id, COORDINATOR, size, mesh.clone())),
+    }
+}
+
 /// A running clone.
 pub struct SimClone {
     pub sim: Sim,
-    pub geometry: Geometry,
+    pub setup: Setup,
     pub devices: Devices,
     pub state: Arc<CloneState>,
+    pub log: Arc<EventLog>,
     pub net: Rc<Net>,
     pub meshes: Vec<Rc<SimMesh>>,
     pub dispatchers: Vec<Rc<Dispatcher>>,
@@ -115,17 +138,36 @@ pub struct SimClone {
 }
 
 impl SimClone {
-    /// Formats the metadata, or goes on from what they hold.
+    /// A machine with one clone.
     pub async fn start(sim: &Sim, setup: &Setup, devices: &Devices) -> Result<Rc<Self>> {
-        let geometry = setup.geometry();
+        Self::start_on(&Net::new(sim, setup.shards), CloneId(0), sim, setup, devices, BudgetMember::alone()).await
+    }
+
+    /// One of several clones of a machine, which has as many shards as `setup` says. Formats the metadata, or goes on
+    /// from what they hold.
+    pub async fn start_on(
+        net: &Rc<Net>,
+        id: CloneId,
+        sim: &Sim,
+        setup: &Setup,
+        devices: &Devices,
+        budget: BudgetMember,
+    ) -> Result<Rc<Self>> {
+        let net = net.clone();
         let metadata: Rc<dyn Disk> = devices.metadata.clone();
         let (store, zones, generation) = match Store::open(metadata.clone()).await? {
-            Some(opened) => (opened.store, opened.zones, opened.generation),
+            Some(opened) => {
+                if opened.copy_stale {
+                    opened.store.mend().await?;
+                }
+                (opened.store, opened.zones, opened.generation)
+            }
             None => {
+                let geometry = setup.geometry();
                 let superblock = Superblock {
                     uuid: [7; 16],
                     geometry,
-                    source: SourceFingerprint { size: geometry.size(), samples: 0, digest: [0; 16] },
+                    source: SourceFingerprint { size: geometry.size(), samples: 1, digest: [0; 16] },
                     destination_id: [0; 16],
                     state: codec::CloneState::Active,
                     generation: Generation(0),
@@ -134,11 +176,14 @@ impl SimClone {
                 (Store::format(metadata, superblock).await?, Vec::new(), Generation(0))
             }
         };
+        let Superblock { geometry, source: fingerprint, .. } = store.superblock();
         let knobs =
             HydrationKnobs { enabled: setup.hydration, threshold: setup.threshold, batch_size: setup.batch_size };
-        let state = Arc::new(CloneState::new(ID, "sim".into(), geometry, setup.shards, setup.discard_passdown, knobs));
+        let log = EventLog::new("sim", Box::new(|| {}));
+        let events = CloneEvents::new(&log, &format!("sim{id}"));
+        let state = CloneState::new(id, events, geometry, setup.shards, setup.discard_passdown, knobs);
+        let state = Arc::new(state.with_budget(budget));
         let complete = store.superblock().state == codec::CloneState::Complete;
-        let net = Net::new(sim, setup.shards);
         let env: Rc<dyn Env> = Rc::new(sim.clone());
         let mut maps: Vec<RegionMap> =
             (0..setup.shards).map(|shard| RegionMap::new(geometry, setup.shards, ShardIndex(shard))).collect();
@@ -149,10 +194,7 @@ impl SimClone {
         let mut dispatchers = Vec::new();
         for (me, map) in (0..setup.shards).map(ShardIndex).zip(maps) {
             let mesh = SimMesh::new(&net, me);
-            let source: Rc<dyn Source> = match me == COORDINATOR || !setup.remote_source {
-                true => devices.source.clone(),
-                false => Rc::new(RemoteSource::new(ID, COORDINATOR, geometry.size(), mesh.clone())),
-            };
+            let source = source_of(id, me, setup, devices, &mesh, fingerprint.size, geometry.size());
             state.add_hydrated(map.hydrated_count());
             let slice = CloneSlice::new(SliceParts {
                 state: state.clone(),
@@ -161,6 +203,7 @@ impl SimClone {
                 source: Some(source),
                 env: env.clone(),
                 mesh: mesh.clone(),
+                copies: net.shard(me).copy_pool().join(state.clone()),
             });
             net.shard(me).attach(slice);
             dispatchers.push(Dispatcher::new(state.clone(), state.name.clone(), net.shard(me).clone(), mesh.clone()));
@@ -170,7 +213,7 @@ impl SimClone {
             assert!(state.is_all_hydrated(), "complete, but regions are missing");
             state.set_complete();
             for shard in 0..setup.shards {
-                meshes[0].call(ShardIndex(shard), ShardRequest::Release { clone: ID }).await?;
+                meshes[0].call(ShardIndex(shard), ShardRequest::Release { clone: id }).await?;
             }
         }
         let coordinator = Coordinator::new(
@@ -181,20 +224,64 @@ impl SimClone {
             meshes[0].clone(),
             env.clone(),
         );
-        net.shard(COORDINATOR).attach_coordinator(ID, coordinator.clone());
+        net.shard(COORDINATOR).attach_coordinator(id, coordinator.clone());
         sim.spawn(coordinator.clone().run());
         if state.is_all_hydrated() && !complete {
             coordinator.commit().await?;
         }
         for shard in 0..setup.shards {
-            sim.spawn(net.shard(ShardIndex(shard)).slice(ID)?.hydrate());
+            sim.spawn(net.shard(ShardIndex(shard)).slice(id)?.hydrate());
         }
-        let (sim, devices) = (sim.clone(), devices.clone());
-        Ok(Rc::new(Self { sim, geometry, devices, state, net, meshes, dispatchers, coordinator }))
+        let (sim, setup, devices) = (sim.clone(), setup.clone(), devices.clone());
+        Ok(Rc::new(Self { sim, setup, devices, state, log, net, meshes, dispatchers, coordinator }))
+    }
+
+    pub fn geometry(&self) -> Geometry {
+        self.state.geometry()
+    }
+
+    /// As the daemon grows a clone; what a file gains is zeros, `fill` what a device gains. True when it has grown.
+    pub async fn grow(self: &Rc<Self>, wanted: Wanted, fill: u8) -> Result<bool> {
+        let source_size = wanted.needs_source().then(|| self.devices.source.size());
+        let superblock = self.coordinator.superblock();
+        let Some(growth) = growth::plan(&superblock, wanted, source_size)? else { return Ok(false) };
+        let geometry = growth.geometry;
+        let destination = self.devices.destination.grown(geometry.size(), fill);
+        let metadata = self.devices.metadata.grown(metadata_size_needed(&geometry), fill);
+        let (clone, staged) = (self.clone(), destination.clone());
+        let stage = move |shard: ShardIndex| -> LocalBoxFuture<'static, Result<()>> {
+            let (clone, destination) = (clone.clone(), staged.clone());
+            Box::pin(async move {
+                clone.sim.sleep(Duration::from_micros(clone.sim.draw(|rng| rng.below(500)))).await;
+                let mesh = &clone.meshes[usize::from(shard.0)];
+                let source = source_of(
+                    clone.state.id,
+                    shard,
+                    &clone.setup,
+                    &clone.devices,
+                    mesh,
+                    growth.source_len,
+                    geometry.size(),
+                );
+                clone.net.shard(shard).stage(clone.state.id, geometry, destination, source)
+            })
+        };
+        let parts = GrowParts {
+            from_size: superblock.geometry.size(),
+            geometry,
+            source: match growth.source_len {
+                0 => SourceFingerprint::NONE,
+                size => SourceFingerprint { size, samples: 1, digest: [0; 16] },
+            },
+            metadata,
+            destination,
+            stage: Box::new(stage),
+        };
+        self.coordinator.grow(parts).await.map(|()| true)
     }
 
     pub fn slice(&self, shard: u16) -> Rc<CloneSlice> {
-        self.net.shard(ShardIndex(shard)).slice(ID).unwrap()
+        self.net.shard(ShardIndex(shard)).slice(self.state.id).unwrap()
     }
 
     pub fn stats(&self) -> SliceStats {
@@ -245,15 +332,66 @@ impl SimClone {
         }
     }
 
+    /// The events so far.
+    pub fn event_kinds(&self) -> Vec<&'static str> {
+        self.log.after(0, None).events.iter().map(|event| event.kind.name()).collect()
+    }
+
+    /// What must hold of the events at any time: each transition is told once, what ends is not told of any more, and dm's
+    /// number counts dm's.
+    pub fn check_events(&self) {
+        let events = self.log.after(0, None).events;
+        let of_dm = events.iter().filter(|event| event.kind.is_dm()).count() as u64;
+        let counts = self.state.events().count();
+        assert_eq!((counts.all, counts.dm), (events.len() as u64, of_dm));
+        let mut hydration = None;
+        for (at, event) in events.iter().enumerate() {
+            let before = &events[..at];
+            match event.kind {
+                HydrationStarted | HydrationPaused | HydrationFailed => {
+                    let summary = event.text.contains("in quick succession");
+                    assert!(hydration != Some(event.kind) || summary, "told twice: {events:#?}");
+                    let first = hydration.is_none() && event.kind != HydrationStarted;
+                    assert!(!first || summary, "nothing had begun: {events:#?}");
+                    let of_this_size = before.rsplit(|event| event.kind == Resized).next().unwrap_or_default();
+                    let over = of_this_size.iter().any(|event| event.kind.is_dm());
+                    assert!(!over, "it can't hydrate any more: {events:#?}");
+                    hydration = Some(event.kind);
+                }
+                Suspended | Resumed => {
+                    let last = before.iter().rfind(|event| matches!(event.kind, Suspended | Resumed));
+                    let last = last.map_or(Resumed, |event| event.kind);
+                    assert_ne!(last, event.kind, "told twice: {events:#?}");
+                }
+                Resized => hydration = None,
+                HydrationCompleted => {
+                    let of_this_size = before.rsplit(|event| event.kind == Resized).next().unwrap_or_default();
+                    assert!(
+                        of_this_size.iter().all(|event| event.kind != HydrationCompleted),
+                        "told twice: {events:#?}"
+                    );
+                }
+                kind => assert!(before.iter().all(|event| event.kind != kind), "told twice: {events:#?}"),
+            }
+        }
+        let completed = events.iter().any(|event| event.kind == HydrationCompleted);
+        match events.iter().any(|event| event.kind == Resized) {
+            false => assert_eq!(self.state.is_complete(), completed),
+            // What it has grown by may be hydrated yet, or not.
+            true => assert!(completed || !self.state.is_complete()),
+        }
+        assert_eq!(self.state.mode() != Mode::ReadWrite, events.iter().any(|e| matches!(e.kind, ReadOnly | Failed)));
+    }
+
     /// As the control interface does after a change of settings.
     pub fn wake(&self) {
         for shard in 0..self.net.shards() {
-            let wake = self.meshes[0].call(ShardIndex(shard), ShardRequest::Wake { clone: ID });
+            let wake = self.meshes[0].call(ShardIndex(shard), ShardRequest::Wake { clone: self.state.id });
             self.sim.spawn(async move { _ = wake.await });
         }
     }
     pub fn enable_hydration(&self, enabled: bool) {
-        self.state.set_hydration_enabled(enabled);
+        self.state.set_hydration_enabled(enabled, self.sim.now());
         self.wake();
     }
 
@@ -264,15 +402,26 @@ impl SimClone {
         }
     }
 
+    pub async fn suspend(&self) -> Result<()> {
+        self.coordinator.suspend(SUSPEND_TIME_MAX).await
+    }
+    pub async fn resume(&self) -> Result<()> {
+        self.coordinator.resume().await
+    }
+    /// Requests that are held, on all shards.
+    pub fn waiting(&self) -> u64 {
+        (0..self.net.shards()).map(|shard| self.net.shard(ShardIndex(shard)).gate(self.state.id).waiting()).sum()
+    }
+
     /// As the daemon ends: drain, commit, detach.
     pub async fn stop(&self) -> Result<()> {
-        self.state.set_stopping();
+        self.coordinator.begin_stop().await;
         for shard in 0..self.net.shards() {
-            self.meshes[0].call(ShardIndex(shard), ShardRequest::Drain { clone: ID }).await?;
+            self.meshes[0].call(ShardIndex(shard), ShardRequest::Drain { clone: self.state.id }).await?;
         }
         let committed = self.coordinator.commit().await;
         self.coordinator.end();
-        (0..self.net.shards()).for_each(|shard| self.net.shard(ShardIndex(shard)).detach(ID));
+        (0..self.net.shards()).for_each(|shard| self.net.shard(ShardIndex(shard)).detach(self.state.id));
         committed
     }
 }

@@ -80,11 +80,11 @@ struct State {
 pub struct SimDisk {
     sim: Sim,
     info: DiskInfo,
-    state: RefCell<State>,
+    state: Rc<RefCell<State>>,
     /// Bounds of the time one operation takes, in microseconds.
-    pub latency_us: Cell<(u64, u64)>,
+    pub latency_us: Rc<Cell<(u64, u64)>>,
     /// Whether it can zero by itself.
-    pub can_zero: Cell<bool>,
+    pub can_zero: Rc<Cell<bool>>,
 }
 
 impl SimDisk {
@@ -92,9 +92,24 @@ impl SimDisk {
         Rc::new(Self {
             sim: sim.clone(),
             info: DiskInfo { size: image.len() as u64, block },
-            state: RefCell::new(State { durable: image.clone(), live: image, ..State::default() }),
-            latency_us: Cell::new((5, 200)),
-            can_zero: Cell::new(true),
+            state: Rc::new(RefCell::new(State { durable: image.clone(), live: image, ..State::default() })),
+            latency_us: Rc::new(Cell::new((5, 200))),
+            can_zero: Rc::new(Cell::new(true)),
+        })
+    }
+
+    /// The same disk made larger (durably, as `ftruncate` and `fsync` do) and opened again; unless it is large enough.
+    pub fn grown(&self, size: u64, fill: u8) -> Rc<Self> {
+        let mut state = self.state.borrow_mut();
+        let size = size.max(state.live.len() as u64);
+        state.live.resize(size as usize, fill);
+        state.durable.resize(size as usize, fill);
+        Rc::new(Self {
+            sim: self.sim.clone(),
+            info: DiskInfo { size, ..self.info },
+            state: self.state.clone(),
+            latency_us: self.latency_us.clone(),
+            can_zero: self.can_zero.clone(),
         })
     }
 

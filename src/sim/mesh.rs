@@ -4,6 +4,7 @@ use super::executor::Sim;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::oneshot;
+use crate::shard::copy_pool::IO_MEMORY_DEFAULT;
 use crate::shard::{Mesh, Shard, ShardReply, ShardRequest};
 use crate::units::ShardIndex;
 use std::cell::{Cell, RefCell};
@@ -26,9 +27,14 @@ pub struct Net {
 
 impl Net {
     pub fn new(sim: &Sim, shards: u16) -> Rc<Self> {
+        Self::with_io_memory(sim, shards, IO_MEMORY_DEFAULT)
+    }
+
+    /// Each shard has so much memory for copies.
+    pub fn with_io_memory(sim: &Sim, shards: u16, io_memory: u64) -> Rc<Self> {
         Rc::new(Self {
             sim: sim.clone(),
-            shards: (0..shards).map(|_| Rc::default()).collect(),
+            shards: (0..shards).map(|_| Rc::new(Shard::new(io_memory))).collect(),
             arrivals: RefCell::default(),
             latency_us_max: Cell::new(30),
             breakage: RefCell::default(),

@@ -93,6 +93,18 @@ impl Oracle {
         })))
     }
 
+    /// The clone has grown; durably: nobody has changed these bytes yet.
+    pub fn grow(&self, more: &[u8]) {
+        let mut model = self.0.borrow_mut();
+        let model = &mut *model;
+        let Some(range) = ByteRange::new(model.live.len() as u64, more.len() as u64) else { return };
+        let (change, started, ended) = (model.changes.len() as u32, model.tick(), model.tick());
+        model.changes.push(Change { range, started, ended, acknowledged: true, optional: false });
+        let sets: Vec<_> = more.iter().map(|value| vec![Candidate { change, value: *value }]).collect();
+        model.live.extend(sets.clone());
+        model.medium.extend(sets);
+    }
+
     /// A change begins. `zeros`: it writes zeros; else what is returned.
     pub fn begin_change(&self, range: ByteRange, zeros: bool, optional: bool) -> (u32, Vec<u8>) {
         let mut model = self.0.borrow_mut();

@@ -11,12 +11,13 @@ use std::rc::Rc;
 use std::time::Duration;
 
 const POLL: Duration = Duration::from_micros(50);
+const POLL_MAX: Duration = Duration::from_millis(5);
 /// Holes are known in pieces of this size, in bytes.
 const GRAIN: u64 = 4096;
 
 pub struct SimSource {
     sim: Sim,
-    content: Rc<[u8]>,
+    content: RefCell<Rc<[u8]>>,
     pub latency_us: Cell<(u64, u64)>,
     /// Reads wait, as long as this is set.
     pub held: Cell<bool>,
@@ -37,7 +38,7 @@ impl SimSource {
     pub fn new(sim: &Sim, content: Vec<u8>) -> Rc<Self> {
         Rc::new(Self {
             sim: sim.clone(),
-            content: content.into(),
+            content: RefCell::new(content.into()),
             latency_us: Cell::new((20, 1000)),
             held: Cell::new(false),
             lost: Cell::new(false),
@@ -52,7 +53,16 @@ impl SimSource {
     }
 
     pub fn content(&self) -> Rc<[u8]> {
-        self.content.clone()
+        self.content.borrow().clone()
+    }
+    /// More content behind what there is.
+    pub fn append(&self, more: &[u8]) {
+        let content: Vec<u8> = self.content().iter().chain(more).copied().collect();
+        self.content.replace(content.into());
+    }
+    /// The source as who opens it now sees it: with the size that it has now.
+    pub fn open(self: &Rc<Self>) -> Rc<dyn Source> {
+        Rc::new(Opened { source: self.clone(), size: self.size() })
     }
     /// Reads that touch one of these ranges fail with EIO.
     pub fn set_bad(&self, bad: Vec<ByteRange>) {
@@ -109,9 +119,29 @@ impl Drop for InFlight<'_> {
     }
 }
 
+/// A [`SimSource`] with the size it had when it was opened.
+struct Opened {
+    source: Rc<SimSource>,
+    size: u64,
+}
+
+impl Source for Opened {
+    fn size(&self) -> u64 {
+        self.size
+    }
+    fn read(&self, range: ByteRange) -> LocalBoxFuture<'_, Result<DmaBuf>> {
+        assert!(range.end() <= self.size, "{range:?} of {}", self.size);
+        self.source.read(range)
+    }
+    fn allocation(&self, range: ByteRange) -> LocalBoxFuture<'_, Result<Vec<Extent<Allocation>>>> {
+        assert!(range.end() <= self.size, "{range:?} of {}", self.size);
+        self.source.allocation(range)
+    }
+}
+
 impl Source for SimSource {
     fn size(&self) -> u64 {
-        self.content.len() as u64
+        self.content.borrow().len() as u64
     }
 
     fn read(&self, range: ByteRange) -> LocalBoxFuture<'_, Result<DmaBuf>> {
@@ -119,15 +149,17 @@ impl Source for SimSource {
             assert!(range.end() <= self.size(), "{range:?} of {}", self.size());
             self.reads.borrow_mut().push(range);
             let _in_flight = InFlight::new(self, range.len());
+            let mut poll = POLL;
             while self.held.get() {
-                self.sim.sleep(POLL).await;
+                self.sim.sleep(poll).await;
+                poll = (2 * poll).min(POLL_MAX);
             }
             self.answer().await?;
             if self.bad.borrow().iter().any(|bad| bad.overlaps(range)) {
                 return Err(Error::io(libc::EIO, format!("source: {range}")));
             }
             let mut buf = DmaBuf::new(range.len() as usize);
-            buf.copy_from_slice(&self.content[range.start() as usize..range.end() as usize]);
+            buf.copy_from_slice(&self.content()[range.start() as usize..range.end() as usize]);
             Ok(buf)
         })
     }
@@ -138,9 +170,9 @@ impl Source for SimSource {
             if self.refuses_allocation.get() {
                 return Err(Error::io(libc::EIO, format!("source: allocation of {range}")));
             }
-            let mut extents = Vec::new();
+            let (content, mut extents) = (self.content(), Vec::new());
             for piece in range.split_at_multiples(GRAIN) {
-                let bytes = &self.content[piece.start() as usize..piece.end() as usize];
+                let bytes = &content[piece.start() as usize..piece.end() as usize];
                 let hole = !self.knows_no_holes.get() && bytes.iter().all(|b| *b == 0);
                 push_extent(&mut extents, piece.len(), if hole { Allocation::HOLE } else { Allocation::DATA });
             }

@@ -2,10 +2,13 @@
 
 mod commits;
 mod failures;
+mod growth;
 mod hydration;
 mod metrics;
 mod order;
 mod random;
+mod shares;
+mod suspend;
 
 use super::clone::{Devices, Setup, SimClone};
 use super::executor::Sim;

@@ -1,3 +1,5 @@
+use super::check::check;
+use super::dump::dump;
 use super::*;
 use crate::meta::check::tests::{image, sample};
 use std::path::PathBuf;
@@ -31,7 +33,7 @@ fn dump_as_json_and_text() {
     assert_eq!(line.matches('\n').count(), 1);
     let value: Value = serde_json::from_str(&line).unwrap();
     let expected = json!({
-        "version": 1, "uuid": "30313233-3435-3637-3839-616263646566", "state": "active", "generation": 9,
+        "format": "hydrant", "version": 1, "uuid": "30313233-3435-3637-3839-616263646566", "state": "active", "generation": 9,
         "created_unix_s": 1_700_000_000, "size": (1 << 30) - 100, "region_size": 65536, "nr_regions": 16384,
         "regions_per_zone": 1000, "nr_zones": 17, "hydrated_count": 1022,
         "source": { "size": (1 << 30) - 100, "samples": 64, "digest": "5a".repeat(16) },
@@ -118,7 +120,7 @@ fn what_is_not_ours_is_named() {
     assert_eq!(of(&btrfs), "holds a btrfs file system, no metadata of hydrant");
     let mut dm_clone = vec![0; 1 << 20];
     dm_clone[32..40].copy_from_slice(&0x8af2_7f64_u64.to_le_bytes());
-    assert_eq!(of(&dm_clone), "holds dm-clone metadata, no metadata of hydrant");
+    assert_eq!(of(&dm_clone), "holds dm-clone metadata, no metadata of hydrant: use --format dm-clone");
 
     let dir = tempfile::tempdir().unwrap();
     assert_eq!(error(dir.path()), "is a directory, not a file or block device");

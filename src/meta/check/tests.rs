@@ -18,6 +18,10 @@ pub(crate) fn sample() -> Superblock {
     }
 }
 
+pub(crate) fn sample_of_generation(generation: u64) -> Superblock {
+    Superblock { generation: Generation(generation), ..sample() }
+}
+
 /// The whole image of a clone, with the bits that `bits` gives for each zone.
 pub(crate) fn image_with(superblock: &Superblock, bits: impl Fn(ZoneIndex) -> Box<[u64]>) -> Vec<u8> {
     let mut image = [superblock.encode(), superblock.encode()].concat();

@@ -1,4 +1,4 @@
-use super::super::codec::{CloneState, geometry_for};
+use super::super::codec::{CloneState, DESTINATION_NONE_YET, DESTINATION_UNKNOWN, geometry_for};
 use super::*;
 use crate::units::Generation;
 
@@ -76,6 +76,25 @@ fn copies_of_different_clones_are_damage() {
     assert_eq!(verdict(valid(3), Ok(Classified::Valid(other))), "damaged");
 }
 
+/// A growth writes copy A first; its size and source may differ from copy B's, but only the newer one is larger.
+#[test]
+fn copies_of_a_clone_that_grew() {
+    let grown = |generation, size: u64| {
+        let geometry = sample(0).geometry.with_size(size).unwrap();
+        let source = SourceFingerprint { size, ..sample(0).source };
+        Ok(Classified::Valid(Superblock { geometry, source, ..sample(generation) }))
+    };
+    let used = |a, b| match recover([a, b]) {
+        Recovery::Use(used) => Some((used.superblock.geometry.size(), used.copy_stale)),
+        _ => None,
+    };
+    assert_eq!(used(grown(4, 2 << 30), valid(3)), Some((2 << 30, true)));
+    assert_eq!(used(valid(3), grown(4, 2 << 30)), Some((2 << 30, true)));
+    assert_eq!(used(grown(4, 2 << 30), grown(4, 2 << 30)), Some((2 << 30, false)));
+    assert_eq!(used(grown(3, 2 << 30), valid(3)), None, "equal generations");
+    assert_eq!(used(valid(4), grown(3, 2 << 30)), None, "a clone does not shrink");
+}
+
 /// Completion writes copy A first; with the generation of the last commit both copies may have the same one.
 #[test]
 fn with_equal_generations_copy_a_counts() {
@@ -106,11 +125,57 @@ fn errors_say_what_and_what_to_do() {
     );
 }
 
+/// What was recorded at the first use may be in one copy only.
+#[test]
+fn copies_may_differ_in_what_was_not_known() {
+    let before = Superblock { source: SourceFingerprint::UNKNOWN, destination_id: DESTINATION_NONE_YET, ..sample(3) };
+    for (a, b) in [(sample(4), before.clone()), (before.clone(), sample(4))] {
+        assert_eq!(verdict(Ok(Classified::Valid(a)), Ok(Classified::Valid(b))), "use 4");
+    }
+    let other = Superblock { destination_id: [3; 16], ..sample(4) };
+    assert_eq!(verdict(valid(3), Ok(Classified::Valid(other))), "damaged");
+    let other = Superblock { source: SourceFingerprint { samples: 8, ..sample(3).source }, ..sample(4) };
+    assert_eq!(verdict(valid(3), Ok(Classified::Valid(other))), "damaged");
+}
+
+#[test]
+fn what_is_not_known_fits() {
+    let size = 1 << 30;
+    let known = sample(1).source;
+    let (source_size, region_size) = (Some(size), None);
+    let expected = Expected { size: None, source_size, region_size, source: known, destination_id: [2; 16] };
+    let none = |superblock: &Superblock, expected: &Expected| mismatches(superblock, expected).is_empty();
+    let unknown = Superblock { source: SourceFingerprint::UNKNOWN, ..sample(1) };
+    assert!(none(&unknown, &expected));
+    // dm-clone's source may be larger, never smaller.
+    let of = |size: u64| Expected { source_size: Some(size), ..expected };
+    assert!(none(&unknown, &of(size + 1)) && !none(&unknown, &of(size - 1)));
+    // Recorded by an earlier build: all of a larger source.
+    let larger = Superblock { source: SourceFingerprint { size: size + 1, ..known }, ..sample(1) };
+    let with_all = |size| Expected { source: larger.source, ..of(size) };
+    assert!(
+        none(&larger, &with_all(size + 1)) && !none(&larger, &with_all(size)) && none(&larger, &with_all(size + 2))
+    );
+    // A clone that was grown over the end of its source, or without it.
+    let smaller = Superblock { source: SourceFingerprint { size: size - 1, ..known }, ..sample(1) };
+    let with_less = |size| Expected { source: smaller.source, ..of(size) };
+    assert!(none(&smaller, &with_less(size - 1)) && !none(&smaller, &with_less(size - 2)));
+    let sourceless = Superblock { source: SourceFingerprint::NONE, ..sample(1) };
+    assert!(none(&sourceless, &Expected { source_size: None, source: SourceFingerprint::NONE, ..expected }));
+
+    for open in [DESTINATION_UNKNOWN, DESTINATION_NONE_YET] {
+        assert!(none(&Superblock { destination_id: open, ..sample(1) }, &expected));
+    }
+    assert!(none(&sample(1), &Expected { destination_id: DESTINATION_UNKNOWN, ..expected }));
+    assert!(!none(&sample(1), &Expected { destination_id: [3; 16], ..expected }));
+}
+
 #[test]
 fn mismatches_and_their_kinds() {
     let superblock = sample(1);
     let expected = Expected {
-        size: 1 << 30,
+        size: None,
+        source_size: Some(1 << 30),
         region_size: Some(RegionSize::default()),
         source: superblock.source,
         destination_id: [2; 16],
@@ -119,14 +184,25 @@ fn mismatches_and_their_kinds() {
         |expected: &Expected| mismatch_error(&mismatches(&superblock, expected)).map(|e| (e.kind(), e.to_string()));
     assert_eq!(error(&expected), None);
     assert_eq!(error(&Expected { region_size: None, ..expected }), None);
-    let larger = Expected {
-        size: (1 << 30) + 512,
-        source: SourceFingerprint { size: (1 << 30) + 512, ..superblock.source },
+    // The source has grown; the clone has grown since its configuration was written.
+    assert_eq!(error(&Expected { source_size: Some((1 << 30) + 512), ..expected }), None);
+    assert_eq!(error(&Expected { size: Some(1 << 20), ..expected }), None);
+    assert_eq!(error(&Expected { source_size: None, ..expected }), None);
+    let smaller = Expected {
+        source_size: Some((1 << 30) - 512),
+        source: SourceFingerprint { size: (1 << 30) - 512, ..superblock.source },
         ..expected
     };
     assert_eq!(
-        error(&larger),
-        Some((ErrorKind::SourceChanged, "the metadata are for a source of 1GiB, this one has 1073742336 bytes".into()))
+        error(&smaller),
+        Some((ErrorKind::SourceChanged, "the metadata are for a source of 1GiB, this one has 1073741312 bytes".into()))
+    );
+    assert_eq!(
+        error(&Expected { size: Some(2 << 30), ..expected }),
+        Some((
+            ErrorKind::Mismatch,
+            "the clone has 1GiB, 2GiB was asked for; start it as it is, and grow it with `hydrant resize`".into()
+        ))
     );
     let changed = Expected { source: SourceFingerprint { digest: [9; 16], ..superblock.source }, ..expected };
     assert_eq!(error(&changed).unwrap().0, ErrorKind::SourceChanged);

@@ -213,3 +213,55 @@ fn a_huge_map_is_fast() {
     assert!(taken.as_secs() < 10, "{taken:?}");
     println!("{} regions loaded and searched 1000 times in {taken:?}", geometry.nr_regions());
 }
+
+proptest! {
+    /// Against the oracle: grown maps have the old bits, and no others; growing a released one as well.
+    #[test]
+    fn a_grown_map_has_the_old_bits(
+        old_size in 1u64..400 * 4096, more in 0u64..400 * 4096, per_zone in prop::sample::select(vec![1u64, 3, 8, 64, 100]),
+        shards in 1u16..5, sets in prop::collection::vec((any::<prop::sample::Index>(), 1u64..40), 0..12), release in any::<bool>(),
+    ) {
+        let geometry = Geometry::new(old_size, RegionSize::new(4096).unwrap(), per_zone).unwrap();
+        let grown = geometry.with_size(old_size + more).unwrap();
+        let mut expected = vec![false; grown.nr_regions() as usize];
+        for (at, len) in sets {
+            let at = at.index(geometry.nr_regions() as usize);
+            let end = (at + len as usize).min(geometry.nr_regions() as usize);
+            expected[at..end].fill(true);
+        }
+        if release {
+            expected[..geometry.nr_regions() as usize].fill(true);
+        }
+        for me in (0..shards).map(ShardIndex) {
+            let mut map = RegionMap::new(geometry, shards, me);
+            let owns = |region: u64| geometry.owner_of(geometry.zone_of(RegionIndex(region)), shards) == me;
+            for region in (0..geometry.nr_regions()).filter(|r| owns(*r) && expected[*r as usize]) {
+                map.set(RegionRange::single(RegionIndex(region)));
+            }
+            let zones: Vec<_> = map.take_dirty().into_iter().map(|snapshot| snapshot.zone).collect();
+            map.committed(&zones);
+            if release {
+                map.release();
+            }
+            map.grow(grown);
+            prop_assert!(map.is_all_durable() && !map.has_dirty() && *map.geometry() == grown);
+            let owned: Vec<u64> = (0..grown.nr_regions()).filter(|r| owns(*r)).collect();
+            for region in &owned {
+                prop_assert_eq!(map.is_hydrated(RegionIndex(*region)), expected[*region as usize], "region {}", region);
+            }
+            let hydrated = owned.iter().filter(|r| expected[**r as usize]).count() as u64;
+            if !map.is_released() {
+                prop_assert_eq!((map.hydrated_count(), map.unhydrated_count()), (hydrated, owned.len() as u64 - hydrated));
+            }
+            let next = map.next_unhydrated(RegionIndex(0), 1).map(|run| run.first().0);
+            prop_assert_eq!(next, owned.iter().copied().find(|r| !expected[*r as usize]));
+            // It goes on as any other.
+            while let Some(run) = map.next_unhydrated(RegionIndex(0), u64::MAX) {
+                map.set(run);
+            }
+            let zones: Vec<_> = map.take_dirty().into_iter().map(|snapshot| snapshot.zone).collect();
+            map.committed(&zones);
+            map.release();
+        }
+    }
+}

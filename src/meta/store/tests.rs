@@ -1,5 +1,6 @@
-use super::super::codec::{SourceFingerprint, geometry_for};
+use super::super::codec::{DESTINATION_NONE_YET, SourceFingerprint, geometry_for};
 use super::super::region_map::RegionMap;
+use super::super::runs::ZoneFiller;
 use super::sim::{Logged, Plan, Rng, SimDisk};
 use super::*;
 use crate::units::{Geometry, RegionIndex, RegionRange, RegionSize, ShardIndex};
@@ -84,12 +85,22 @@ fn is_subset(small: &[u64], large: &[u64]) -> bool {
 /// Formats over `image` and stops at every operation, several times with other survivors; after each crash the disk
 /// must be never formatted, the old clone untouched, or the new clone empty. Returns the first violation.
 fn explore_format(image: &[u8], old: Option<(u8, &[u64])>, lying_flushes: u64) -> Option<String> {
+    explore_create(image, old, (9, &[]), lying_flushes)
+}
+
+/// As [`explore_format`], for metadata that are made with bits, as the uuid and the regions of `new` say.
+fn explore_create(image: &[u8], old: Option<(u8, &[u64])>, new: (u8, &[u64]), lying_flushes: u64) -> Option<String> {
     for stop_at in 0.. {
         let mut finished = false;
         for seed in 0..24 {
             let plan = Plan { stop_at: Some(stop_at), lying_flushes, ..Plan::default() };
             let medium = Rc::new(SimDisk::new(image.to_vec(), plan, seed));
-            finished = block_on(Store::format(medium.clone(), superblock(9, small_geometry()))).is_ok();
+            let mut filler = ZoneFiller::new(small_geometry(), new.1.iter().map(|region| (*region, *region)));
+            let created = Store::create(medium.clone(), superblock(new.0, small_geometry()), |zone, words| {
+                filler.fill(zone, words);
+                Ok(())
+            });
+            finished = block_on(created).is_ok();
             let at = format!("stopped at {stop_at}, seed {seed}");
             let found = match open(medium.crash()) {
                 Err(error) => return Some(format!("{at}: {error}")),
@@ -97,7 +108,7 @@ fn explore_format(image: &[u8], old: Option<(u8, &[u64])>, lying_flushes: u64) -
                 Ok(None) => continue,
                 Ok(Some(opened)) => (opened.store.superblock().uuid[0], hydrated(&opened)),
             };
-            let is_new = found == (9, vec![]);
+            let is_new = found == (new.0, new.1.to_vec());
             let is_old = !finished && old.is_some_and(|(uuid, bits)| found == (uuid, bits.to_vec()));
             if !is_new && !is_old {
                 return Some(format!("{at}: clone {} with {} bits", found.0, found.1.len()));
@@ -117,6 +128,62 @@ fn a_crash_while_formatting_never_leaves_half_a_clone() {
     let (image, bits) = clone_image(1, 3);
     assert!(!bits.is_empty());
     assert_eq!(explore_format(&image, Some((1, &bits)), 0), None);
+}
+
+/// As import and restore make them; a restored clone may have the uuid that was there before.
+#[test]
+fn a_crash_while_metadata_are_made_with_bits_never_leaves_half_of_them() {
+    let (image, bits) = clone_image(1, 3);
+    let new: Vec<u64> = (0..1497).filter(|region| region % 7 < 3).collect();
+    assert_eq!(explore_create(&image, Some((1, &bits)), (9, &new), 0), None);
+    assert_eq!(explore_create(&image, Some((1, &bits)), (1, &new), 0), None);
+    assert!(explore_create(&image, Some((1, &bits)), (1, &new), 0b0001).is_some(), "the first flush is needed");
+}
+
+#[test]
+fn metadata_whose_bits_can_not_be_had_are_not_made() {
+    let (image, _) = clone_image(1, 3);
+    let medium = disk(image);
+    let created = Store::create(medium.clone(), superblock(9, small_geometry()), |zone, _| match zone.0 {
+        299 => Err(Error::new(ErrorKind::Damaged, "zone 299")),
+        _ => Ok(()),
+    });
+    assert_eq!(block_on(created).err().unwrap().to_string(), "zone 299");
+    assert!(open(medium.crash()).unwrap().is_none());
+}
+
+/// What was not known when they were made is recorded at the first use; a crash leaves it unknown, or known.
+#[test]
+fn a_crash_while_devices_are_recorded_leaves_the_clone() {
+    let geometry = small_geometry();
+    let open_ended = Superblock {
+        source: SourceFingerprint::UNKNOWN,
+        destination_id: DESTINATION_NONE_YET,
+        ..superblock(9, geometry)
+    };
+    let medium = disk(blank(&geometry));
+    drop(block_on(Store::format(medium.clone(), open_ended.clone())).unwrap());
+    let image = medium.crash();
+    let recorded = Superblock { generation: Generation(2), ..superblock(9, geometry) };
+    let mut seen = [0, 0];
+    for stop_at in 0.. {
+        let mut finished = false;
+        for seed in 0..12 {
+            let medium = Rc::new(SimDisk::new(image.clone(), Plan { stop_at: Some(stop_at), ..Plan::default() }, seed));
+            let run = async {
+                let opened = Store::open(medium.clone()).await?.expect("formatted");
+                opened.store.record_devices(recorded.source, recorded.destination_id, Generation(2)).await
+            };
+            finished = block_on(run).is_ok();
+            let found = open(medium.crash()).unwrap().expect("it is there").store.superblock();
+            assert!(found == recorded || (!finished && found == open_ended), "{stop_at} {seed}: {found:?}");
+            seen[usize::from(found == recorded)] += 1;
+        }
+        if finished {
+            break;
+        }
+    }
+    assert!(seen[0] > 10 && seen[1] > 10, "{seen:?}");
 }
 
 /// The exploration bites: without the flush after the invalidation, after the bitmap, or both of the copies' flushes
@@ -354,4 +421,83 @@ fn a_hostile_size_is_refused_before_anything_is_allocated() {
     let mut image = vec![0; 1 << 20];
     image[..4096].copy_from_slice(&superblock(1, huge).encode());
     assert_eq!(open_error(image).0, ErrorKind::TooSmall);
+}
+
+/// Grows on a disk that stops at every operation: it must open with the old or the new size, all bits kept, none new.
+fn explore_growth(lying_flushes: u64) -> Option<String> {
+    let geometry = small_geometry();
+    let (image, bits) = clone_image(1, 2);
+    let grown_geometry = geometry.with_size(geometry.size() + 700 * 4096).unwrap();
+    for stop_at in 0.. {
+        let mut finished = false;
+        for seed in 0..24 {
+            // What lies behind the old blocks is anything: an older clone's, say.
+            let mut image = image.clone();
+            image.resize(metadata_size_needed(&grown_geometry) as usize, 0x5a);
+            let plan = Plan { stop_at: Some(stop_at), lying_flushes, ..Plan::default() };
+            let medium = Rc::new(SimDisk::new(image, plan, seed));
+            let run = async {
+                let opened = Store::open(medium.clone()).await?.expect("formatted");
+                let generation = Generation(opened.generation.0 + 1);
+                let superblock = Superblock { geometry: grown_geometry, generation, ..opened.store.superblock() };
+                let grown = opened.store.grow(medium.clone(), superblock).await?;
+                assert!(opened.store.flush().await.is_err(), "the old store is done");
+                grown.flush().await
+            };
+            finished = block_on(run).is_ok();
+            let at = format!("stopped at {stop_at}, seed {seed}");
+            let opened = match open(medium.crash()) {
+                Ok(Some(opened)) => opened,
+                Ok(None) => return Some(format!("{at}: gone")),
+                Err(error) => return Some(format!("{at}: {error}")),
+            };
+            let size = opened.store.superblock().geometry.size();
+            if size != grown_geometry.size() && (finished || size != geometry.size()) {
+                return Some(format!("{at}: {size} bytes"));
+            }
+            if hydrated(&opened) != bits {
+                return Some(format!("{at}: other bits"));
+            }
+        }
+        if finished {
+            assert!(stop_at > 4, "the exploration saw {stop_at} operations only");
+            return None;
+        }
+    }
+    unreachable!()
+}
+
+#[test]
+fn a_crash_while_growing_leaves_the_old_or_the_new_clone() {
+    assert_eq!(explore_growth(0), None);
+    // Without the flush between the new zones and the superblock.
+    println!("{}", explore_growth(0b1).expect("a missing flush is noticed"));
+}
+
+/// A crash came between the copies, and then copy A is damaged: the clone must not have its old size again.
+#[test]
+fn a_stale_copy_is_mended() {
+    let geometry = small_geometry();
+    let (mut image, _) = clone_image(1, 1);
+    let old_copy = image[4096..8192].to_vec();
+    let grown = geometry.with_size(geometry.size() + 1).unwrap();
+    image.resize(metadata_size_needed(&grown) as usize, 0);
+    let medium = disk(image);
+    block_on(async {
+        let opened = Store::open(medium.clone()).await.unwrap().unwrap();
+        assert!(!opened.copy_stale);
+        let superblock = Superblock { geometry: grown, generation: Generation(50), ..opened.store.superblock() };
+        opened.store.grow(medium.clone(), superblock).await.unwrap();
+    });
+    let mut image = medium.crash();
+    image[4096..8192].copy_from_slice(&old_copy);
+    let medium = disk(image);
+    block_on(async {
+        let opened = Store::open(medium.clone()).await.unwrap().unwrap();
+        assert!(opened.copy_stale);
+        opened.store.mend().await.unwrap();
+    });
+    let mut image = medium.crash();
+    image[100] ^= 1;
+    assert_eq!(open(image).unwrap().unwrap().store.superblock().geometry, grown);
 }

@@ -239,7 +239,7 @@ impl CloneSlice {
             return Ok(());
         }
         // Merged in memory, so that one write does both.
-        let _memory = self.copy_memory.acquire(bytes.len()).await;
+        let _memory = self.copies.acquire(bytes.len()).await;
         let mut buf = self.read_source(bytes).await?;
         count(&self.counters.copied_bytes, bytes.len());
         let at = (range.start() - bytes.start()) as usize;

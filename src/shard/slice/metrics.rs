@@ -20,8 +20,10 @@ impl CloneSlice {
                 hold_waiting: self.locks.waiting(),
                 hold_waiting_max: self.locks.waiting_max(),
                 hold_waits: self.locks.waits(),
-                copy_memory_waiting: self.copy_memory.waiting() as u64,
-                copy_memory_waiting_max: self.copy_memory.waiting_max() as u64,
+                // Not a slice's affair: who collects knows it.
+                suspended_waiting: 0,
+                copy_memory_waiting: self.copies.waiting(),
+                copy_memory_waiting_max: self.copies.waiting_max(),
             },
             hydration: HydrationMetrics {
                 regions: map.hydrated_count() + map.unhydrated_count(),
@@ -33,8 +35,8 @@ impl CloneSlice {
                 source_read_latency_us: counters.source_read_latency.snapshot(),
                 copy_latency_us: counters.copy_latency.snapshot(),
                 batch_regions: counters.batch_regions.snapshot(),
-                batches_in_flight: self.copies_in_flight.get(),
-                batch_bytes_in_flight: self.copy_bytes_in_flight.get(),
+                batches_in_flight: self.copies.copies_in_flight(),
+                batch_bytes_in_flight: self.copies.bytes_in_flight(),
                 failures: counters.copy_failures.get(),
                 failed_regions: sched.failed_regions(),
                 paused: sched.is_paused(),
@@ -50,8 +52,8 @@ impl CloneSlice {
             map_bytes: map.memory_bytes(),
             map_max_bytes: map.memory_bytes_max(),
             histogram_bytes: self.counters.memory_bytes(),
-            copy_bytes: self.copy_memory.total() - self.copy_memory.free(),
-            copy_max_bytes: self.copy_memory.total(),
+            copy_bytes: self.copies.used(),
+            copy_max_bytes: self.copies.io_memory(),
         }
     }
 }

@@ -74,7 +74,7 @@ impl CloneSlice {
             let again: LocalBoxFuture<'_, _> = Box::pin(self.read(wanted, trip));
             return again.await;
         }
-        let Some(memory) = self.copy_memory.try_acquire(bytes.len()) else {
+        let Some(memory) = self.copies.try_acquire(bytes.len()) else {
             drop(held);
             return self.read_past(regions, wanted).await;
         };
@@ -110,6 +110,7 @@ impl CloneSlice {
     async fn read_past(&self, regions: RegionRange, wanted: ByteRange) -> Result<Vec<Bytes>> {
         debug_assert_eq!(self.uniform(regions), Some(false));
         count(&self.counters.source_read_bytes, wanted.len());
+        self.state.budget().charge(wanted.len(), self.env.now());
         self.sched.borrow_mut().prioritise(regions.first());
         self.wake.notify();
         match self.read_source(wanted).await {

@@ -161,7 +161,7 @@ fn completion_is_recorded_and_told_once() {
         sim.block_on(async {
             clone.completed().await;
             sim.sleep(Duration::from_millis(50)).await;
-            assert_eq!(clone.state.events().0, 1, "{:?}", clone.state.events().1);
+            assert_eq!(clone.state.events().count().dm, 1, "{:?}", clone.state.events().count());
             assert_eq!(clone.state.hydrating(), 0);
             assert!((0..3).all(|shard| clone.slice(shard).source().is_err()));
             assert_eq!(clone.stats().copied_bytes, setup.size, "every byte once");
@@ -169,7 +169,7 @@ fn completion_is_recorded_and_told_once() {
         // Whoever comes back finds it complete, and tells nobody.
         let devices = devices.crash(&sim);
         let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
-        assert!(clone.state.is_complete() && clone.state.events().0 == 0);
+        assert!(clone.state.is_complete() && clone.state.events().count().all == 0);
         devices.source.clear_reads();
         assert_eq!(sim.block_on(clone.read(0, setup.size)).unwrap(), content(setup.size));
         assert!(devices.source.reads().is_empty());

@@ -4,7 +4,7 @@ use super::super::clone::Setup;
 use super::super::disk::Op;
 use super::{content, scenario, scenario_of, start};
 use crate::clone_state::AUTOMATIC;
-use crate::shard::slice::COPY_MEMORY_BYTES;
+use crate::shard::copy_pool::IO_MEMORY_DEFAULT;
 use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
@@ -39,7 +39,7 @@ fn threshold_zero_and_disabling_stop_and_can_be_undone() {
             match disable {
                 true => clone.enable_hydration(false),
                 false => {
-                    clone.state.set_hydration_threshold(0);
+                    clone.state.set_hydration_threshold(0, clone.sim.now());
                     clone.wake();
                 }
             }
@@ -49,7 +49,7 @@ fn threshold_zero_and_disabling_stop_and_can_be_undone() {
             assert!(hydrated < 256 && clone.state.hydrating() == 0);
             clone.sim.sleep(Duration::from_secs(3)).await;
             assert_eq!(clone.state.hydrated(), hydrated);
-            clone.state.set_hydration_threshold(2);
+            clone.state.set_hydration_threshold(2, clone.sim.now());
             clone.enable_hydration(true);
         }
         clone.completed().await;
@@ -226,7 +226,7 @@ fn copies_are_bounded_in_memory() {
             super::result(&clone, &write).await;
         }
         let max = clone.devices.source.in_flight_bytes_max();
-        assert!(max <= COPY_MEMORY_BYTES && max > COPY_MEMORY_BYTES / 2, "{max}");
+        assert!(max <= IO_MEMORY_DEFAULT && max > IO_MEMORY_DEFAULT / 2, "{max}");
     });
 }
 
@@ -263,5 +263,5 @@ fn a_request_of_many_pieces_runs_some_at_a_time() {
 }
 
 fn setup_size(clone: &super::SimClone) -> u64 {
-    clone.geometry.size()
+    clone.geometry().size()
 }

@@ -203,8 +203,9 @@ fn accounts_of_random_requests_add_up() {
 
 async fn client(clone: Rc<SimClone>, setup: Setup) {
     for _ in 0..12 {
-        let (kind, range, via, fua) =
-            clone.sim.draw(|rng| (rng.below(6), random_range(rng, &setup), rng.below(4) as usize, rng.one_in(8)));
+        let (kind, range, via, fua) = clone
+            .sim
+            .draw(|rng| (rng.below(6), random_range(rng, &setup, setup.size), rng.below(4) as usize, rng.one_in(8)));
         let flags = if fua { RequestFlags::FUA } else { RequestFlags::empty() };
         let request = match kind {
             0 => Request::Read(range),

@@ -6,14 +6,16 @@ use super::super::executor::Sim;
 use super::super::oracle::Oracle;
 use super::super::{Rng, seeds};
 use super::Seed;
-use crate::clone_state::AUTOMATIC;
+use crate::clone_state::{AUTOMATIC, Mode};
 use crate::error::{Error, ErrorKind};
 use crate::io_frontend::request::{Completion, Request, RequestFlags};
 use crate::meta::codec;
+use crate::meta::growth::Wanted;
 use crate::meta::store::Store;
+use crate::source::Source;
 use crate::units::ByteRange;
 use bytes::Bytes;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -55,13 +57,27 @@ pub fn random_content(rng: &mut Rng, size: u64) -> Vec<u8> {
     content
 }
 
-pub fn random_range(rng: &mut Rng, setup: &Setup) -> ByteRange {
+pub fn random_range(rng: &mut Rng, setup: &Setup, size: u64) -> ByteRange {
     let grain = rng.pick(&[1, 1, 512, 4096, setup.region_size]);
-    let start = rng.below(setup.size) / grain * grain;
-    let large = if rng.one_in(8) { setup.size } else { 600 };
+    let start = rng.below(size) / grain * grain;
+    let large = if rng.one_in(8) { size } else { 600 };
     let max = rng.pick(&[1, 600, 5000, 4096, 4096, 3 * setup.region_size, large]);
-    let len = rng.between(1, max).next_multiple_of(grain).min(setup.size - start);
+    let len = rng.between(1, max).next_multiple_of(grain).min(size - start);
     ByteRange::new(start, len).unwrap()
+}
+
+/// Growths that were asked for, the last one last: size before and after, and the bytes between.
+type Growths = Rc<RefCell<Vec<(u64, u64, Vec<u8>)>>>;
+
+/// What was asked for before the machine stopped may have come to pass.
+fn settle_growth(clone: &SimClone, oracle: &Oracle, growths: &Growths, known: u64) -> u64 {
+    let size = clone.geometry().size();
+    if size != known {
+        let grown = growths.borrow();
+        let grown = grown.iter().rev().find(|(before, after, _)| (*before, *after) == (known, size));
+        oracle.grow(&grown.expect("it has grown to what was asked for").2);
+    }
+    size
 }
 
 struct Load {
@@ -72,6 +88,12 @@ struct Load {
     excuses: Rc<dyn Fn(&Error) -> bool>,
     running: Cell<u32>,
     requests_left: Cell<u32>,
+    /// What clients know of.
+    size: Cell<u64>,
+    /// Somebody suspends, resumes and grows.
+    suspends: bool,
+    /// Sizes that the clone is to grow to, and what it then reads there.
+    growths: Growths,
 }
 
 impl Load {
@@ -86,6 +108,81 @@ impl Load {
         self.running.set(self.running.get() - 1);
     }
 
+    /// Suspends and resumes as long as there are requests; ends resumed.
+    async fn operator(self: Rc<Self>) {
+        let (sim, clone) = (self.clone.sim.clone(), &self.clone);
+        while self.suspends && self.requests_left.get() > 0 {
+            sim.sleep(Duration::from_micros(sim.draw(|rng| rng.below(20_000)))).await;
+            let begun = self.oracle.begin_flush();
+            let time_max =
+                Duration::from_micros(sim.draw(|rng| if rng.one_in(3) { rng.below(3000) } else { 30_000_000 }));
+            match clone.coordinator.suspend(time_max).await {
+                Ok(()) => self.suspended(begun).await,
+                Err(error) => assert!(error.kind() == ErrorKind::Limit || (self.excuses)(&error), "{error:?}"),
+            }
+            assert!(!clone.state.is_suspended());
+            if sim.draw(|rng| rng.one_in(3)) {
+                self.grow().await;
+            }
+        }
+        self.running.set(self.running.get() - 1);
+    }
+
+    async fn grow(&self) {
+        let (sim, clone, old) = (&self.clone.sim, &self.clone, self.size.get());
+        if clone.state.mode() != Mode::ReadWrite || old > 400 << 10 {
+            return;
+        }
+        let source = &clone.devices.source;
+        if sim.draw(|rng| rng.one_in(2)) {
+            let more = sim.draw(|rng| {
+                let len = rng.between(1, 30_000);
+                random_content(rng, len)
+            });
+            source.append(&more);
+        }
+        let superblock = clone.coordinator.superblock();
+        let is_padded = superblock.source.size < old;
+        let size = sim.draw(|rng| old + rng.pick(&[1, 100, 512, 4096, 10_000, 50_000]));
+        let zeros = sim.draw(|rng| rng.one_in(4));
+        let followed = source.size().max(old);
+        let follows = !is_padded && sim.draw(|rng| rng.one_in(2));
+        let wanted = match follows {
+            true => Wanted { size: None, zeros: false },
+            false => Wanted { size: Some(size), zeros },
+        };
+        let size = if follows { followed } else { size };
+        let mut bytes = match zeros && !follows || is_padded {
+            true => Vec::new(),
+            false => source.content()[..size.min(followed) as usize][old as usize..].to_vec(),
+        };
+        bytes.resize((size - old) as usize, 0);
+        self.growths.borrow_mut().push((old, size, bytes.clone()));
+        match clone.grow(wanted, OLD_DESTINATION).await {
+            Ok(grown) => {
+                assert_eq!(grown, size > old);
+                self.oracle.grow(&bytes);
+                self.size.set(size);
+            }
+            Err(error) => assert!(error.kind() == ErrorKind::Limit || (self.excuses)(&error), "{error:?}"),
+        }
+        assert_eq!(clone.geometry().size(), self.size.get());
+    }
+
+    async fn suspended(&self, begun: u64) {
+        let (sim, clone) = (&self.clone.sim, &self.clone);
+        assert!(clone.state.is_suspended());
+        if clone.state.mode() == Mode::ReadWrite {
+            self.oracle.end_flush(begun);
+        }
+        let devices = &clone.devices;
+        let operations = || devices.destination.log().len() + devices.metadata.log().len();
+        let before = operations();
+        sim.sleep(Duration::from_micros(sim.draw(|rng| rng.below(3_000_000)))).await;
+        assert_eq!(operations(), before, "nothing happens while the clone is suspended");
+        clone.resume().await.unwrap();
+    }
+
     fn judge<T>(&self, result: Result<T, Error>) -> Option<T> {
         match result {
             Ok(value) => Some(value),
@@ -96,9 +193,9 @@ impl Load {
 
     async fn request(&self) {
         let (clone, oracle) = (&self.clone, &self.oracle);
-        let (kind, range, via, fua) = clone
-            .sim
-            .draw(|rng| (rng.below(100), random_range(rng, &self.setup), rng.below(8) as usize, rng.one_in(5)));
+        let (kind, range, via, fua) = clone.sim.draw(|rng| {
+            (rng.below(100), random_range(rng, &self.setup, self.size.get()), rng.below(8) as usize, rng.one_in(5))
+        });
         let flags = if fua { RequestFlags::FUA } else { RequestFlags::empty() };
         match kind {
             0..30 => {
@@ -151,8 +248,8 @@ impl Load {
             _ => {
                 let (what, number) = clone.sim.draw(|rng| (rng.below(3), rng.pick(&[0, 1, 3, 8, AUTOMATIC])));
                 match what {
-                    0 => clone.state.set_hydration_enabled(number % 2 == 0),
-                    1 => clone.state.set_hydration_threshold(number),
+                    0 => clone.state.set_hydration_enabled(number % 2 == 0, clone.sim.now()),
+                    1 => clone.state.set_hydration_threshold(number, clone.sim.now()),
                     _ => clone.state.set_hydration_batch_size(number),
                 }
                 clone.wake();
@@ -178,14 +275,14 @@ impl Load {
 
 /// One life of a clone: from its start to a crash, a stop, or its completion.
 async fn read_all(clone: &SimClone, oracle: &Oracle) {
-    let range = clone.geometry.whole();
+    let range = clone.geometry().whole();
     let read = oracle.begin_read(range);
     oracle.end_read(read, &clone.read_via(1, range).await.unwrap());
 }
 
 /// What must hold of a completed clone.
-async fn check_completed(clone: &SimClone, setup: &Setup, oracle: &Oracle) {
-    assert_eq!(clone.state.hydrated(), clone.geometry.nr_regions());
+async fn check_completed(clone: &SimClone, oracle: &Oracle, growths: &Growths) {
+    assert_eq!(clone.state.hydrated(), clone.geometry().nr_regions());
     for shard in 0..clone.net.shards() {
         while clone.slice(shard).source().is_ok() {
             clone.sim.sleep(Duration::from_millis(1)).await;
@@ -198,8 +295,12 @@ async fn check_completed(clone: &SimClone, setup: &Setup, oracle: &Oracle) {
         clone.sim.sleep(Duration::from_millis(1)).await;
     }
     let image = clone.devices.destination.image();
-    oracle.check_all(&image[..setup.size as usize]);
-    assert!(image[setup.size as usize..].iter().all(|b| *b == OLD_DESTINATION), "nothing behind the clone is touched");
+    let size = clone.geometry().size() as usize;
+    oracle.check_all(&image[..size]);
+    // A growth that failed may have filled the last region.
+    let region_size = clone.geometry().region_size().bytes() as usize;
+    let end = if growths.borrow().is_empty() { size } else { image.len().min(size.next_multiple_of(region_size)) };
+    assert!(image[end..].iter().all(|b| *b == OLD_DESTINATION), "nothing behind the clone is touched");
 }
 
 /// Makes the devices fail now and then, as long as the clone lives.
@@ -259,9 +360,12 @@ fn simulate(seed: u64, failures: bool) -> u64 {
     devices.source.knows_no_holes.set(sim.draw(|rng| rng.one_in(4)));
     let lives = sim.draw(|rng| rng.between(1, 4));
     let lives = lives + u64::from(failures);
+    let growths = Growths::default();
+    let mut size = setup.size;
     for life in 0..lives {
         heal(&devices);
         let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
+        size = settle_growth(&clone, &oracle, &growths, size);
         if life > 0 && sim.draw(|rng| rng.one_in(2)) {
             sim.block_on(read_all(&clone, &oracle));
             oracle.settle();
@@ -276,24 +380,33 @@ fn simulate(seed: u64, failures: bool) -> u64 {
             plagued && matches!(error.kind(), Io | NoSpace | ReadOnly | SourceLost)
         });
         let clients = sim.draw(|rng| rng.between(1, 6)) as u32;
+        let suspends = sim.draw(|rng| rng.one_in(2));
         let load = Rc::new(Load {
             clone: clone.clone(),
             setup: setup.clone(),
             oracle: oracle.clone(),
             excuses: excuses.clone(),
-            running: Cell::new(clients),
+            running: Cell::new(clients + 1),
+            suspends,
+            size: Cell::new(size),
+            growths: growths.clone(),
             requests_left: Cell::new(sim.draw(|rng| rng.between(5, 120)) as u32),
         });
         (0..clients).for_each(|_| sim.spawn(load.clone().client()));
+        sim.spawn(load.clone().operator());
         let requests = load.requests_left.get();
         let (ends_by_crash, crash_at, after) =
             sim.draw(|rng| (!rng.one_in(4), rng.below(u64::from(requests)) as u32, rng.below(4000)));
+        let was_complete = clone.state.is_complete();
         if !last && ends_by_crash {
             // In the midst of it, mostly before everything is hydrated.
             while load.requests_left.get() > crash_at {
                 sim.run_for(Duration::from_micros(100));
             }
             sim.run_for(Duration::from_micros(after));
+            if !was_complete {
+                clone.check_events();
+            }
             devices = devices.crash(&sim);
             oracle.crash();
         } else {
@@ -302,11 +415,11 @@ fn simulate(seed: u64, failures: bool) -> u64 {
                     sim.sleep(Duration::from_millis(1)).await;
                 }
                 if last {
-                    clone.state.set_hydration_threshold(AUTOMATIC);
+                    clone.state.set_hydration_threshold(AUTOMATIC, clone.sim.now());
                     clone.enable_hydration(true);
                     clone.completed().await;
                     read_all(&clone, &oracle).await;
-                    check_completed(&clone, &setup, &oracle).await;
+                    check_completed(&clone, &oracle, &growths).await;
                 } else {
                     let begun = oracle.begin_flush();
                     if load.judge(clone.stop().await).is_some() {
@@ -314,10 +427,14 @@ fn simulate(seed: u64, failures: bool) -> u64 {
                     }
                 }
             });
+            if !was_complete {
+                clone.check_events();
+            }
             // The daemon has ended, and then the power fails as well.
             devices = devices.crash(&sim);
             oracle.crash();
         }
+        size = load.size.get();
         setup.shards = sim.draw(|rng| rng.between(1, 4)) as u16;
         (setup.hydration, setup.remote_source) = sim.draw(|rng| (rng.one_in(2), rng.one_in(3)));
     }
@@ -325,7 +442,7 @@ fn simulate(seed: u64, failures: bool) -> u64 {
         let opened = Store::open(devices.metadata.clone()).await.unwrap().unwrap();
         assert_eq!(opened.store.superblock().state, codec::CloneState::Complete);
     });
-    oracle.check_all(&devices.destination.image()[..setup.size as usize]);
+    oracle.check_all(&devices.destination.image()[..size as usize]);
     sim.schedule_hash()
 }
 

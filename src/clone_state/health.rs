@@ -1,0 +1,286 @@
+//! What comes and goes with a clone, the background copy and its source, and the events of that.
+//!
+//! Shards report what they see; each change of the whole is told once, and not more often than
+//! [`crate::events::condition`] allows: [`CloneState::tell_overdue`], called every second or so, catches up.
+
+use super::{CloneState, Mode};
+use crate::error::Error;
+use crate::events::EventKind;
+use crate::events::condition::Condition;
+use crate::units::ShardIndex;
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering::*;
+use std::sync::{MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// The background copy, as far as it was told.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Hydration {
+    /// Not begun, or switched off.
+    Off,
+    Running,
+    /// Backing off after failures, on one shard at least.
+    Failing,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum SourceHealth {
+    Found,
+    Lost,
+    /// For good.
+    Changed,
+}
+
+/// See the head of this file.
+pub(super) struct Health {
+    hydration: Condition<Hydration>,
+    /// The words of its last change.
+    hydration_text: String,
+    /// Shards that back off.
+    failing: BTreeSet<ShardIndex>,
+    source: Condition<SourceHealth>,
+    source_text: String,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self {
+            hydration: Condition::new(Hydration::Off),
+            hydration_text: String::new(),
+            failing: BTreeSet::new(),
+            source: Condition::new(SourceHealth::Found),
+            source_text: String::new(),
+        }
+    }
+}
+
+/// What is told, with the changes that were not told before it.
+fn with_untold(text: &str, untold: u64) -> String {
+    match untold {
+        0 => text.into(),
+        1 => format!("{text} (after 1 more change in quick succession)"),
+        _ => format!("{text} (after {untold} more changes in quick succession)"),
+    }
+}
+
+impl CloneState {
+    pub(super) fn health(&self) -> MutexGuard<'_, Health> {
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A background copy is about to be made. Cheap when that is no news.
+    pub fn hydration_starts(&self, now: Duration) {
+        if self.hydration_told.load(Relaxed) {
+            return;
+        }
+        let mut health = self.health();
+        // Under the lock, so that an order that comes at the same moment is seen here, or sees what is done here.
+        if !self.may_hydrate() {
+            return;
+        }
+        if health.hydration.state() == Hydration::Off {
+            self.hydration_told.store(true, Relaxed);
+            self.hydration_is(&mut health, Hydration::Running, "hydration started", now);
+        }
+    }
+
+    /// The user does not want background copies (any more); `why` in words. To be called after the order is in force.
+    pub fn hydration_paused(&self, why: &str, now: Duration) {
+        let mut health = self.health();
+        self.hydration_told.store(false, Relaxed);
+        health.failing.clear();
+        if !self.is_complete() && !self.is_stopping() && self.mode() == Mode::ReadWrite {
+            self.hydration_is(&mut health, Hydration::Off, &format!("hydration paused: {why}"), now);
+        }
+    }
+
+    /// A shard backs off after failures; `why` in words.
+    pub fn hydration_fails(&self, shard: ShardIndex, why: &str, now: Duration) {
+        let mut health = self.health();
+        if self.may_hydrate() && !self.is_all_hydrated() && health.failing.insert(shard) {
+            self.hydration_told.store(false, Relaxed);
+            self.hydration_is(&mut health, Hydration::Failing, why, now);
+        }
+    }
+
+    /// A shard makes copies, and holds none back after failures.
+    pub fn hydration_works(&self, shard: ShardIndex, now: Duration) {
+        if self.hydration_told.load(Relaxed) {
+            return;
+        }
+        let mut health = self.health();
+        health.failing.remove(&shard);
+        let recovered = health.failing.is_empty() && health.hydration.state() == Hydration::Failing;
+        if recovered && self.may_hydrate() && !self.is_all_hydrated() {
+            self.hydration_told.store(true, Relaxed);
+            let text = "hydration goes on: copies work again";
+            self.hydration_is(&mut health, Hydration::Running, text, now);
+        }
+    }
+
+    fn hydration_is(&self, health: &mut Health, to: Hydration, text: &str, now: Duration) {
+        if health.hydration.state() == to {
+            return;
+        }
+        health.hydration_text = text.into();
+        if let Some(untold) = health.hydration.change(to, now) {
+            self.tell_hydration(to, &with_untold(text, untold));
+        }
+    }
+
+    fn tell_hydration(&self, state: Hydration, text: &str) {
+        let kind = match state {
+            Hydration::Off => EventKind::HydrationPaused,
+            Hydration::Running => EventKind::HydrationStarted,
+            Hydration::Failing => EventKind::HydrationFailed,
+        };
+        self.events().raise(kind, text);
+    }
+
+    pub fn source_lost(&self, why: &Error, now: Duration) {
+        self.source_is(SourceHealth::Lost, format!("source lost: {why}"), now);
+    }
+    pub fn source_found(&self, now: Duration) {
+        self.source_is(SourceHealth::Found, "source found again".into(), now);
+    }
+    /// It is another one, for good.
+    pub fn source_changed(&self, why: &Error, now: Duration) {
+        self.source_is(SourceHealth::Changed, format!("source changed, nothing more is read from it: {why}"), now);
+    }
+
+    fn source_is(&self, to: SourceHealth, text: String, now: Duration) {
+        let mut health = self.health();
+        // A clone that is complete has no source.
+        if self.is_complete() || health.source.state() == to || health.source.state() == SourceHealth::Changed {
+            return;
+        }
+        let untold = health.source.change(to, now);
+        if let Some(untold) = untold {
+            self.tell_source(to, &with_untold(&text, untold));
+        }
+        health.source_text = text;
+    }
+
+    fn tell_source(&self, state: SourceHealth, text: &str) {
+        let kind = match state {
+            SourceHealth::Found => EventKind::SourceFound,
+            SourceHealth::Lost => EventKind::SourceLost,
+            SourceHealth::Changed => EventKind::SourceChanged,
+        };
+        self.events().raise(kind, text);
+    }
+
+    /// Tells what changed too often to be told each time, when it is time for it. To be called again and again.
+    pub fn tell_overdue(&self, now: Duration) {
+        let mut health = self.health();
+        let hydration = health.hydration.overdue(now);
+        if let Some((state, untold)) = hydration
+            && !self.is_complete()
+            && self.mode() == Mode::ReadWrite
+        {
+            self.tell_hydration(state, &with_untold(&health.hydration_text, untold));
+        }
+        let source = health.source.overdue(now);
+        if let Some((state, untold)) = source
+            && !self.is_complete()
+        {
+            self.tell_source(state, &with_untold(&health.source_text, untold));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::*;
+    use super::*;
+    use crate::error::ErrorKind;
+    use crate::event_log::EventLog;
+    use crate::events::condition::{TOLD_MAX, WINDOW};
+    use crate::units::RegionSize;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn clone(enabled: bool) -> (CloneState, Arc<EventLog>) {
+        let log = EventLog::new("i", Box::new(|| {}));
+        let geometry = Geometry::new(1 << 20, RegionSize::new(4096).unwrap(), 64).unwrap();
+        let knobs = HydrationKnobs { enabled, threshold: AUTOMATIC, batch_size: AUTOMATIC };
+        (CloneState::new(CloneId(0), CloneEvents::new(&log, "vm"), geometry, 2, true, knobs), log)
+    }
+
+    fn kinds(log: &EventLog) -> Vec<&'static str> {
+        log.after(0, None).events.iter().map(|event| event.kind.name()).collect()
+    }
+
+    #[test]
+    fn hydration_is_told_once_per_transition() {
+        let (state, log) = clone(false);
+        state.hydration_starts(SECOND);
+        state.set_hydration_enabled(false, SECOND);
+        assert!(kinds(&log).is_empty(), "nothing ran");
+        state.set_hydration_enabled(true, SECOND);
+        assert!(kinds(&log).is_empty(), "no copy yet");
+        (0..3).for_each(|_| state.hydration_starts(SECOND));
+        (0..3).for_each(|_| state.hydration_works(ShardIndex(1), SECOND));
+        assert_eq!(kinds(&log), ["hydration_started"]);
+        // Both shards back off: one event. One of them is well again: none yet.
+        (0..3).for_each(|_| state.hydration_fails(ShardIndex(0), "bad", SECOND));
+        state.hydration_fails(ShardIndex(1), "bad", SECOND);
+        state.hydration_starts(SECOND);
+        state.hydration_works(ShardIndex(0), SECOND);
+        assert_eq!(kinds(&log), ["hydration_started", "hydration_failed"]);
+        state.hydration_works(ShardIndex(1), SECOND);
+        assert_eq!(kinds(&log)[2..], ["hydration_started"]);
+        state.set_hydration_threshold(0, SECOND);
+        state.set_hydration_enabled(false, SECOND);
+        state.hydration_fails(ShardIndex(1), "late", SECOND);
+        state.hydration_starts(SECOND);
+        assert_eq!(kinds(&log)[3..], ["hydration_paused"]);
+        state.set_hydration_threshold(1, SECOND);
+        state.hydration_starts(SECOND);
+        assert_eq!(kinds(&log).len(), 4, "it is still disabled");
+        state.set_hydration_enabled(true, SECOND);
+        state.hydration_starts(SECOND);
+        assert_eq!(kinds(&log)[4..], ["hydration_started"]);
+        // A clone that ends, is complete or read-only has nothing to tell of it.
+        state.degrade(Mode::ReadOnly, &Error::new(ErrorKind::Io, "bad"));
+        state.degrade(Mode::ReadOnly, &Error::new(ErrorKind::Io, "bad"));
+        state.hydration_fails(ShardIndex(1), "late", SECOND);
+        assert_eq!(kinds(&log)[5..], ["read_only"]);
+        assert_eq!(state.events().count().dm, 1);
+    }
+
+    #[test]
+    fn a_flapping_source_is_told_in_bounds_and_truly_at_the_end() {
+        let (state, log) = clone(true);
+        let error = Error::new(ErrorKind::Io, "gone");
+        // A hundred times a second, for a minute.
+        for step in 0..6000 {
+            let now = Duration::from_millis(10 * step);
+            if step % 2 == 0 {
+                state.source_lost(&error, now)
+            } else {
+                state.source_found(now)
+            }
+            if step % 100 == 0 {
+                state.tell_overdue(now);
+            }
+        }
+        let told = log.last();
+        assert!((10..=7 * TOLD_MAX as u64).contains(&told), "{told}");
+        state.tell_overdue(60 * SECOND + WINDOW);
+        let last = log.after(0, None).events.pop().unwrap();
+        assert_eq!(last.kind, EventKind::SourceFound);
+        assert!(last.text.starts_with("source found again (after ") && last.text.contains(" more changes"), "{last:?}");
+        let told = log.last();
+        state.tell_overdue(200 * SECOND);
+        assert_eq!(log.last(), told);
+        // One that is another one stays that.
+        state.source_lost(&error, 200 * SECOND);
+        state.source_changed(&error, 200 * SECOND);
+        state.source_found(200 * SECOND);
+        assert_eq!(log.last(), told + 2);
+        state.set_complete();
+        state.tell_overdue(300 * SECOND);
+        assert_eq!(log.last(), told + 2);
+    }
+}
