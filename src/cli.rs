@@ -24,7 +24,8 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 const _: () = assert!(NAME_LEN_MAX == 64 && SHARDS_MAX == 256 && SOURCE_TIMEOUT_SECONDS_MAX == 86_400, "in the help");
-const _: () = assert!(HYDRATION_RATE_MIN == 4 << 10 && HYDRATION_RATE_MAX == 1 << 40 && PRIORITY_MAX == 1000, "too");
+const _: () =
+    assert!(HYDRATION_RATE_MIN == 4 << 10 && HYDRATION_RATE_MAX == 1 << 40 && PRIORITY_MAX == 1000, "in the help");
 
 /// dm-clone in user space: a slow, read-only source becomes a fast, writable disk at once
 #[derive(Parser, Debug)]
@@ -59,6 +60,7 @@ pub enum Verb {
     Serve(ServeArgs),
     Config(ConfigArgs),
     Status(StatusArgs),
+    Table(TableArgs),
     Create(CreateArgs),
     Metrics(MetricsArgs),
     List(ListArgs),
@@ -71,6 +73,7 @@ pub enum Verb {
     Wait(WaitArgs),
     Stop(StopArgs),
     Meta(MetaArgs),
+    Version(VersionArgs),
     Demo(DemoArgs),
 }
 
@@ -323,6 +326,24 @@ pub struct StatusArgs {
     pub control: ControlArgs,
 }
 
+/// Print the table line of clones that run, as 'dmsetup table' does
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Prints dm-clone's table line of a clone, or of all clones that run here, each after its name: what 'hydrant clone --table' \
+or 'table' in a configuration file would start it with. Messages never change it; 'hydrant status --dm' shows what is in \
+force.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant table vm1
+      0 524288 clone /var/lib/vm1.meta /dev/vg/vm1 nbd://backup/vm1 128 1 no_hydration")]
+pub struct TableArgs {
+    /// Which clone [default: all]
+    pub name: Option<CloneName>,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
 /// Start clones in a daemon that runs
 #[derive(Args, Debug)]
 #[command(long_about = "\
@@ -416,7 +437,7 @@ Sends a message to a running clone and returns when it is in force. dm-clone's:
 
 N is from 0 to 4294967295. Without these two, hydrant finds its own numbers. Hydrant's own:
 
-  hydration_rate BYTES    the most bytes per second that are read to hydrate this clone, from 64KiB on; 0 means no bound
+  hydration_rate BYTES    the most bytes per second that are read to hydrate this clone, from 4KiB on; 0 means no bound
   priority N              its weight beside other clones of the daemon, from 1 to 1000; 100 if nothing is said
 
 Messages last until the daemon ends.")]
@@ -605,6 +626,23 @@ pub struct DemoArgs {
     /// Where to make the temporary directory [default: $TMPDIR or /tmp; /var/tmp when that is in memory]
     #[arg(long, value_name = "PATH")]
     pub dir: Option<PathBuf>,
+}
+
+/// Print the version of hydrant, and of what it is made of
+#[derive(Args, Debug)]
+#[command(after_long_help = "\
+Examples:
+  hydrant version --targets        as 'dmsetup targets' for the kernel's
+      engine    clone            v1.0.0
+      frontend  nbd              v1.0.0")]
+pub struct VersionArgs {
+    /// Every engine, frontend, source and metadata format of this build
+    #[arg(long)]
+    pub targets: bool,
+
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// How to find the daemon.

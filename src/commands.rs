@@ -15,6 +15,8 @@ pub mod serve;
 pub mod status;
 pub mod stop;
 pub mod suspend;
+pub mod table;
+pub mod version;
 pub mod wait;
 
 use crate::cli::{Cli, ConfigVerb, Verb};
@@ -32,6 +34,7 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>
             ConfigVerb::Check(of) => config::check(&of.files, out),
         },
         Verb::Status(args) => status::run(&args, out),
+        Verb::Table(args) => table::run(&args, out),
         Verb::Metrics(args) => metrics::run(&args, out),
         Verb::List(args) => list::run(&args, out),
         Verb::Create(args) => create::run(&args),
@@ -44,6 +47,7 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>
         Verb::Wait(args) => wait::run(&args, out),
         Verb::Stop(args) => stop::run(&args),
         Verb::Meta(args) => meta::run(args, out),
+        Verb::Version(args) => version::run(&args, out),
         Verb::Demo(args) => crate::demo::run(&args, out),
     }
 }

@@ -13,6 +13,7 @@ pub mod setting;
 pub mod spec;
 
 use crate::dm_table::DmTable;
+use crate::hydration_share;
 use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::units::{DEVICE_SIZE_MAX, REGION_SIZE_MAX, RegionSize};
 use std::fmt;
@@ -30,18 +31,16 @@ pub const SOURCE_TIMEOUT_SECONDS_DEFAULT: u32 = 60;
 pub const SOURCE_TIMEOUT_SECONDS_MAX: u32 = 86_400;
 
 /// Weight of a clone, when nothing is said.
-pub const PRIORITY_DEFAULT: u32 = 100;
+pub const PRIORITY_DEFAULT: u32 = hydration_share::PRIORITY_DEFAULT as u32;
 /// Largest weight of a clone; the smallest is 1.
-pub const PRIORITY_MAX: u32 = 1000;
+pub const PRIORITY_MAX: u32 = hydration_share::PRIORITY_MAX as u32;
 
 /// Largest clone, in bytes: what a geometry can hold.
 pub const SIZE_MAX: u64 = DEVICE_SIZE_MAX - REGION_SIZE_MAX;
-/// Bounds of the memory that each shard copies with, in bytes.
-pub const IO_MEMORY_MIN: u64 = 4 << 20;
-pub const IO_MEMORY_MAX: u64 = 64 << 30;
 /// Bounds of a rate of hydration, in bytes per second.
-pub const HYDRATION_RATE_MIN: u64 = 4 << 10;
-pub const HYDRATION_RATE_MAX: u64 = 1 << 40;
+pub use crate::hydration_share::{RATE_MAX as HYDRATION_RATE_MAX, RATE_MIN as HYDRATION_RATE_MIN};
+/// Bounds of the memory that each shard copies with, in bytes.
+pub use crate::shard::copy_pool::{IO_MEMORY_MAX, IO_MEMORY_MIN};
 /// The longest time that an idle shard polls, in microseconds.
 pub const SPIN_MAX_US: u64 = 1_000_000;
 /// Bounds of the time between two metrics dumps, in milliseconds: 100 ms to a day.

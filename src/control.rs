@@ -8,6 +8,8 @@
 //! |---|---|
 //! | `GET /v1/status` | `{"clones": [Status, ...]}` |
 //! | `GET /v1/clones/NAME/status` | [`api::Status`] |
+//! | `GET /v1/clones/NAME/table` | `{"table": "0 2048 clone ..."}` |
+//! | `GET /v1/version` | [`api::VersionInfo`] |
 //! | `POST /v1/clones/NAME/message` with `{"message": "hydration_threshold 16"}` | `{}` |
 //! | `GET /v1/events?after=SEQ&clone=NAME&timeout=SECONDS&instance=ID` | [`api::EventPage`] |
 //! | `GET /v1/clones/NAME/wait?event=N&timeout=SECONDS` | [`api::Status`] |
@@ -56,6 +58,8 @@ use std::time::Duration;
 pub trait Controlled {
     /// The status of the clone `name`, or of all clones, by name. `NotFound` when there is no such clone.
     fn status(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<Vec<Status>>>;
+    /// dm-clone's table line of a clone that runs: what it was started with, whatever messages said since.
+    fn table(&self, name: &str) -> Result<String>;
     /// The metrics of the clone `name`, or of all clones. `NotFound` when there is no such clone.
     fn metrics(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<MetricsDocument>>;
     /// Carries a message out on every shard; returns when it is in force. It runs to its end even when the client

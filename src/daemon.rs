@@ -6,6 +6,7 @@
 //! what is in flight is finished, hydration drained, one last commit.
 
 mod activate;
+mod as_table;
 mod control;
 mod listeners;
 mod prepare;

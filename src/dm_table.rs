@@ -18,9 +18,15 @@
 //! dm-clone calls that.
 
 use crate::units::{DEVICE_SIZE_MAX, REGION_SIZE_MAX, REGION_SIZE_MIN, RegionSize, SECTOR_SIZE};
+use crate::version::Version;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+
+/// The name of the target.
+pub const TARGET: &str = "clone";
+/// dm-clone's version whose table, status and messages are understood.
+pub const TARGET_VERSION: Version = Version(1, 0, 0);
 
 /// What the kernel says. Those of the devices are put before the detail by who opens them.
 pub mod words {
@@ -102,6 +108,10 @@ impl DmTable {
     pub fn region_size(&self) -> RegionSize {
         self.region_size
     }
+    /// The same for a clone that has grown to `size` bytes since; of a last sector that is not whole, it has nothing.
+    pub fn grown_to(&self, size: u64) -> Self {
+        Self { len: size / SECTOR_SIZE, ..self.clone() }
+    }
     pub fn metadata(&self) -> PathBuf {
         device_path(&self.metadata)
     }
@@ -149,7 +159,7 @@ impl DmTable {
 /// The line, which [`DmTable::from_str`] understands as the same.
 impl fmt::Display for DmTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "0 {} clone", self.len)?;
+        write!(f, "0 {} {TARGET}", self.len)?;
         let devices = [&self.metadata, &self.destination, &self.source];
         devices.into_iter().chain(&self.arguments).try_for_each(|word| write!(f, " {}", escaped(word)))
     }
@@ -171,7 +181,7 @@ pub struct Line<'a> {
 
 impl fmt::Display for Line<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "0 {} clone", self.size / SECTOR_SIZE)?;
+        write!(f, "0 {} {TARGET}", self.size / SECTOR_SIZE)?;
         for device in [self.metadata, self.destination, self.source] {
             write!(f, " {}", escaped(device))?;
         }
@@ -214,8 +224,8 @@ impl FromStr for DmTable {
         if len > LEN_MAX || start.checked_add(len).is_none_or(|end| end > LEN_MAX) {
             return Err(format!("{}: START and LEN go up to {LEN_MAX} sectors", words::TOO_LARGE));
         }
-        if target != "clone" {
-            return Err(format!("{}: {} is not clone", words::UNKNOWN_TARGET, shown(target)));
+        if target != TARGET {
+            return Err(format!("{}: {} is not {TARGET}", words::UNKNOWN_TARGET, shown(target)));
         }
         if start != 0 {
             return Err(format!("{}: the target must start at 0, not {start}", words::GAP));
@@ -371,12 +381,20 @@ fn is_device_number(word: &str) -> bool {
     })
 }
 
-/// Where a device is: `MAJOR:MINOR` is in `/dev/block`.
+/// Where udev has the devices by their numbers.
+const BY_NUMBER: &str = "/dev/block";
+
+/// Where a device is: `MAJOR:MINOR` is in `/dev/block`, if there is udev; see [`device_number`].
 fn device_path(word: &str) -> PathBuf {
     match is_device_number(word) {
-        true => Path::new("/dev/block").join(word),
+        true => Path::new(BY_NUMBER).join(word),
         false => word.into(),
     }
+}
+
+/// The `MAJOR:MINOR` that `path` was made from.
+pub fn device_number(path: &Path) -> Option<&str> {
+    path.strip_prefix(BY_NUMBER).ok()?.to_str().filter(|word| is_device_number(word))
 }
 
 fn shown(word: &str) -> String {

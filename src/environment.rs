@@ -36,6 +36,15 @@ const OPERATIONS: [(&str, u8); 10] = [
     ("POLL_ADD", opcode::PollAdd::CODE),
 ];
 
+/// Gives memory that was freed back to the system, as far as the C library has kept it. May take some milliseconds.
+pub fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes no pointers; the allocator locks what it looks at.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Whether io_uring works here, with the operations that are used.
 pub fn check_io_uring() -> Result<()> {
     let failed = |e: io::Error| {

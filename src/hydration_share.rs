@@ -30,9 +30,9 @@ pub const PRIORITY_DEFAULT: u16 = 100;
 /// The largest weight; the smallest is 1.
 pub const PRIORITY_MAX: u16 = 1000;
 /// The lowest rate that can be asked for, in bytes per second.
-pub const RATE_MIN: u64 = 64 << 10;
-/// The highest, in bytes per second: 1 PiB.
-pub const RATE_MAX: u64 = 1 << 50;
+pub const RATE_MIN: u64 = 4 << 10;
+/// The highest, in bytes per second: 1 TiB.
+pub const RATE_MAX: u64 = 1 << 40;
 /// What is not used is kept for this long.
 pub const BURST: Duration = Duration::from_millis(100);
 /// An asker looks again after this time at the latest.
@@ -61,10 +61,10 @@ impl HydrationRate {
             }
             Some(rate) if !(RATE_MIN..=RATE_MAX).contains(&bytes_per_second) => bail!(
                 Usage,
-                "a hydration rate of {rate} bytes per second is out of bounds: use {} to {} bytes per second, or \
+                "a hydration rate of {rate} bytes per second is out of bounds: use {} to {} per second, or \
                  disable_hydration to stop the background copy",
                 ByteSize(RATE_MIN),
-                RATE_MAX
+                ByteSize(RATE_MAX)
             ),
             Some(rate) => Ok(Self(rate)),
         }

@@ -5,7 +5,7 @@
 //!
 //! # Layers
 //! A file uses only its own layer and the ones below; `tests/layers.rs` reads the `use` lines and holds it.
-//! * L0, vocabulary: [`units`], [`error`], [`dma_buf`], [`io_frontend::request`].
+//! * L0, vocabulary: [`units`], [`version`], [`error`], [`dma_buf`], [`io_frontend::request`].
 //! * L1, pure decisions: no I/O, no async, no clock.
 //! * L2, generic async over the traits [`disk::Disk`], [`source::Source`], [`env::Env`].
 //! * L3, edges: the kernel, sockets, glommio.
@@ -45,5 +45,7 @@ pub mod signatures;
 #[cfg(test)]
 mod sim;
 pub mod source;
+pub mod targets;
 pub mod units;
 pub mod unix_socket;
+pub mod version;

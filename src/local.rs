@@ -70,7 +70,6 @@ pub struct Semaphore {
     total: u64,
     free: Cell<u64>,
     waiting: RefCell<VecDeque<(u64, oneshot::Sender<Permit>)>>,
-    waiting_max: Cell<usize>,
 }
 
 /// Permits taken from a [`Semaphore`]; given back when dropped.
@@ -81,12 +80,7 @@ pub struct Permit {
 
 impl Semaphore {
     pub fn new(permits: u64) -> Rc<Self> {
-        Rc::new(Self {
-            total: permits,
-            free: Cell::new(permits),
-            waiting: RefCell::default(),
-            waiting_max: Cell::new(0),
-        })
+        Rc::new(Self { total: permits, free: Cell::new(permits), waiting: RefCell::default() })
     }
 
     /// Waits for `count` permits (at most the total: a larger wish gets all of them, alone).
@@ -97,7 +91,6 @@ impl Semaphore {
         }
         let (sender, receiver) = oneshot();
         self.waiting.borrow_mut().push_back((count, sender));
-        self.waiting_max.set(self.waiting_max.get().max(self.waiting()));
         receiver.await.expect("the queue of a semaphore is only dropped with it, and self is borrowed")
     }
 
@@ -109,17 +102,6 @@ impl Semaphore {
 
     pub fn free(&self) -> u64 {
         self.free.get()
-    }
-    pub fn total(&self) -> u64 {
-        self.total
-    }
-    /// How many wait; one that gave up counts until its turn comes.
-    pub fn waiting(&self) -> usize {
-        self.waiting.borrow().len()
-    }
-    /// The most that ever waited at once.
-    pub fn waiting_max(&self) -> usize {
-        self.waiting_max.get()
     }
 
     fn take(self: &Rc<Self>, count: u64) -> Permit {

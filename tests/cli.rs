@@ -61,6 +61,8 @@ fn help_is_as_pinned() {
         &["meta", "repair"],
         &["meta", "import-dm"],
         &["meta", "export-dm"],
+        &["table"],
+        &["version"],
         &["demo"],
     ];
     let mut expected_files: Vec<String> = Vec::new();
@@ -206,6 +208,28 @@ fn configurations_are_checked() {
     let (_, line) = failure(&hydrant(temp.path(), &["serve", "/no/such.toml"]));
     assert_eq!(line, "configuration /no/such.toml: No such file or directory");
     assert!(!temp.path().join("hydrant").exists(), "nothing is made for what can't be started");
+}
+
+#[test]
+fn version_of_every_part() {
+    let temp = tempfile::tempdir().unwrap();
+    let run = |words: &[&str]| text(&hydrant(temp.path(), words).stdout);
+    assert_eq!(run(&["version"]), format!("hydrant {}\n", env!("CARGO_PKG_VERSION")));
+    let lines = run(&["version", "--targets"]);
+    for line in [
+        "engine    clone            v1.0.0\n",
+        "metadata  hydrant          v1.0.0\n",
+        "metadata  dm-clone         v1.0.0\n",
+        "source    nbd ",
+    ] {
+        assert!(lines.contains(line), "{line}: {lines}");
+    }
+    let json: serde_json::Value = serde_json::from_str(&run(&["version", "--targets", "--json"])).unwrap();
+    assert_eq!(json["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(json["targets"].as_array().unwrap().len(), lines.lines().count());
+    assert_eq!(json["targets"][0], serde_json::json!({"kind": "engine", "name": "clone", "version": "1.0.0"}));
+    let json: serde_json::Value = serde_json::from_str(&run(&["version", "--json"])).unwrap();
+    assert_eq!(json, serde_json::json!({"version": env!("CARGO_PKG_VERSION")}));
 }
 
 #[test]

@@ -98,6 +98,8 @@ pub struct Located<T> {
     table: Table,
     /// Of the table's header.
     header: Range<usize>,
+    /// Where the keys and values start that were left out of `spec`, since they are wrong.
+    faulty: Vec<usize>,
     /// What the table is called in a problem: `daemon`, `clone 'vm1'`.
     pub label: String,
     text: std::rc::Rc<Text>,
@@ -110,10 +112,18 @@ impl<T> Located<T> {
         self.text.place(self.table.span_of(&path).unwrap_or(self.header.clone()).start)
     }
 
+    fn offset(&self, fault: &Fault) -> usize {
+        fault.span.clone().or_else(|| self.table.span_of(&fault.keys)).unwrap_or(self.header.clone()).start
+    }
+
+    /// Whether something was wrong there already.
+    pub fn has_faulty(&self, fault: &Fault) -> bool {
+        self.faulty.contains(&self.offset(fault))
+    }
+
     /// What to say about a fault of this table.
     pub fn problem(&self, fault: &Fault) -> Problem {
-        let span = fault.span.clone().or_else(|| self.table.span_of(&fault.keys)).unwrap_or(self.header.clone());
-        self.text.problem(span.start, format!("{}: {fault}", self.label))
+        self.text.problem(self.offset(fault), format!("{}: {fault}", self.label))
     }
 
     pub fn problems(&self, faults: &Faults) -> impl Iterator<Item = Problem> {
@@ -191,8 +201,9 @@ fn located<T: serde::de::DeserializeOwned + Default>(
 ) -> Located<T> {
     let mut faults = Vec::new();
     let spec = read(&table, &mut faults);
-    let located = Located { spec, table, header, label, text: text.clone() };
+    let mut located = Located { spec, table, header, faulty: Vec::new(), label, text: text.clone() };
     problems.extend(faults.iter().map(|fault| located.problem(fault)));
+    located.faulty = faults.iter().map(|fault| located.offset(fault)).collect();
     located
 }
 

@@ -124,9 +124,8 @@ fn config_of(clone: &Located<CloneSpec>, dir: &RuntimeDir, problems: &mut Vec<Pr
         Ok(config) => Some(config),
         Err(faults) => {
             // What was wrong has been said, and is not missing.
-            let said = |fault: &&Fault| !problems.iter().any(|problem| problem.place == clone.problem(fault).place);
-            let new: Vec<Problem> = faults.0.iter().filter(said).map(|fault| clone.problem(fault)).collect();
-            problems.extend(new);
+            let new = faults.0.iter().filter(|fault| !clone.has_faulty(fault));
+            problems.extend(new.map(|fault| clone.problem(fault)));
             None
         }
     }

@@ -16,6 +16,34 @@ use std::str::FromStr;
 /// Path prefix of this version of the interface.
 pub const PREFIX: &str = "/v1";
 
+/// The answer to `GET /v1/version`: what the daemon is, and is made of.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VersionInfo {
+    /// Of the program.
+    pub version: String,
+    pub targets: Vec<TargetVersion>,
+}
+
+/// An engine, frontend, source or metadata format.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TargetVersion {
+    /// `engine`, `frontend`, `source` or `metadata`.
+    pub kind: String,
+    pub name: String,
+    /// MAJOR.MINOR.PATCH.
+    pub version: String,
+}
+
+/// The answer to `GET /v1/clones/NAME/table`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TableBody {
+    /// dm-clone's table line.
+    pub table: String,
+}
+
 /// Everything about one clone at one moment.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]

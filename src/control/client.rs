@@ -5,7 +5,7 @@
 
 use super::api::{
     ErrorBody, EventPage, Message, MessageBody, PREFIX, RemoveBody, ResizeBody, Status, StatusList, SuspendBody,
-    WAIT_SECONDS_MAX,
+    TableBody, VersionInfo, WAIT_SECONDS_MAX,
 };
 use super::http_io::BlockingIo;
 use crate::config::CloneName;
@@ -102,6 +102,16 @@ impl Client {
             Some(name) => self.get(&format!("/clones/{name}/metrics"), ANSWER_TIME_MAX),
             None => self.get("/metrics", ANSWER_TIME_MAX),
         }
+    }
+
+    /// dm-clone's table line.
+    pub fn table(&self, name: &CloneName) -> Result<String> {
+        self.get::<TableBody>(&format!("/clones/{name}/table"), ANSWER_TIME_MAX).map(|body| body.table)
+    }
+
+    /// Of the daemon.
+    pub fn version(&self) -> Result<VersionInfo> {
+        self.get("/version", ANSWER_TIME_MAX)
     }
 
     /// Returns when the message is in force.

@@ -6,7 +6,7 @@
 use super::Controlled;
 use super::api::{
     ErrorBody, ErrorText, EventPage, Message, MessageBody, PREFIX, RemoveBody, ResizeBody, SUSPEND_SECONDS_MAX, Status,
-    StatusList, SuspendBody, WAIT_SECONDS_MAX,
+    StatusList, SuspendBody, TableBody, WAIT_SECONDS_MAX,
 };
 use super::query::Query;
 use super::waiters::Waiters;
@@ -20,6 +20,7 @@ use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::oneshot;
 use crate::meta::growth::Wanted;
 use crate::net::Stream;
+use crate::targets;
 use crate::units::ByteSize;
 use bytes::Bytes;
 use futures_lite::future::or;
@@ -72,6 +73,8 @@ impl Routes {
             Route::StatusOfAll => {
                 self.controlled.status(None).await.map(|clones| json(StatusCode::OK, &StatusList { clones }))
             }
+            Route::Table(name) => self.controlled.table(name).map(|table| json(StatusCode::OK, &TableBody { table })),
+            Route::Version => Ok(json(StatusCode::OK, &targets::info())),
             Route::MetricsOfAll => self.controlled.metrics(None).await.map(|metrics| json(StatusCode::OK, &metrics)),
             Route::Metrics(name) => {
                 self.controlled.metrics(Some(name)).await.map(|metrics| json(StatusCode::OK, &metrics))
@@ -200,7 +203,9 @@ impl Routes {
 /// What is asked for.
 enum Route<'a> {
     StatusOfAll,
+    Version,
     Status(&'a str),
+    Table(&'a str),
     MetricsOfAll,
     Metrics(&'a str),
     Message(&'a str),
@@ -223,9 +228,11 @@ impl<'a> Route<'a> {
             "/clones" => Some(Self::Create),
             "/metrics" => Some(Self::MetricsOfAll),
             "/stop" => Some(Self::Stop),
+            "/version" => Some(Self::Version),
             _ => match path.strip_prefix("/clones/")?.split_once('/')? {
                 ("", _) => None,
                 (name, "status") => Some(Self::Status(name)),
+                (name, "table") => Some(Self::Table(name)),
                 (name, "metrics") => Some(Self::Metrics(name)),
                 (name, "wait") => Some(Self::Wait(name)),
                 (name, "message") => Some(Self::Message(name)),
@@ -240,7 +247,7 @@ impl<'a> Route<'a> {
     fn method(&self) -> Method {
         match self {
             Self::StatusOfAll | Self::Status(_) | Self::MetricsOfAll | Self::Metrics(_) => Method::GET,
-            Self::Events | Self::Wait(_) => Method::GET,
+            Self::Version | Self::Table(_) | Self::Events | Self::Wait(_) => Method::GET,
             Self::Suspend(_) | Self::Resume(_) | Self::Resize(_) => Method::POST,
             Self::Create | Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
         }

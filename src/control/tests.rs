@@ -84,6 +84,12 @@ impl Controlled for Clones {
             Ok(())
         })
     }
+    fn table(&self, name: &str) -> Result<String> {
+        match name {
+            "a" => Ok("0 8 clone /m /d /s 8".into()),
+            _ => bail!(NotFound, "no clone '{name}'"),
+        }
+    }
     fn feed(&self) -> Rc<Feed> {
         self.feed.clone()
     }
@@ -210,6 +216,18 @@ fn status_message_and_stop() {
     let error = client.message(&name("a"), &Message::DisableHydration).unwrap_err();
     assert_eq!(error.to_string(), "clone 'a' is read-only");
     assert_eq!(client.message(&name("c"), &Message::EnableHydration).unwrap_err().kind(), ErrorKind::NotFound);
+    running.stop();
+}
+
+#[test]
+fn table_and_version() {
+    let running = Running::start();
+    let client = running.client();
+    assert_eq!(client.table(&"a".parse().unwrap()).unwrap(), "0 8 clone /m /d /s 8");
+    assert_eq!(client.table(&"c".parse().unwrap()).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(client.version().unwrap(), crate::targets::info());
+    let answer = running.post("/v1/version", "{}");
+    assert!(answer.starts_with("HTTP/1.1 405") && answer.contains("allow: GET"), "{answer}");
     running.stop();
 }
 

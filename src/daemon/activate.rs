@@ -10,6 +10,7 @@ use crate::coordinator::Coordinator;
 use crate::devices::{self, Device, Role, Target};
 use crate::disk::Disk;
 use crate::disk::ring::{DiskParts, RingDisk};
+use crate::environment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::CloneEvents;
 use crate::events::EventKind;
@@ -18,17 +19,24 @@ use crate::io_frontend::request::LocalBoxFuture;
 use crate::meta::codec::{self, Superblock, metadata_size_needed};
 use crate::meta::region_map::RegionMap;
 use crate::meta::store::Store;
+use crate::ring::Ring;
 use crate::shard::pool::ShardContext;
 use crate::shard::slice::{CloneSlice, SliceParts};
 use crate::shard::{Mesh, ShardRequest};
 use crate::source::Source;
 use crate::source::nbd::{NbdSource, SourceEvent};
 use crate::units::{CloneId, Generation, Geometry, ShardIndex, ZoneIndex};
+use futures_lite::future::yield_now;
 use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Zones that are loaded into a map before others get their turn: 480 KiB of bits.
+const ZONES_AT_A_TIME: usize = 128;
+/// A clone of so many zones (4 MiB of bits or more, as a rule) leaves memory behind that is worth giving back.
+const ZONES_WORTH_A_TRIM: u64 = 1024;
 
 /// A clone that runs on all shards.
 pub struct ActiveClone {
@@ -84,7 +92,7 @@ fn open(role: Role, path: &Path, target: Target, size: u64) -> Result<(Device, C
 /// What a shard makes its slice from.
 struct ShardParts {
     state: Arc<CloneState>,
-    zones: Vec<(ZoneIndex, Box<[u64]>)>,
+    zones: Vec<(ZoneIndex, Arc<[u64]>)>,
     destination: DiskParts,
     /// `None` when everything is hydrated.
     source: Option<SourceRecipe>,
@@ -163,6 +171,10 @@ pub async fn activate(
     let nbd_source = source.as_ref().and_then(|source| watch(context, source, &state, &source_counts));
     let source = (!complete).then(|| (source, fingerprint.size.min(geometry.size())));
     attach_slices(context, &state, &geometry, zones, &destination, source).await?;
+    if geometry.nr_zones() >= ZONES_WORTH_A_TRIM {
+        // What was loaded is in the maps now; it is not to stay in the memory of the process as well.
+        let _ = Ring::current().blocking(environment::give_back_memory).await;
+    }
     let (hydrated, regions) = (state.hydrated(), geometry.nr_regions());
     state.events().raise(EventKind::Created, format!("created, {hydrated} of {regions} regions are hydrated"));
     if complete {
@@ -243,7 +255,7 @@ async fn attach_slices(
     context: &Rc<ShardContext>,
     state: &Arc<CloneState>,
     geometry: &Geometry,
-    zones: Vec<(ZoneIndex, Box<[u64]>)>,
+    zones: Vec<(ZoneIndex, Arc<[u64]>)>,
     destination: &Device,
     source: Option<(Option<OpenSource>, u64)>,
 ) -> Result<()> {
@@ -290,8 +302,12 @@ async fn attach(context: &Rc<ShardContext>, parts: ShardParts, source: Option<Rc
         None => None,
     };
     let mut map = RegionMap::new(state.geometry(), mesh.shards(), mesh.me());
-    for (zone, bits) in zones {
+    for (nr, (zone, bits)) in zones.into_iter().enumerate() {
         map.load_zone(zone, &bits);
+        if nr % ZONES_AT_A_TIME == ZONES_AT_A_TIME - 1 {
+            // The other clones of this shard get their turn.
+            yield_now().await;
+        }
     }
     state.add_hydrated(map.hydrated_count());
     let destination = Rc::new(RingDisk::new(destination));

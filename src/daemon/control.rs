@@ -48,6 +48,10 @@ impl Controlled for Handle {
         Box::pin(async move { daemon.status(name.as_deref()).await })
     }
 
+    fn table(&self, name: &str) -> Result<String> {
+        self.0.running(name).map(|running| running.table())
+    }
+
     fn metrics(&self, name: Option<&str>) -> LocalBoxFuture<'static, Result<MetricsDocument>> {
         let running = name.map(|name| self.0.running(name)).transpose();
         let (daemon, name) = (self.0.clone(), name.map(str::to_owned));

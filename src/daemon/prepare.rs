@@ -1,5 +1,6 @@
 //! Before anything is changed: opens and checks the three devices, and says what would be done.
 
+use super::as_table;
 use crate::bail;
 use crate::config::CloneConfig;
 use crate::devices::{self, Device, DeviceKind, Place, Role, Target};
@@ -75,6 +76,14 @@ pub fn disk_parts(device: &Device) -> Result<DiskParts> {
 
 /// Checks everything that can be checked without a change.
 pub async fn prepare(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> Result<Prepared> {
+    let looked = async {
+        let config = as_table::with_devices(config)?;
+        look(context, &config, shards).await
+    };
+    as_table::judged(config, looked.await)
+}
+
+async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> Result<Prepared> {
     let spec =
         SourceSpec::parse(std::ffi::OsStr::new(&config.source)).map_err(|text| Error::new(ErrorKind::Usage, text))?;
     let source_path = match &spec {
@@ -125,6 +134,12 @@ pub async fn prepare(context: &Rc<ShardContext>, config: &CloneConfig, shards: u
             };
             check_matches(config, &recovered, &expected)?;
             tell_of_sizes(config, superblock.geometry.size(), superblock.source.size, source.source.size());
+            if let Target::Existing(device) = &destination
+                && device.size > 0
+            {
+                // It may have been cut off since.
+                devices::check_size(device, superblock.geometry.size(), "for the clone that it holds")?;
+            }
             let opened = load(&metadata, recovered).await?;
             Ok(Prepared {
                 geometry: opened.store.superblock().geometry,

@@ -10,6 +10,7 @@ use crate::control::api::{
     CloneRunState, Features, HydrationState, HydrationStatus, IoCounters, Message, MetadataMode, MetadataStatus,
     NbdStatus, SourceState, SourceStatus, Status,
 };
+use crate::dm_table;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::EventKind;
 use crate::meta::codec;
@@ -18,8 +19,10 @@ use crate::shard::hydrator::automatic_batch_regions;
 use crate::shard::pool::ShardContext;
 use crate::shard::slice::SliceStats;
 use crate::shard::{Mesh, ShardReply, ShardRequest};
+use crate::source::uri::SourceSpec;
 use crate::units::{CloneId, ShardIndex};
 use std::cell::{Cell, RefCell};
+use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -213,6 +216,36 @@ impl RunningClone {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
         })
+    }
+
+    /// dm-clone's table line: as it was given, or what it would be.
+    pub fn table(&self) -> String {
+        let config = &self.config;
+        if let Some(table) = &config.table {
+            return table.grown_to(self.clone.state.geometry().size()).to_string();
+        }
+        // Of use wherever it is read.
+        let absolute = |path: &Path| match std::path::absolute(path) {
+            Ok(path) => path.display().to_string(),
+            Err(_) => path.display().to_string(),
+        };
+        let source = match config.source.parse() {
+            Ok(SourceSpec::File(path)) => absolute(&path),
+            _ => config.source.clone(),
+        };
+        let geometry = &self.clone.state.geometry();
+        let line = dm_table::Line {
+            size: geometry.size(),
+            metadata: &absolute(&config.metadata),
+            destination: &absolute(&config.destination),
+            source: &source,
+            region_size: geometry.region_size(),
+            no_hydration: !config.hydration,
+            no_discard_passdown: !config.discard_passdown,
+            hydration_threshold: config.hydration_threshold,
+            hydration_batch_size: config.hydration_batch_size,
+        };
+        line.to_string()
     }
 
     fn hydration_state(&self, stats: &SliceStats, source: SourceState) -> HydrationState {

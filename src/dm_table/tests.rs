@@ -93,6 +93,8 @@ fn good_lines() {
     let plain = parse("0 524288 clone 254:0 /dev/d nbd://h/x 8").unwrap();
     assert_eq!((plain.size(), plain.region_size().bytes()), (256 << 20, 4096));
     assert_eq!(plain.metadata(), Path::new("/dev/block/254:0"));
+    assert_eq!(device_number(&plain.metadata()), Some("254:0"));
+    assert_eq!(device_number(&plain.destination()), None);
     assert_eq!(plain.destination(), Path::new("/dev/d"));
     assert_eq!(plain.source(), "nbd://h/x");
     assert!(!plain.no_hydration() && !plain.no_discard_passdown());
@@ -104,6 +106,10 @@ fn good_lines() {
     assert!(all.no_hydration() && all.no_discard_passdown());
     assert_eq!((all.hydration_threshold(), all.hydration_batch_size()), (Some(0), Some(u32::MAX)));
     assert_eq!(all.region_size().bytes(), 1 << 30);
+
+    let grown = "0 1048576 clone 254:0 /dev/d nbd://h/x 8";
+    assert_eq!(plain.grown_to(512 << 20).to_string(), grown);
+    assert_eq!(plain.grown_to(plain.size()), plain);
 
     // Twice, and too much: the last one counts, and the rest means nothing.
     let twice =

@@ -17,6 +17,11 @@ pub mod reply;
 pub mod server;
 pub mod stats;
 
+use crate::version::Version;
+
+/// Of what clients are offered.
+pub const VERSION: Version = Version(1, 0, 0);
+
 pub use handshake::{CONTEXT_HYDRATED, Exports};
 pub use limits::Limits;
 pub use server::{Counted, Served, Stay, serve};

@@ -27,6 +27,7 @@ use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::Poll;
 
 /// The most that one read or write carries: 1 MiB.
@@ -49,8 +50,9 @@ pub struct Store {
 /// What [`Store::open`] found.
 pub struct Opened {
     pub store: Store,
-    /// Every zone in order, with [`words_per_zone`] words each.
-    pub zones: Vec<(ZoneIndex, Box<[u64]>)>,
+    /// The zones that have hydrated regions, in order, with [`words_per_zone`] words each. Zones that are hydrated as a
+    /// whole share theirs: of a large clone, little is held twice while it starts.
+    pub zones: Vec<(ZoneIndex, Arc<[u64]>)>,
     /// The newest generation on the medium: the next commit has a higher one.
     pub generation: Generation,
     /// Oddities that did not prevent opening; one line each, for the log.
@@ -231,7 +233,8 @@ impl Store {
         let complete = superblock.state == CloneState::Complete;
         let store = Store::new(disk, superblock);
         // Grown as valid blocks arrive: a hostile size in the superblock must not decide how much is allocated.
-        let mut zones: Vec<(ZoneIndex, Box<[u64]>)> = Vec::new();
+        let mut zones: Vec<(ZoneIndex, Arc<[u64]>)> = Vec::new();
+        let mut whole: Option<Arc<[u64]>> = None;
         let reads = (0..geometry.nr_zones()).step_by(BLOCKS_PER_IO_MAX as usize).map(|first| {
             let count = (geometry.nr_zones() - first).min(BLOCKS_PER_IO_MAX);
             let disk = &store.disk;
@@ -248,8 +251,13 @@ impl Store {
                 let decoded = store.codec.decode(zone, block);
                 bad.extend(decoded.bad);
                 generation = generation.max(decoded.generation);
-                hydrated += decoded.bits.iter().map(|w| u64::from(w.count_ones())).sum::<u64>();
-                zones.push((zone, decoded.bits));
+                let count = decoded.bits.iter().map(|w| u64::from(w.count_ones())).sum::<u64>();
+                hydrated += count;
+                if count == geometry.regions_per_zone() {
+                    zones.push((zone, whole.get_or_insert_with(|| decoded.bits.into()).clone()));
+                } else if count > 0 {
+                    zones.push((zone, decoded.bits.into()));
+                }
             }
             match bad.is_empty() {
                 true => Ok(()),

@@ -3,7 +3,7 @@
 //! **Memory** (`io_memory`): whoever copies takes it before it reads the source and gives it back when the destination has
 //! the data. Invariants:
 //! * All together hold at most `io_memory`; beyond that, a clone that holds nothing always gets one piece, of at most
-//!   [`super::copy::COPY_UNIT_BYTES`]. So the bound of a shard is `io_memory` + 1 MiB for each clone, and no clone waits
+//!   [`COPY_UNIT_BYTES`]. So the bound of a shard is `io_memory` + 1 MiB for each clone, and no clone waits
 //!   for another: one that waits holds something itself, and gets more at the latest when that comes back.
 //! * While other clones are attached, a clone holds at most half of what they leave free: one whose source has stopped to
 //!   answer for a minute keeps some memory, never all.
@@ -17,6 +17,7 @@
 //!
 //! Not `Send`; costs O(clones) per decision.
 
+use super::copy::COPY_UNIT_BYTES;
 use crate::bail;
 use crate::clone_state::CloneState;
 use crate::error::Result;
@@ -30,8 +31,8 @@ use std::time::Duration;
 
 /// Memory for copies of one shard when nothing is configured, in bytes.
 pub const IO_MEMORY_DEFAULT: u64 = 32 << 20;
-/// The least: one copy unit.
-pub const IO_MEMORY_MIN: u64 = super::copy::COPY_UNIT_BYTES;
+/// The least that can be configured, in bytes: a few copy units.
+pub const IO_MEMORY_MIN: u64 = 4 * COPY_UNIT_BYTES;
 /// The most, in bytes: more is a mistake.
 pub const IO_MEMORY_MAX: u64 = 64 << 30;
 
@@ -42,7 +43,7 @@ const PIPELINE_BYTES_BUSY: u64 = 2 << 20;
 /// Clients count as at work for this long after their last request.
 const BUSY_WINDOW: Duration = Duration::from_millis(20);
 /// Bytes of one batch when no batch size is set and there is no competitor.
-pub(super) const BATCH_BYTES: u64 = super::copy::COPY_UNIT_BYTES;
+pub(super) const BATCH_BYTES: u64 = COPY_UNIT_BYTES;
 /// The least that batches shrink to, in bytes, so that many clones can have one in flight each.
 const BATCH_BYTES_MIN: u64 = 64 << 10;
 /// Batches in the share of a clone that has competitors: by so much finer the shares are.
@@ -123,9 +124,9 @@ pub fn checked_io_memory(configured: Option<u64>) -> Result<u64> {
 }
 
 impl CopyPool {
-    /// `io_memory` is in bytes; less than [`IO_MEMORY_MIN`] counts as that.
+    /// `io_memory` is in bytes; less than [`COPY_UNIT_BYTES`] counts as that.
     pub fn new(io_memory: u64) -> Self {
-        let io_memory = io_memory.clamp(IO_MEMORY_MIN, IO_MEMORY_MAX);
+        let io_memory = io_memory.clamp(COPY_UNIT_BYTES, IO_MEMORY_MAX);
         Self { io_memory, used: Cell::new(0), members: RefCell::default() }
     }
 
@@ -189,14 +190,14 @@ impl CopyShare {
             return memory;
         }
         let (sender, receiver) = oneshot();
-        self.member.waiting.borrow_mut().push_back((bytes.min(IO_MEMORY_MIN), sender));
+        self.member.waiting.borrow_mut().push_back((bytes.min(COPY_UNIT_BYTES), sender));
         self.member.waiting_max.set(self.member.waiting_max.get().max(self.waiting()));
         receiver.await.expect("the queue lives as long as its member, and self is borrowed")
     }
 
     /// The memory, if there is some and this clone does not wait for any.
     pub fn try_acquire(&self, bytes: u64) -> Option<CopyMemory> {
-        let bytes = bytes.min(IO_MEMORY_MIN);
+        let bytes = bytes.min(COPY_UNIT_BYTES);
         let fits = self.member.waiting.borrow().is_empty() && self.pool.fits(&self.member, bytes);
         fits.then(|| self.pool.take(&self.member, bytes))
     }

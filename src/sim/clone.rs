@@ -353,14 +353,34 @@ impl SimClone {
                     assert!(hydration != Some(event.kind) || summary, "told twice: {events:#?}");
                     let first = hydration.is_none() && event.kind != HydrationStarted;
                     assert!(!first || summary, "nothing had begun: {events:#?}");
-                    let over = before.iter().any(|event| event.kind.is_dm());
+                    let of_this_size = before.rsplit(|event| event.kind == Resized).next().unwrap_or_default();
+                    let over = of_this_size.iter().any(|event| event.kind.is_dm());
                     assert!(!over, "it can't hydrate any more: {events:#?}");
                     hydration = Some(event.kind);
+                }
+                Suspended | Resumed => {
+                    let last = before.iter().rfind(|event| matches!(event.kind, Suspended | Resumed));
+                    let last = last.map_or(Resumed, |event| event.kind);
+                    assert_ne!(last, event.kind, "told twice: {events:#?}");
+                }
+                Resized => {}
+                HydrationCompleted => {
+                    hydration = None;
+                    let of_this_size = before.rsplit(|event| event.kind == Resized).next().unwrap_or_default();
+                    assert!(
+                        of_this_size.iter().all(|event| event.kind != HydrationCompleted),
+                        "told twice: {events:#?}"
+                    );
                 }
                 kind => assert!(before.iter().all(|event| event.kind != kind), "told twice: {events:#?}"),
             }
         }
-        assert_eq!(self.state.is_complete(), events.iter().any(|event| event.kind == HydrationCompleted));
+        let completed = events.iter().any(|event| event.kind == HydrationCompleted);
+        match events.iter().any(|event| event.kind == Resized) {
+            false => assert_eq!(self.state.is_complete(), completed),
+            // What it has grown by may be hydrated yet, or not.
+            true => assert!(completed || !self.state.is_complete()),
+        }
         assert_eq!(self.state.mode() != Mode::ReadWrite, events.iter().any(|e| matches!(e.kind, ReadOnly | Failed)));
     }
 

@@ -10,7 +10,11 @@ use crate::error::Result;
 use crate::io_frontend::request::{Allocation, Extent, LocalBoxFuture, push_extent};
 use crate::source::Source;
 use crate::units::ByteRange;
+use crate::version::Version;
 use std::rc::Rc;
+
+/// Of what is asked of a file or a block device.
+pub const VERSION: Version = Version(1, 0, 0);
 
 /// A [`Disk`] as a source.
 pub struct FileSource {

@@ -28,6 +28,7 @@ use crate::local::Semaphore;
 use crate::source::Source;
 use crate::source::uri::NbdUri;
 use crate::units::ByteRange;
+use crate::version::Version;
 use assembly::{Ask, ServerError};
 use client::Client;
 use link::Answer;
@@ -36,6 +37,8 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
+/// Of what is asked of a server.
+pub const VERSION: Version = Version(1, 0, 0);
 /// How much one question about allocation asks ahead, in bytes: its answer serves the ones that follow.
 const STATUS_AHEAD: u64 = 1 << 30;
 /// How often a read is split anew because the server came back with a smaller limit.

@@ -173,6 +173,10 @@ fn what_does_not_fit_is_refused_before_anything_is_changed() {
     let (status, text) = run_for_status("flock", &args);
     assert!(status == 1 && text.contains("in use"), "{text}");
     meta_ok(&bench, "import-dm --force @image --destination @copy --metadata @other-meta");
+    // A destination that was cut off after the import.
+    let source = bench.hole("source", 64 * MIB);
+    fs::File::options().write(true).open(bench.path("copy")).unwrap().set_len(64 * MIB - 512).unwrap();
+    bench.clone_of(&source).metadata(bench.path("other-meta")).refused(&["destination", "too small"]);
 }
 
 #[test]
@@ -230,4 +234,44 @@ fn what_dm_clone_can_not_have_is_refused() {
     bench.hole("meta", 8192);
     meta_refused(&bench, "export-dm @meta @image", "never formatted");
     meta_refused(&bench, "export-dm @missing @image", "No such file");
+}
+
+/// All of it on block devices, which are read and written directly and claimed.
+#[test]
+fn block_devices_are_taken_as_files_are() {
+    need!("xz", "loop");
+    for block in [512, 4096] {
+        let bench = Bench::new();
+        let attach = |name: &str| Loop::attach(&bench.path(name), block);
+        unpack(&bench, "partial-r8");
+        let facts = facts("partial-r8");
+        let source = bench.random("source", 64 * MIB);
+        let before = fs::read(bench.random("copy", 64 * MIB)).unwrap();
+        let expected = merged(&fs::read(&source).unwrap(), &before, &facts);
+        for name in ["meta", "export", "restored"] {
+            bench.hole(name, 4 * MIB);
+        }
+        let image_bytes = fs::read(bench.path("image")).unwrap();
+        let (image, copy, metadata) = (attach("image"), attach("copy"), attach("meta"));
+        let (export, restored) = (attach("export"), attach("restored"));
+        let [i, c, m, e, r] = [&image, &copy, &metadata, &export, &restored].map(|device| device.path.display());
+        // The file under a loop device is in use.
+        let (status, text) = meta(&bench, &format!("import-dm @image --destination {c} --metadata {m}"));
+        assert!(status == 1 && text.contains("loop"), "{text}");
+        meta_ok(&bench, &format!("import-dm {i} --destination {c} --metadata {m}"));
+        meta_ok(&bench, &format!("export-dm {m} {e}"));
+        assert_eq!(dump(&bench, &format!("--format dm-clone {e}"))["hydrated"], facts["hydrated"]);
+        let text = meta_ok(&bench, &format!("dump --json {m}"));
+        fs::write(bench.path("dump.json"), &text).unwrap();
+        meta_ok(&bench, &format!("restore @dump.json {r}"));
+        assert_eq!(meta_ok(&bench, &format!("dump --json {r}")), text);
+
+        let daemon = bench.clone_of(&source).destination(&copy.path).metadata(&metadata.path).start();
+        let (status, text) = meta(&bench, &format!("export-dm --force {m} {e}"));
+        assert!(status == 1 && text.contains("in use"), "{text}");
+        daemon.wait_hydrated();
+        daemon.stop();
+        assert_same(&copy.path, &expected);
+        assert!(fs::read(&image.path).unwrap() == image_bytes, "the image is only read");
+    }
 }

@@ -70,6 +70,7 @@ fn the_kernel_and_hydrant_take_over_from_each_other() {
     sparse(&bench, "large.source", LARGE, b'S', &looked_at);
     bench.hole("made.image", 4 * MIB);
     bench.filled("made.copy", SMALL, b'D');
+    bench.hole("wide.image", 8 * MIB);
 
     let disks = [
         "small.image",
@@ -80,6 +81,7 @@ fn the_kernel_and_hydrant_take_over_from_each_other() {
         "large.source",
         "made.image",
         "made.copy",
+        "wide.image",
     ];
     let said = boot(&bench, &disks);
     let has = |line: &str| assert!(said.lines().any(|found| found.trim_end() == line), "no line '{line}' in:\n{said}");
@@ -126,6 +128,14 @@ fn the_kernel_and_hydrant_take_over_from_each_other() {
         json!([[0, 0], [2, 2], [32_575, 32_577], [65_152, 4_455_000], [8_209_151, 8_209_153], [8_912_895, 8_912_895]]);
     assert_eq!(runs("large"), expected);
     assert_eq!(runs("made"), json!([[0, 0], [63, 64], [1000, 1001], [16383, 16383]]));
+
+    // The kernel's own tree of two levels, which it splits in its own way.
+    let written = [[3, 3], [32_575, 32_576], [65_151, 65_152], [8_209_151, 8_209_152], [8_912_894, 8_912_894]];
+    assert_eq!(runs("wide"), json!(written));
+    let short = dump(&bench, "--format dm-clone @wide.image");
+    assert_eq!((&short["size"], &short["nr_regions"]), (&json!(LARGE - 3 * 512), &json!(8_912_896)));
+    meta_ok(&bench, "import-dm @wide.image --destination @large.copy --metadata @wide.new --source @large.source");
+    assert_eq!(dump(&bench, "@wide.new")["hydrated"], json!(written));
 
     // hydrant takes over, from a clone that it gave and from one that the kernel made.
     for name in ["small", "made"] {

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-/// Something to be written, checked; [`Output::open`] makes the first change.
+/// Something to be written, checked; [`Planned::open`] makes the first change.
 pub struct Planned {
     role: Role,
     path: PathBuf,
