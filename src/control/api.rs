@@ -567,7 +567,7 @@ mod tests {
              metadata.used_blocks metadata.total_blocks metadata.generation event_nr events last_event source.spec \
              source.state source.losses source.reconnects destination nbd.address nbd.export nbd.connections io.reads \
              io.writes io.trims io.write_zeroes io.flushes io.read_bytes io.write_bytes io.trim_bytes \
-             io.write_zeroes_bytes io.errors io.source_read_bytes io.hydrated_bytes io.commits shards uptime_seconds \
+             io.write_zeroes_bytes io.errors io.source_read_bytes io.hydrated_bytes io.commits suspended shards uptime_seconds \
              version pid";
         let mut pinned: Vec<_> = pinned.split_ascii_whitespace().collect();
         names.sort();
