@@ -130,7 +130,9 @@ impl CloneState {
         );
         self.size.store(geometry.size(), Release);
         if new_regions {
-            self.complete.store(false, Release);
+            if self.complete.swap(false, AcqRel) {
+                self.hydration_begins_anew();
+            }
             self.events.set_incomplete();
         }
     }

@@ -84,6 +84,14 @@ impl CloneState {
         }
     }
 
+    /// A complete clone has grown: its background copy begins once more.
+    pub(super) fn hydration_begins_anew(&self) {
+        let mut health = self.health();
+        health.hydration = Condition::new(Hydration::Off);
+        health.failing.clear();
+        self.hydration_told.store(false, Relaxed);
+    }
+
     /// The user does not want background copies (any more); `why` in words. To be called after the order is in force.
     pub fn hydration_paused(&self, why: &str, now: Duration) {
         let mut health = self.health();

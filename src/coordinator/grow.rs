@@ -57,12 +57,13 @@ impl Coordinator {
                 let unstaged = this.on_all_shards(|clone| ShardRequest::Unstage { clone }).await;
                 unstaged.into_iter().for_each(drop);
             }
-            if !was_suspended {
-                this.release().await;
-            }
             if result.is_ok() {
+                // Before hydration of the new regions begins.
                 let size = this.state.geometry().size();
                 this.state.events().raise(EventKind::Resized, format!("resized to {}", ByteSize(size)));
+            }
+            if !was_suspended {
+                this.release().await;
             }
             result
         })

@@ -199,6 +199,7 @@ fn a_complete_clone_grows_and_completes_again() {
             let reads = clone.devices.source.reads();
             assert!(reads.iter().all(|read| read.start() >= old), "{reads:?}");
             assert_eq!(!reads.is_empty(), opens_source);
+            clone.check_events();
             assert!((0..3).all(|shard| clone.slice(shard).source().is_err()));
         });
     }
