@@ -448,7 +448,7 @@ fn simulate(seed: u64, failures: bool) -> u64 {
 
 #[test]
 fn clients_see_what_they_wrote_through_any_crash() {
-    for seed in seeds(0..24) {
+    for seed in seeds(0..16) {
         let _seed = Seed(seed);
         simulate(seed, false);
     }
@@ -456,7 +456,7 @@ fn clients_see_what_they_wrote_through_any_crash() {
 
 #[test]
 fn clients_see_what_they_wrote_beside_failing_devices() {
-    for seed in seeds(0..24) {
+    for seed in seeds(0..16) {
         let _seed = Seed(seed);
         simulate(seed, true);
     }
