@@ -200,6 +200,11 @@ impl Shard {
         coordinator.ok_or_else(|| Error::new(ErrorKind::Shutdown, format!("clone {clone} is gone")))
     }
 
+    /// Requests that wait at the clone's gate on this shard.
+    pub fn waiting_at_gate(&self, clone: CloneId) -> u64 {
+        self.gates.borrow().get(&clone).map_or(0, |gate| gate.waiting())
+    }
+
     /// All slices, by name.
     pub fn slices(&self) -> Vec<Rc<CloneSlice>> {
         let mut slices: Vec<_> = self.slices.borrow().values().cloned().collect();

@@ -61,7 +61,9 @@ async fn part_of(context: &Rc<ShardContext>, name: Option<&str>, nbd: NbdProbe) 
         memory.histogram_bytes += of_slice.histogram_bytes;
         memory.copy_bytes += of_slice.copy_bytes;
         if name.is_none_or(|name| name == slice.state().name) {
-            clones.push(slice.metrics());
+            let mut metrics = slice.metrics();
+            metrics.queue.suspended_waiting = context.shard.waiting_at_gate(slice.id());
+            clones.push(metrics);
             yield_now().await;
         }
     }

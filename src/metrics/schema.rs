@@ -221,6 +221,8 @@ document! {
         hold_waiting_max: u64,
         /// How many ever had to wait.
         hold_waits: u64,
+        /// Requests of this shard's clients that wait because the clone is suspended, now.
+        suspended_waiting: u64,
         /// Copies waiting for copy memory now.
         copy_memory_waiting: u64,
         copy_memory_waiting_max: u64,

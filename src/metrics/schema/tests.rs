@@ -117,7 +117,7 @@ shards[].clones[].latency_us.read shards[].clones[].latency_us.write shards[].cl
 shards[].clones[].latency_us.write_zeroes shards[].clones[].latency_us.cache shards[].clones[].latency_us.status
 shards[].clones[].queue.in_flight shards[].clones[].queue.in_flight_max shards[].clones[].queue.holds
 shards[].clones[].queue.hold_waiting shards[].clones[].queue.hold_waiting_max shards[].clones[].queue.hold_waits
-shards[].clones[].queue.copy_memory_waiting shards[].clones[].queue.copy_memory_waiting_max
+shards[].clones[].queue.suspended_waiting shards[].clones[].queue.copy_memory_waiting shards[].clones[].queue.copy_memory_waiting_max
 shards[].clones[].hydration.regions shards[].clones[].hydration.hydrated_regions
 shards[].clones[].hydration.by.background shards[].clones[].hydration.by.zeroes shards[].clones[].hydration.by.read
 shards[].clones[].hydration.by.cache shards[].clones[].hydration.by.partial_write

@@ -20,6 +20,8 @@ impl CloneSlice {
                 hold_waiting: self.locks.waiting(),
                 hold_waiting_max: self.locks.waiting_max(),
                 hold_waits: self.locks.waits(),
+                // Not a slice's affair: who collects knows it.
+                suspended_waiting: 0,
                 copy_memory_waiting: self.copies.waiting(),
                 copy_memory_waiting_max: self.copies.waiting_max(),
             },
