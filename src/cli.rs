@@ -24,7 +24,8 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 const _: () = assert!(NAME_LEN_MAX == 64 && SHARDS_MAX == 256 && SOURCE_TIMEOUT_SECONDS_MAX == 86_400, "in the help");
-const _: () = assert!(HYDRATION_RATE_MIN == 64 << 10 && HYDRATION_RATE_MAX == 1 << 50 && PRIORITY_MAX == 1000, "too");
+const _: () =
+    assert!(HYDRATION_RATE_MIN == 4 << 10 && HYDRATION_RATE_MAX == 1 << 40 && PRIORITY_MAX == 1000, "in the help");
 
 /// dm-clone in user space: a slow, read-only source becomes a fast, writable disk at once
 #[derive(Parser, Debug)]
@@ -171,7 +172,7 @@ pub struct CloneArgs {
 
     /// The most bytes per second that the background copy reads [default: no limit]
     ///
-    /// A size, 64KiB to 1024TiB. Reads and writes of clients are not limited.
+    /// A size, 4KiB to 1TiB. Reads and writes of clients are not limited.
     #[arg(long, value_name = "SIZE", value_parser = parse_hydration_rate)]
     pub hydration_rate: Option<u64>,
 

@@ -187,7 +187,7 @@ fn wrong_values_name_place_key_and_what_was_expected() {
         ("region_size = -1", format!("{}, found -1", size("from 4KiB to 1GiB"))),
         ("region_size = 1.5", format!("{}, found the fraction 1.5", size("from 4KiB to 1GiB"))),
         ("region_size = 99999999999999999999", format!("{}, found a number of too many digits", size("from 4KiB to 1GiB"))),
-        ("hydration_rate = 0", format!("{}, found 0 bytes", size("from 64KiB to 1024TiB"))),
+        ("hydration_rate = 0", format!("{}, found 0 bytes", size("from 4KiB to 1TiB"))),
         ("hydration_threshold = -1", format!("{regions}, found -1")),
         ("hydration_threshold = 4294967296", format!("{regions}, found 4294967296")),
         ("hydration_batch_size = '8'", format!("{regions}, found the text '8'")),
