@@ -66,6 +66,9 @@ pub enum Verb {
     List(ListArgs),
     Remove(RemoveArgs),
     Message(MessageArgs),
+    Suspend(SuspendArgs),
+    Resume(ResumeArgs),
+    Resize(ResizeArgs),
     Events(EventsArgs),
     Wait(WaitArgs),
     Stop(StopArgs),
@@ -450,6 +453,79 @@ pub struct MessageArgs {
     /// One of those above, with its number
     #[arg(required = true, num_args = 1.., value_name = "MESSAGE", allow_negative_numbers = true)]
     pub message: Vec<String>,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Hold the I/O of a clone, as dmsetup suspend does
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Holds the I/O of a clone, as dmsetup suspend does: requests in flight are finished, later ones wait (clients see a pause, \
+no error), hydration rests, and everything that was acknowledged is committed. Nothing then reaches the destination or \
+the metadata until 'hydrant resume': both can be copied or snapshotted as they are.
+
+What is in flight may have to wait for a source that does not answer. When it has not ended in time, or the commit fails, the \
+clone goes on as before and the command fails. A clone that is suspended already stays so. Stopping or removing a suspended \
+clone fails the requests that wait.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant suspend vm1 && lvcreate --snapshot --name vm1-snap --size 10G vg/vm1; hydrant resume vm1")]
+pub struct SuspendArgs {
+    /// Which clone
+    pub name: CloneName,
+
+    /// Give up after so many seconds, 1 to 3600 [default: 30]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub timeout: Option<u32>,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Let a suspended clone go on
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Lets a suspended clone go on: the requests that waited are carried out, hydration continues. A clone that is not suspended \
+stays as it is.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant resume vm1")]
+pub struct ResumeArgs {
+    /// Which clone
+    pub name: CloneName,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Grow a clone while it is used
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Grows a clone while it is used: to the size that its source has now, or to --size. Destination and metadata grow with it if \
+they are files; block devices must have been made larger before. What is added comes from the source, and reads as zeros \
+where the source has ended. I/O is held for a moment.
+
+Clients that are connected keep the size that they know; who connects again sees the new one. A clone never shrinks.
+
+A complete clone has let go of its source: it is opened again, and must still be the same, unless --zeros is given.")]
+#[command(after_long_help = "\
+Examples:
+  The source has grown:
+      hydrant resize vm1
+  Room behind the end of the source, say to grow the file system there:
+      hydrant resize vm1 --size 200GiB")]
+pub struct ResizeArgs {
+    /// Which clone
+    pub name: CloneName,
+
+    /// The new size [default: that of the source]
+    #[arg(long, value_name = "SIZE")]
+    pub size: Option<ByteSize>,
+
+    /// What is added reads as zeros; the source is not asked
+    #[arg(long, requires = "size")]
+    pub zeros: bool,
 
     #[command(flatten)]
     pub control: ControlArgs,

@@ -10,9 +10,11 @@ pub mod message;
 pub mod meta;
 pub mod metrics;
 pub mod remove;
+pub mod resize;
 pub mod serve;
 pub mod status;
 pub mod stop;
+pub mod suspend;
 pub mod table;
 pub mod version;
 pub mod wait;
@@ -38,6 +40,9 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>
         Verb::Create(args) => create::run(&args),
         Verb::Remove(args) => remove::run(&args),
         Verb::Message(args) => message::run(&args),
+        Verb::Suspend(args) => suspend::suspend(&args),
+        Verb::Resume(args) => suspend::resume(&args),
+        Verb::Resize(args) => resize::run(&args, out),
         Verb::Events(args) => events::run(&args, out),
         Verb::Wait(args) => wait::run(&args, out),
         Verb::Stop(args) => stop::run(&args),

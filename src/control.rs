@@ -15,6 +15,9 @@
 //! | `GET /v1/clones/NAME/wait?event=N&timeout=SECONDS` | [`api::Status`] |
 //! | `POST /v1/clones` with what a `[[clone]]` of a configuration file has, as JSON; paths are absolute | `{}`, when it is served |
 //! | `POST /v1/clones/NAME/remove` with `{"force": false}` | `{}`, when its devices are free |
+//! | `POST /v1/clones/NAME/suspend` with `{"timeout": null}` | `{}`, when requests are held and everything is committed |
+//! | `POST /v1/clones/NAME/resume` | `{}`, when requests go on |
+//! | `POST /v1/clones/NAME/resize` with `{"size": null, "zeros": false}` | `{}`, when the clone has the new size |
 //! | `GET /v1/metrics` | [`crate::metrics::schema::MetricsDocument`] |
 //! | `GET /v1/clones/NAME/metrics` | the same, with this clone only |
 //! | `POST /v1/stop` | `{}`; the daemon then drains, commits and exits |
@@ -44,10 +47,12 @@ use crate::config::spec::CloneSpec;
 use crate::error::Result;
 use crate::event_log::{CloneEvents, Feed};
 use crate::io_frontend::request::LocalBoxFuture;
+use crate::meta::growth::Wanted;
 use crate::metrics::schema::MetricsDocument;
 use api::{Message, Status};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What the server steers: the daemon, on the executor that serves the control socket.
 pub trait Controlled {
@@ -68,6 +73,12 @@ pub trait Controlled {
     fn create(&self, spec: CloneSpec) -> LocalBoxFuture<'static, Result<()>>;
     /// Ends a clone and forgets it; one that is in use only when `force` says so.
     fn remove(&self, name: &str, force: bool) -> LocalBoxFuture<'static, Result<()>>;
+    /// Suspends a clone, waiting up to `time_max` for what is in flight; or leaves it as it was.
+    fn suspend(&self, name: &str, time_max: Duration) -> LocalBoxFuture<'static, Result<()>>;
+    /// Lets a suspended clone go on.
+    fn resume(&self, name: &str) -> LocalBoxFuture<'static, Result<()>>;
+    /// Grows a clone; it may have the wanted size already.
+    fn resize(&self, name: &str, wanted: Wanted) -> LocalBoxFuture<'static, Result<()>>;
     /// Asks the daemon to drain, commit and exit; returns at once. Asking again changes nothing.
     fn stop(&self) -> Result<()>;
 }

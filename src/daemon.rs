@@ -12,7 +12,9 @@ mod listeners;
 mod prepare;
 mod rate;
 mod registry;
+mod resize;
 mod running;
+mod shard_source;
 
 use crate::bail;
 use crate::commands::output_error;

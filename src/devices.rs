@@ -7,7 +7,8 @@
 //! * destination and metadata are opened under an exclusive lock (flock) and, for block devices, under the
 //!   kernel's exclusive claim (`O_EXCL`), which mounts, swap, RAID, device-mapper and other clones respect;
 //! * the three must not overlap, however they are named: [`check_distinct`];
-//! * only [`create`] and [`set_size`] change anything, and only what did not exist or was empty.
+//! * only [`create`] and [`set_size`] change anything, and only what did not exist or was empty; and [`grow`], which makes
+//!   a file that is the clone's own longer.
 //!
 //! Locks and claims belong to the open descriptor: they last as long as [`Device::file`] or a duplicate of it.
 //! Duplicate it for other threads; opening the path again would meet the clone's own claim.
@@ -24,7 +25,7 @@ mod sysfs;
 mod tests;
 
 use crate::bail;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use std::ffi::OsString;
 use std::fmt;
 use std::fs::{File, Metadata};
@@ -35,7 +36,7 @@ pub use content::contents;
 #[cfg(test)]
 use distinct::check_distinct_in;
 pub use distinct::{Place, check_distinct};
-pub use open::{create, open_input, open_source, open_target, set_size};
+pub use open::{create, grow, open_input, open_source, open_target, set_size};
 
 /// What a device is to the clone. Displays as the word that errors use.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -124,6 +125,23 @@ impl Device {
     /// its serial number, WWID, UUID or the like. All zeros: not known.
     pub fn fingerprint_id(&self) -> [u8; 16] {
         identity::fingerprint_id(self)
+    }
+
+    /// The same open device once more: lock and claim last until both are gone.
+    pub fn try_clone(&self) -> Result<Self> {
+        let dup = |file: &File| file.try_clone().map_err(|error| Error::from_io(error, self.label()));
+        Ok(Self {
+            role: self.role,
+            path: self.path.clone(),
+            kind: self.kind,
+            size: self.size,
+            block: self.block,
+            direct: self.direct,
+            file: dup(&self.file)?,
+            buffered: self.buffered.as_ref().map(dup).transpose()?,
+            id: self.id.clone(),
+            fs_dev: self.fs_dev,
+        })
     }
 
     /// What [`check_distinct`] needs to know.

@@ -108,6 +108,10 @@ impl DmTable {
     pub fn region_size(&self) -> RegionSize {
         self.region_size
     }
+    /// The same for a clone that has grown to `size` bytes since; of a last sector that is not whole, it has nothing.
+    pub fn grown_to(&self, size: u64) -> Self {
+        Self { len: size / SECTOR_SIZE, ..self.clone() }
+    }
     pub fn metadata(&self) -> PathBuf {
         device_path(&self.metadata)
     }

@@ -180,7 +180,7 @@ mod tests {
             ("--nbd tcp:localhost:10809", "127.0.0.1:10809"),
             ("--control x --nbd unix:x", "same socket"),
             ("--control=", "a value is required"),
-            ("--hydration-rate 1", "not from 64KiB to 1024TiB"),
+            ("--hydration-rate 1", "not from 4KiB to 1TiB"),
             ("--priority 0", "1..=1000"),
             ("--size 0", "not from 1 bytes"),
             ("--bogus", "--bogus"),

@@ -82,6 +82,9 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
         ByteSize(status.region_size)
     )?;
     let mut line = |label: &str, value: String| writeln!(text, "  {label:<12} {value}");
+    if status.suspended {
+        line("suspended", "I/O and hydration are held, everything is committed".into())?;
+    }
     line("hydration", progress_words(status))?;
     if hydration.failed_regions > 0 {
         line("", format!("{} regions could not be copied; they are tried again", count(hydration.failed_regions)))?;
@@ -324,6 +327,7 @@ mod tests {
             name: "vm1".into(),
             state: CloneRunState::Running,
             error: None,
+            suspended: false,
             size: 16 << 30,
             region_size: 64 << 10,
             nr_regions: 262144,

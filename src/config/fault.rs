@@ -72,7 +72,7 @@ impl From<Faults> for Error {
     }
 }
 
-/// At most [`SHOWN_MAX`] characters of `text`, in quotes, without what could confuse a terminal.
+/// The first characters of `text`, in quotes, without what could confuse a terminal.
 pub fn shown(text: &str) -> String {
     let mut shown: String = text.chars().take(SHOWN_MAX).flat_map(char::escape_debug).collect();
     if text.chars().nth(SHOWN_MAX).is_some() {

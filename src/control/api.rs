@@ -61,6 +61,8 @@ pub struct Status {
     pub hydrated_regions: u64,
     /// Regions whose copy is in flight, background and on demand.
     pub hydrating_regions: u64,
+    /// Requests and hydration are held, everything is committed.
+    pub suspended: bool,
     pub hydration: HydrationStatus,
     pub features: Features,
     pub metadata: MetadataStatus,
@@ -322,6 +324,27 @@ pub struct EventPage {
 #[serde(deny_unknown_fields)]
 pub struct MessageBody {
     pub message: String,
+}
+
+/// The body of `POST /v1/clones/NAME/suspend`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SuspendBody {
+    /// Seconds that what is in flight gets to end, 1 to [`SUSPEND_SECONDS_MAX`]; null: the default.
+    pub timeout: Option<u32>,
+}
+
+/// The longest time that suspending may wait, in seconds.
+pub const SUSPEND_SECONDS_MAX: u32 = 3600;
+
+/// The body of `POST /v1/clones/NAME/resize`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ResizeBody {
+    /// The new size in bytes; null: that of the source.
+    pub size: Option<u64>,
+    /// What is added reads as zeros, whatever the source has there.
+    pub zeros: bool,
 }
 
 /// The body of `POST /v1/clones/NAME/remove`.

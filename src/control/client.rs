@@ -4,12 +4,14 @@
 //! meet: no daemon, a daemon that crashed, somebody else's daemon.
 
 use super::api::{
-    ErrorBody, EventPage, Message, MessageBody, PREFIX, RemoveBody, Status, StatusList, TableBody, VersionInfo,
-    WAIT_SECONDS_MAX,
+    ErrorBody, EventPage, Message, MessageBody, PREFIX, RemoveBody, ResizeBody, Status, StatusList, SuspendBody,
+    TableBody, VersionInfo, WAIT_SECONDS_MAX,
 };
 use super::http_io::BlockingIo;
 use crate::config::CloneName;
+use crate::coordinator::SUSPEND_TIME_MAX;
 use crate::error::{Error, ErrorKind, Result};
+use crate::meta::growth::Wanted;
 use crate::metrics::schema::MetricsDocument;
 use crate::unix_socket;
 use bytes::Bytes;
@@ -30,6 +32,8 @@ const ANSWER_MAX: usize = 256 << 20;
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(10);
 /// How long the answer to what is to be carried out may take; longer than the server gives itself.
 const MESSAGE_TIME_MAX: Duration = Duration::from_secs(25);
+/// The same for a growth.
+const RESIZE_TIME_MAX: Duration = Duration::from_secs(155);
 /// How often [`patiently`] asks again, and after which pause.
 const BROKEN_RETRIES: u32 = 5;
 const BROKEN_PAUSE: Duration = Duration::from_millis(200);
@@ -120,6 +124,28 @@ impl Client {
     /// Starts a clone; returns when it is served. `spec` is its JSON.
     pub fn create(&self, spec: &impl Serialize) -> Result<()> {
         self.ask::<serde_json::Value>(Method::POST, "/clones", self.body(spec)?, MESSAGE_TIME_MAX).map(drop)
+    }
+
+    /// Suspends a clone; returns when its requests are held and everything is committed. `seconds`: what is in flight gets so
+    /// long to end; `None` is the default.
+    pub fn suspend(&self, name: &CloneName, seconds: Option<u32>) -> Result<()> {
+        let body = self.body(&SuspendBody { timeout: seconds })?;
+        let time_max = seconds.map_or(SUSPEND_TIME_MAX, |seconds| Duration::from_secs(seconds.into()));
+        let path = format!("/clones/{name}/suspend");
+        self.ask::<serde_json::Value>(Method::POST, &path, body, time_max + ANSWER_TIME_MAX).map(drop)
+    }
+
+    /// Lets a suspended clone go on.
+    pub fn resume(&self, name: &CloneName) -> Result<()> {
+        let path = format!("/clones/{name}/resume");
+        self.ask::<serde_json::Value>(Method::POST, &path, Vec::new(), MESSAGE_TIME_MAX).map(drop)
+    }
+
+    /// Grows a clone; returns when it has the new size.
+    pub fn resize(&self, name: &CloneName, wanted: Wanted) -> Result<()> {
+        let body = self.body(&ResizeBody { size: wanted.size, zeros: wanted.zeros })?;
+        let path = format!("/clones/{name}/resize");
+        self.ask::<serde_json::Value>(Method::POST, &path, body, RESIZE_TIME_MAX).map(drop)
     }
 
     /// Ends a clone; returns when its devices are free. One that is in use only when `force` says so.

@@ -5,20 +5,23 @@
 
 use super::Controlled;
 use super::api::{
-    ErrorBody, ErrorText, EventPage, Message, MessageBody, PREFIX, RemoveBody, Status, StatusList, TableBody,
-    WAIT_SECONDS_MAX,
+    ErrorBody, ErrorText, EventPage, Message, MessageBody, PREFIX, RemoveBody, ResizeBody, SUSPEND_SECONDS_MAX, Status,
+    StatusList, SuspendBody, TableBody, WAIT_SECONDS_MAX,
 };
 use super::query::Query;
 use super::waiters::Waiters;
 use crate::bail;
 use crate::config::spec::CloneSpec;
+use crate::coordinator::SUSPEND_TIME_MAX;
 use crate::env::Env;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::Feed;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::oneshot;
+use crate::meta::growth::Wanted;
 use crate::net::Stream;
 use crate::targets;
+use crate::units::ByteSize;
 use bytes::Bytes;
 use futures_lite::future::or;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
@@ -34,6 +37,10 @@ use std::time::Duration;
 const BODY_MAX: usize = 64 << 10;
 /// How long a message may take to be in force; longer, and the client is told that it goes on without it.
 const MESSAGE_TIME_MAX: Duration = Duration::from_secs(20);
+/// The same for a growth, which may have to wait for the source.
+const RESIZE_TIME_MAX: Duration = Duration::from_secs(150);
+/// What suspending gets beside the time it may wait.
+const SUSPEND_TIME_MORE: Duration = Duration::from_secs(5);
 
 /// Answers requests, one at a time or many.
 pub struct Routes {
@@ -79,14 +86,31 @@ impl Routes {
             Route::Message(name) => match read_message(request.into_body()).await {
                 Ok(message) => {
                     let log_as = format!("clone '{}': message {message}", name.escape_debug());
-                    self.carry_out(log_as, self.controlled.message(name, &message)).await
+                    self.carry_out(log_as, self.controlled.message(name, &message), MESSAGE_TIME_MAX).await
                 }
                 Err(refused) => return refused,
             },
             Route::Create => match read_clone(request.into_body()).await {
                 Ok(spec) => {
                     let name = spec.name.as_ref().map(|name| name.to_string()).unwrap_or_default();
-                    self.carry_out(format!("clone '{name}': create"), self.controlled.create(spec)).await
+                    self.carry_out(format!("clone '{name}': create"), self.controlled.create(spec), MESSAGE_TIME_MAX)
+                        .await
+                }
+                Err(refused) => return refused,
+            },
+            Route::Suspend(name) => match read_body::<SuspendBody>(request.into_body(), r#"{"timeout": 30}"#).await {
+                Ok(body) => self.suspend(name, body).await,
+                Err(refused) => return refused,
+            },
+            Route::Resume(name) => {
+                let log_as = format!("clone '{}': resume", name.escape_debug());
+                self.carry_out(log_as, self.controlled.resume(name), MESSAGE_TIME_MAX).await
+            }
+            Route::Resize(name) => match read_body::<ResizeBody>(request.into_body(), r#"{"size": null}"#).await {
+                Ok(ResizeBody { size, zeros }) => {
+                    let to = size.map_or("its source".into(), |size| ByteSize(size).to_string());
+                    let log_as = format!("clone '{}': resize to {to}", name.escape_debug());
+                    self.carry_out(log_as, self.controlled.resize(name, Wanted { size, zeros }), RESIZE_TIME_MAX).await
                 }
                 Err(refused) => return refused,
             },
@@ -94,7 +118,7 @@ impl Routes {
                 Ok(RemoveBody { force }) => {
                     let log_as =
                         format!("clone '{}': remove{}", name.escape_debug(), if force { " --force" } else { "" });
-                    self.carry_out(log_as, self.controlled.remove(name, force)).await
+                    self.carry_out(log_as, self.controlled.remove(name, force), MESSAGE_TIME_MAX).await
                 }
                 Err(refused) => return refused,
             },
@@ -139,11 +163,22 @@ impl Routes {
         self.status(name).await
     }
 
+    async fn suspend(&self, name: &str, body: SuspendBody) -> Result<Response<Full<Bytes>>> {
+        let time_max = match body.timeout {
+            None => SUSPEND_TIME_MAX,
+            Some(seconds @ 1..=SUSPEND_SECONDS_MAX) => Duration::from_secs(seconds.into()),
+            Some(seconds) => bail!(Usage, "a timeout of {seconds} s: it is from 1 to {SUSPEND_SECONDS_MAX}"),
+        };
+        let log_as = format!("clone '{}': suspend", name.escape_debug());
+        self.carry_out(log_as, self.controlled.suspend(name, time_max), time_max + SUSPEND_TIME_MORE).await
+    }
+
     /// Lets `work` run to its end, and answers when it has, or when that takes too long.
     async fn carry_out(
         &self,
         log_as: String,
         work: LocalBoxFuture<'static, Result<()>>,
+        time_max: Duration,
     ) -> Result<Response<Full<Bytes>>> {
         let (done, waiting) = oneshot();
         self.env.spawn(Box::pin(async move {
@@ -157,8 +192,8 @@ impl Routes {
         let answered =
             async { waiting.await.unwrap_or_else(|| Err(Error::new(ErrorKind::Shutdown, "the daemon is going down"))) };
         let timed_out = async {
-            self.env.sleep(MESSAGE_TIME_MAX).await;
-            let seconds = MESSAGE_TIME_MAX.as_secs();
+            self.env.sleep(time_max).await;
+            let seconds = time_max.as_secs();
             Err(Error::new(ErrorKind::Limit, format!("not in force after {seconds} s; it is still being carried out")))
         };
         or(answered, timed_out).await.map(|()| json(StatusCode::OK, &serde_json::json!({})))
@@ -177,6 +212,9 @@ enum Route<'a> {
     Events,
     Wait(&'a str),
     Create,
+    Suspend(&'a str),
+    Resume(&'a str),
+    Resize(&'a str),
     Remove(&'a str),
     Stop,
 }
@@ -198,6 +236,9 @@ impl<'a> Route<'a> {
                 (name, "metrics") => Some(Self::Metrics(name)),
                 (name, "wait") => Some(Self::Wait(name)),
                 (name, "message") => Some(Self::Message(name)),
+                (name, "suspend") => Some(Self::Suspend(name)),
+                (name, "resume") => Some(Self::Resume(name)),
+                (name, "resize") => Some(Self::Resize(name)),
                 (name, "remove") => Some(Self::Remove(name)),
                 _ => None,
             },
@@ -207,6 +248,7 @@ impl<'a> Route<'a> {
         match self {
             Self::StatusOfAll | Self::Status(_) | Self::MetricsOfAll | Self::Metrics(_) => Method::GET,
             Self::Version | Self::Table(_) | Self::Events | Self::Wait(_) => Method::GET,
+            Self::Suspend(_) | Self::Resume(_) | Self::Resize(_) => Method::POST,
             Self::Create | Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
         }
     }

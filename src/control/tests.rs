@@ -15,6 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::{CloneEvents, Feed};
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::Notify;
+use crate::meta::growth::Wanted;
 use crate::metrics::schema::{CloneMetrics, MetricsDocument, SCHEMA};
 use crate::ring::Ring;
 use crate::unix_socket::BoundSocket;
@@ -116,6 +117,18 @@ impl Controlled for Clones {
             Ok(())
         })
     }
+    fn suspend(&self, name: &str, time_max: Duration) -> LocalBoxFuture<'static, Result<()>> {
+        self.seen.lock().unwrap().push(format!("suspend {name} {}", time_max.as_secs()));
+        Box::pin(async { Ok(()) })
+    }
+    fn resume(&self, name: &str) -> LocalBoxFuture<'static, Result<()>> {
+        self.seen.lock().unwrap().push(format!("resume {name}"));
+        Box::pin(async { Ok(()) })
+    }
+    fn resize(&self, name: &str, wanted: Wanted) -> LocalBoxFuture<'static, Result<()>> {
+        self.seen.lock().unwrap().push(format!("resize {name} {:?} {}", wanted.size, wanted.zeros));
+        Box::pin(async { Ok(()) })
+    }
     fn stop(&self) -> Result<()> {
         self.stopped.notify();
         Ok(())
@@ -215,6 +228,37 @@ fn table_and_version() {
     assert_eq!(client.version().unwrap(), crate::targets::info());
     let answer = running.post("/v1/version", "{}");
     assert!(answer.starts_with("HTTP/1.1 405") && answer.contains("allow: GET"), "{answer}");
+    running.stop();
+}
+
+#[test]
+fn suspend_resume_and_resize() {
+    let running = Running::start();
+    let (client, a) = (running.client(), "a".parse().unwrap());
+    client.suspend(&a, None).unwrap();
+    client.suspend(&a, Some(3600)).unwrap();
+    client.resume(&a).unwrap();
+    client.resize(&a, Wanted::default()).unwrap();
+    client.resize(&a, Wanted { size: Some(u64::MAX), zeros: true }).unwrap();
+    let expected = [
+        "suspend a 30",
+        "suspend a 3600",
+        "resume a",
+        "resize a None false",
+        "resize a Some(18446744073709551615) true",
+    ];
+    assert_eq!(*running.seen.lock().unwrap(), expected);
+    for (path, body, text) in [
+        ("suspend", r#"{"timeout": 0}"#, "a timeout of 0 s: it is from 1 to 3600"),
+        ("suspend", r#"{"timeout": 3601}"#, "a timeout of 3601 s"),
+        ("suspend", r#"{"timeout": -1}"#, "the body is not"),
+        ("resize", r#"{"size": "1GiB"}"#, "the body is not"),
+        ("resize", r#"{"sise": 5}"#, "unknown field"),
+    ] {
+        let answer = running.post(&format!("/v1/clones/a/{path}"), body);
+        assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains(text), "{path} {body}: {answer}");
+    }
+    assert_eq!(running.seen.lock().unwrap().len(), expected.len());
     running.stop();
 }
 

@@ -2,6 +2,7 @@
 //! slice. The first change on disk is made here, after everything that can fail without one.
 
 use super::prepare::{FoundMetadata, OpenSource, OpenSourceKind, Prepared, disk_parts};
+use super::shard_source::SourceRecipe;
 use crate::bail;
 use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs};
 use crate::config::CloneConfig;
@@ -23,13 +24,10 @@ use crate::shard::pool::ShardContext;
 use crate::shard::slice::{CloneSlice, SliceParts};
 use crate::shard::{Mesh, ShardRequest};
 use crate::source::Source;
-use crate::source::file::FileSource;
-use crate::source::nbd::{NbdSource, NbdSourceOptions, SourceEvent};
-use crate::source::remote::RemoteSource;
-use crate::source::uri::NbdUri;
+use crate::source::nbd::{NbdSource, SourceEvent};
 use crate::units::{CloneId, Generation, Geometry, ShardIndex, ZoneIndex};
 use futures_lite::future::yield_now;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
@@ -45,12 +43,13 @@ pub struct ActiveClone {
     pub state: Arc<CloneState>,
     pub coordinator: Rc<Coordinator>,
     /// The coordinator's connection to an NBD source, while it is needed.
-    pub nbd_source: Option<Weak<NbdSource>>,
+    pub nbd_source: RefCell<Option<Weak<NbdSource>>>,
     /// How often it was lost and found; outlives it.
     pub source_counts: Rc<SourceCounts>,
-    pub metadata_blocks: u64,
-    /// Open, so that they stay locked.
-    _devices: [Device; 2],
+    /// Destination and metadata: open, so that they stay locked.
+    pub devices: RefCell<[Device; 2]>,
+    /// The clone is being resized: one at a time.
+    pub resizing: Cell<bool>,
 }
 
 /// How often an NBD source was lost, and found again.
@@ -90,20 +89,13 @@ fn open(role: Role, path: &Path, target: Target, size: u64) -> Result<(Device, C
     }
 }
 
-/// What a shard makes its source from.
-enum SourceParts {
-    None,
-    File(DiskParts),
-    Nbd { uri: NbdUri, options: NbdSourceOptions, size: u64 },
-    Remote { size: u64 },
-}
-
 /// What a shard makes its slice from.
 struct ShardParts {
     state: Arc<CloneState>,
     zones: Vec<(ZoneIndex, Arc<[u64]>)>,
     destination: DiskParts,
-    source: SourceParts,
+    /// `None` when everything is hydrated.
+    source: Option<SourceRecipe>,
 }
 
 /// What a clone has of its daemon.
@@ -130,6 +122,9 @@ pub async fn activate(
     let (store, zones, generation) = match found {
         FoundMetadata::Ours(opened) => {
             opened.notes.iter().for_each(|note| log::warn!("{}: {note}", metadata.label()));
+            if opened.copy_stale {
+                opened.store.mend().await.map_err(|error| error.within(metadata.label()))?;
+            }
             let (superblock, mut generation) = (opened.store.superblock(), opened.generation);
             if superblock.lacks_devices() && superblock.state == codec::CloneState::Active {
                 // Made by `hydrant meta`: from now on they belong to these.
@@ -174,8 +169,8 @@ pub async fn activate(
     let complete = store.superblock().state == codec::CloneState::Complete;
     let source_counts = Rc::<SourceCounts>::default();
     let nbd_source = source.as_ref().and_then(|source| watch(context, source, &state, &source_counts));
-    let local_source = source.as_ref().map(|source| source.source.clone());
-    attach_slices(context, &state, &geometry, zones, &destination, source, local_source).await?;
+    let source = (!complete).then(|| (source, fingerprint.size.min(geometry.size())));
+    attach_slices(context, &state, &geometry, zones, &destination, source).await?;
     if geometry.nr_zones() >= ZONES_WORTH_A_TRIM {
         // What was loaded is in the maps now; it is not to stay in the memory of the process as well.
         let _ = Ring::current().blocking(environment::give_back_memory).await;
@@ -205,10 +200,10 @@ pub async fn activate(
     Ok(ActiveClone {
         state,
         coordinator,
-        nbd_source,
+        nbd_source: RefCell::new(nbd_source),
         source_counts,
-        metadata_blocks: metadata.size / codec::BLOCK_SIZE as u64,
-        _devices: [destination, metadata],
+        devices: RefCell::new([destination, metadata]),
+        resizing: Cell::new(false),
     })
 }
 
@@ -226,7 +221,7 @@ pub async fn abandon(context: &Rc<ShardContext>, id: CloneId) {
 }
 
 /// Turns what happens to an NBD source into events of the clone.
-fn watch(
+pub(super) fn watch(
     context: &Rc<ShardContext>,
     source: &OpenSource,
     state: &Arc<CloneState>,
@@ -255,14 +250,14 @@ fn watch(
     Some(Rc::downgrade(source))
 }
 
+/// `source`: what there is, and how many bytes of it are seen; `None` for a complete clone.
 async fn attach_slices(
     context: &Rc<ShardContext>,
     state: &Arc<CloneState>,
     geometry: &Geometry,
     zones: Vec<(ZoneIndex, Arc<[u64]>)>,
     destination: &Device,
-    source: Option<OpenSource>,
-    local_source: Option<Rc<dyn Source>>,
+    source: Option<(Option<OpenSource>, u64)>,
 ) -> Result<()> {
     let shards = context.mesh.shards();
     let mut zones_of: Vec<Vec<_>> = (0..shards).map(|_| Vec::new()).collect();
@@ -272,17 +267,15 @@ async fn attach_slices(
     let destination = disk_parts(destination)?;
     let mut attached: Vec<LocalBoxFuture<'static, Option<Result<()>>>> = Vec::new();
     for (shard, zones) in (0..shards).map(ShardIndex).zip(zones_of) {
-        let source = match source.as_ref().map(|source| &source.kind) {
-            None => SourceParts::None,
-            Some(OpenSourceKind::File { parts, .. }) => SourceParts::File(parts.duplicate()?),
-            Some(OpenSourceKind::Nbd { source, uri, options }) => match source.info().multi_conn {
-                true => SourceParts::Nbd { uri: uri.clone(), options: options.clone(), size: source.size() },
-                false => SourceParts::Remote { size: source.size() },
-            },
+        let recipe = match &source {
+            None => None,
+            Some((source, shown)) => Some(SourceRecipe::new(source.as_ref(), *shown, geometry.size())?),
         };
-        let parts = ShardParts { state: state.clone(), zones, destination: destination.duplicate()?, source };
+        let (state, destination) = (state.clone(), destination.duplicate()?);
+        let parts = ShardParts { state, zones, destination, source: recipe };
         if shard == context.mesh.me() {
-            attach(context, parts, local_source.clone()).await?;
+            let local = source.as_ref().and_then(|(source, _)| source.as_ref()).map(|source| source.source.clone());
+            attach(context, parts, local).await?;
         } else {
             attached.push(
                 context
@@ -302,22 +295,11 @@ async fn attach_slices(
 
 /// On its own shard: makes the slice and starts its hydration task. `source`: it is open here already.
 async fn attach(context: &Rc<ShardContext>, parts: ShardParts, source: Option<Rc<dyn Source>>) -> Result<()> {
-    let ShardParts { state, zones, destination, source: source_parts } = parts;
+    let ShardParts { state, zones, destination, source: recipe } = parts;
     let mesh: Rc<dyn Mesh> = context.mesh.clone();
-    let source: Option<Rc<dyn Source>> = match (source, source_parts) {
-        (Some(source), _) => Some(source),
-        (None, SourceParts::None) => None,
-        (None, SourceParts::File(parts)) => Some(Rc::new(FileSource::new(Rc::new(RingDisk::new(parts))))),
-        (None, SourceParts::Nbd { uri, options, size }) => {
-            let source = NbdSource::connect(uri, options, context.env.clone()).await?;
-            if source.size() != size {
-                bail!(SourceChanged, "the source's size changed while it was opened");
-            }
-            Some(Rc::new(source))
-        }
-        (None, SourceParts::Remote { size }) => {
-            Some(Rc::new(RemoteSource::new(state.id, crate::shard::COORDINATOR, size, mesh.clone())))
-        }
+    let source = match recipe {
+        Some(recipe) => Some(recipe.open(context, state.id, source).await?),
+        None => None,
     };
     let mut map = RegionMap::new(state.geometry(), mesh.shards(), mesh.me());
     for (nr, (zone, bits)) in zones.into_iter().enumerate() {

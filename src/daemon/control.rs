@@ -11,12 +11,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::{CloneEvents, Feed};
 use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::io_frontend::request::LocalBoxFuture;
+use crate::meta::growth::Wanted;
 use crate::metrics::collect::collect;
 use crate::metrics::schema::MetricsDocument;
 use crate::runtime_dir::RuntimeDir;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A handle that is shared with the control server.
 pub struct Handle(pub Rc<Daemon>);
@@ -88,6 +89,27 @@ impl Controlled for Handle {
                 return Err(stopping());
             }
             daemon.remove(&name, force).await
+        })
+    }
+
+    fn suspend(&self, name: &str, time_max: Duration) -> LocalBoxFuture<'static, Result<()>> {
+        let running = self.0.running(name);
+        Box::pin(async move { running?.clone.coordinator.suspend(time_max).await })
+    }
+
+    fn resume(&self, name: &str) -> LocalBoxFuture<'static, Result<()>> {
+        let running = self.0.running(name);
+        Box::pin(async move { running?.clone.coordinator.resume().await })
+    }
+
+    fn resize(&self, name: &str, wanted: Wanted) -> LocalBoxFuture<'static, Result<()>> {
+        let (daemon, running) = (self.0.clone(), self.0.running(name));
+        Box::pin(async move {
+            let running = running?;
+            if daemon.is_stopping() {
+                return Err(stopping());
+            }
+            running.resize(&daemon.context, wanted).await.map(drop)
         })
     }
 

@@ -112,10 +112,7 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
         return without_source(config, recovered, destination, metadata).await;
     }
 
-    let source = match spec {
-        SourceSpec::File(path) => open_file_source(&path, &destination, &metadata)?,
-        SourceSpec::Nbd(uri) => open_nbd_source(context, uri, config, shards).await?,
-    };
+    let source = open_source(context, config, spec, [destination.place(), metadata.place()], shards).await?;
     match recovered {
         Some(recovered) => {
             let superblock = &recovered.superblock;
@@ -324,9 +321,23 @@ async fn without_source(
     Ok(Prepared { geometry, fingerprint, source: None, destination, metadata, found })
 }
 
-fn open_file_source(path: &Path, destination: &Target, metadata: &Target) -> Result<OpenSource> {
+/// Opens the source on the coordinator's shard. `others`: destination and metadata.
+pub async fn open_source(
+    context: &Rc<ShardContext>,
+    config: &CloneConfig,
+    spec: SourceSpec,
+    others: [Place; 2],
+    shards: u16,
+) -> Result<OpenSource> {
+    match spec {
+        SourceSpec::File(path) => open_file_source(&path, others),
+        SourceSpec::Nbd(uri) => open_nbd_source(context, uri, config, shards).await,
+    }
+}
+
+fn open_file_source(path: &Path, [destination, metadata]: [Place; 2]) -> Result<OpenSource> {
     let device = devices::open_source(path)?;
-    devices::check_distinct(&[device.place(), destination.place(), metadata.place()])?;
+    devices::check_distinct(&[device.place(), destination, metadata])?;
     if let Some(mounted) = device.mounted_writable() {
         let label = device.label();
         log::warn!(

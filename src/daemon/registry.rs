@@ -404,7 +404,10 @@ impl Daemon {
                 let state = &running.clone.state;
                 let bytes = state.hydrated() * state.geometry().region_size().bytes();
                 running.rate.borrow_mut().sample(now, bytes);
-                if state.is_complete() && running.complete_since.get().is_none() {
+                if !state.is_complete() {
+                    // Not any more, when it has grown.
+                    running.complete_since.set(None);
+                } else if running.complete_since.get().is_none() {
                     running.complete_since.set(Some(Instant::now()));
                 }
                 if running.config.on_hydrated == OnHydrated::Remove && !self.config.one_clone && self.is_done(&running)

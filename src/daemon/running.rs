@@ -171,6 +171,7 @@ impl RunningClone {
             nr_regions: geometry.nr_regions(),
             hydrated_regions: state.hydrated(),
             hydrating_regions: state.hydrating(),
+            suspended: state.is_suspended(),
             hydration: self.hydration(context, &stats, hydration_state),
             features: Features { no_hydration: !state.knobs().enabled, no_discard_passdown: !state.discard_passdown },
             metadata: MetadataStatus {
@@ -182,7 +183,7 @@ impl RunningClone {
                 },
                 block_size: codec::BLOCK_SIZE as u32,
                 used_blocks: codec::SUPERBLOCK_COPIES + geometry.nr_zones(),
-                total_blocks: self.clone.metadata_blocks,
+                total_blocks: self.clone.devices.borrow()[1].size / codec::BLOCK_SIZE as u64,
                 generation: self.clone.coordinator.generation().0,
             },
             event_nr: events.dm,
@@ -221,7 +222,7 @@ impl RunningClone {
     pub fn table(&self) -> String {
         let config = &self.config;
         if let Some(table) = &config.table {
-            return table.to_string();
+            return table.grown_to(self.clone.state.geometry().size()).to_string();
         }
         // Of use wherever it is read.
         let absolute = |path: &Path| match std::path::absolute(path) {
@@ -252,7 +253,7 @@ impl RunningClone {
         let knobs = state.knobs();
         if state.is_complete() {
             HydrationState::Complete
-        } else if !knobs.enabled || knobs.threshold == 0 {
+        } else if !knobs.enabled || knobs.threshold == 0 || state.is_suspended() {
             HydrationState::Paused
         } else if source == SourceState::Lost {
             HydrationState::SourceLost
@@ -301,7 +302,7 @@ impl RunningClone {
         if self.clone.state.is_complete() {
             status.state = SourceState::Released;
         }
-        let source = self.clone.nbd_source.as_ref().and_then(|source| source.upgrade());
+        let source = self.clone.nbd_source.borrow().as_ref().and_then(|source| source.upgrade());
         if status.state == SourceState::Connected && source.is_some_and(|source| !source.state().is_connected()) {
             status.state = SourceState::Lost;
         }

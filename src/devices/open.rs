@@ -153,6 +153,27 @@ pub fn set_size(device: &mut Device, size: u64) -> Result<()> {
     Ok(())
 }
 
+/// Makes a destination or metadata device at least `size` bytes large: a regular file is extended, durably, by a hole; a
+/// block device must be so large by now. Blocks. `device.size` is what it has afterwards, also when this fails.
+pub fn grow(device: &mut Device, size: u64) -> Result<()> {
+    let context = |device: &Device| format!("{} can't grow to {size} bytes", device.label());
+    let has = |device: &Device| match device.kind {
+        DeviceKind::Block => sys::block_device_size(&device.file),
+        DeviceKind::File => device.file.metadata().map(|stat| stat.len()),
+    };
+    device.size = has(device).map_err(|e| Error::from_io(e, context(device)))?;
+    if device.size >= size {
+        return Ok(());
+    }
+    if device.kind == DeviceKind::Block {
+        bail!(TooSmall, "{}: it has {} bytes, make it larger first", context(device), device.size);
+    }
+    check_file_size(device.role, &device.path, size)?;
+    let grown = device.file.set_len(size).and_then(|()| device.file.sync_all()).and_then(|()| has(device));
+    device.size = grown.map_err(|e| Error::from_io(e, context(device)))?;
+    Ok(())
+}
+
 fn open(role: Role, path: &Path, options: &OpenOptions) -> Result<File> {
     let wait = WaitForTheGone::new();
     let opened = loop {

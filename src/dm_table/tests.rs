@@ -107,6 +107,10 @@ fn good_lines() {
     assert_eq!((all.hydration_threshold(), all.hydration_batch_size()), (Some(0), Some(u32::MAX)));
     assert_eq!(all.region_size().bytes(), 1 << 30);
 
+    let grown = "0 1048576 clone 254:0 /dev/d nbd://h/x 8";
+    assert_eq!(plain.grown_to(512 << 20).to_string(), grown);
+    assert_eq!(plain.grown_to(plain.size()), plain);
+
     // Twice, and too much: the last one counts, and the rest means nothing.
     let twice =
         with("8 2 no_hydration no_hydration 4 hydration_threshold 1 hydration_threshold +2 and more 7").unwrap();

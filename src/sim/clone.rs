@@ -180,7 +180,7 @@ impl SimClone {
         let knobs =
             HydrationKnobs { enabled: setup.hydration, threshold: setup.threshold, batch_size: setup.batch_size };
         let log = EventLog::new("sim", Box::new(|| {}));
-        let events = CloneEvents::new(&log, &format!("sim{id}"));
+        let events = CloneEvents::new(&log, format!("sim{id}"));
         let state = CloneState::new(id, events, geometry, setup.shards, setup.discard_passdown, knobs);
         let state = Arc::new(state.with_budget(budget));
         let complete = store.superblock().state == codec::CloneState::Complete;
@@ -363,8 +363,9 @@ impl SimClone {
                     let last = last.map_or(Resumed, |event| event.kind);
                     assert_ne!(last, event.kind, "told twice: {events:#?}");
                 }
-                Resized => hydration = None,
+                Resized => {}
                 HydrationCompleted => {
+                    hydration = None;
                     let of_this_size = before.rsplit(|event| event.kind == Resized).next().unwrap_or_default();
                     assert!(
                         of_this_size.iter().all(|event| event.kind != HydrationCompleted),

@@ -149,3 +149,62 @@ fn metadata_on_another_disk() {
     daemon.stop();
     assert_same(&bench.copy(), &fs::read(&source).unwrap()[..3 * MIB as usize]);
 }
+
+/// What is under [daemon] is in force.
+#[test]
+fn settings_of_the_daemon() {
+    let bench = Bench::new();
+    let source = bench.random("source", MIB);
+    let clone = format!(
+        "[[clone]]\nname = 'vm'\nsource = '{}'\ndestination = 'copy'\nmetadata = 'meta'\nnbd.address = 'unix:vm.sock'\n",
+        source.display()
+    );
+    let daemon_file = bench.path("daemon.toml");
+    let settings = "cpus = [0]\nio_memory = '8MiB'\nspin = '20us'\nlog = 'warn'\nhydration_rate = '1GiB'\n";
+    let control = bench.socket("own.control");
+    fs::write(&daemon_file, format!("[daemon]\ncontrol = '{}'\n{settings}", control.display())).unwrap();
+    let clones_file = bench.path("clones.toml");
+    fs::write(&clones_file, clone).unwrap();
+    let mut daemon = Daemon::serve_files(&bench, &[&daemon_file, &clones_file], &[]);
+    daemon.control = control;
+    wait_for("a daemon at its own socket", std::time::Duration::from_secs(30), || daemon.client().is_there());
+    let status = daemon.wait_status_of("vm", "hydrated", |status| status.is_complete());
+    assert_eq!((status.shards, status.nbd.address), (1, format!("unix:{}", bench.path("vm.sock").display())));
+    let log = daemon.stop();
+    assert!(!log.contains("INFO"), "{log}");
+    assert_same_files(&bench.copy(), &source);
+}
+
+/// Everything is looked at, nothing is changed; the exit status says whether all could be started.
+#[test]
+fn dry_run_of_many() {
+    let bench = Bench::new();
+    let source = bench.random("source", MIB);
+    let clone = |name: &str, source: &Path| {
+        let source = source.display();
+        format!(
+            "[[clone]]\nname = '{name}'\nsource = '{source}'\ndestination = '{name}.img'\nmetadata = '{name}.meta'\n"
+        )
+    };
+    let run = |config: String| {
+        fs::write(bench.path("config.toml"), config).unwrap();
+        let before = checksums(bench.dir());
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_hydrant"))
+            .args(["serve", "--dry-run"])
+            .arg(bench.path("config.toml"))
+            .env("XDG_RUNTIME_DIR", bench.runtime())
+            .output()
+            .unwrap();
+        assert_eq!(checksums(bench.dir()), before);
+        assert!(!bench.runtime().join("hydrant").exists());
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    };
+    let (status, out, _) = run(clone("a", &source) + &clone("b", &source));
+    assert_eq!(status, Some(0), "{out}");
+    assert!(out.contains("'a': 1MiB in 16 regions") && out.contains("'b': 1MiB in 16 regions"), "{out}");
+    let (status, out, said) = run(clone("bad", &bench.path("missing")) + &clone("b", &source));
+    assert_eq!(status, Some(1), "{out}");
+    assert!(out.contains("'bad': can't be started: ") && out.contains("'b': 1MiB in 16 regions"), "{out}");
+    assert!(said.starts_with("hydrant: clone 'bad' could not be started: ") && said.lines().count() == 1, "{said}");
+}

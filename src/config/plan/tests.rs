@@ -1,8 +1,9 @@
 mod hostile;
 
 use super::*;
-use crate::config::OnHydrated;
 use crate::config::file::FILE_SIZE_MAX;
+use crate::config::{HYDRATION_RATE_MAX, HYDRATION_RATE_MIN, IO_MEMORY_MAX, IO_MEMORY_MIN, OnHydrated};
+use crate::units::ByteSize;
 use std::fs;
 use std::time::Duration;
 
@@ -170,6 +171,7 @@ fn paths_are_relative_to_the_file() {
 
 #[test]
 fn wrong_values_name_place_key_and_what_was_expected() {
+    let range = |min, max| format!("from {} to {}", ByteSize(min), ByteSize(max));
     let size = |range: &str| format!("expected a size {range}, in bytes or like \"64KiB\"");
     let time = |range: &str| {
         format!("expected a time {range}, in seconds or like \"50us\", \"2ms\", \"10s\", \"5min\" or \"1h\"")
@@ -187,7 +189,7 @@ fn wrong_values_name_place_key_and_what_was_expected() {
         ("region_size = -1", format!("{}, found -1", size("from 4KiB to 1GiB"))),
         ("region_size = 1.5", format!("{}, found the fraction 1.5", size("from 4KiB to 1GiB"))),
         ("region_size = 99999999999999999999", format!("{}, found a number of too many digits", size("from 4KiB to 1GiB"))),
-        ("hydration_rate = 0", format!("{}, found 0 bytes", size("from 4KiB to 1TiB"))),
+        ("hydration_rate = 0", format!("{}, found 0 bytes", size(&range(HYDRATION_RATE_MIN, HYDRATION_RATE_MAX)))),
         ("hydration_threshold = -1", format!("{regions}, found -1")),
         ("hydration_threshold = 4294967296", format!("{regions}, found 4294967296")),
         ("hydration_batch_size = '8'", format!("{regions}, found the text '8'")),
@@ -217,7 +219,7 @@ fn wrong_values_name_place_key_and_what_was_expected() {
         ("cpus = []", format!("{cpus}, found none")),
         ("cpus = 3", format!("{cpus}, found 3")),
         ("control = ''", "expected a path, found nothing".into()),
-        ("io_memory = 1", format!("{}, found 1 bytes", size("from 1MiB to 64GiB"))),
+        ("io_memory = 1", format!("{}, found 1 bytes", size(&range(IO_MEMORY_MIN, IO_MEMORY_MAX)))),
         ("spin = 5", format!("{spin}, found 5")),
         ("spin = 'us'", format!("{spin}, found the text 'us'")),
         ("log = 'loud=very'", "expected error, warn, info, debug or trace, or by module as in \"hydrant::source=debug\", found 'loud=very': ".into()),

@@ -12,7 +12,7 @@ const SECOND: Duration = Duration::from_secs(1);
 fn state(id: u32, weight: u64) -> Arc<CloneState> {
     let knobs = HydrationKnobs { enabled: true, threshold: AUTOMATIC, batch_size: AUTOMATIC };
     let geometry = Geometry::new(MIB, RegionSize::default(), 16).unwrap();
-    let events = CloneEvents::new(&EventLog::new("test", Box::new(|| {})), &format!("c{id}"));
+    let events = CloneEvents::new(&EventLog::new("test", Box::new(|| {})), format!("c{id}"));
     let state = CloneState::new(CloneId(id), events, geometry, 1, true, knobs);
     state.budget().set_priority(Priority::new(weight).unwrap());
     Arc::new(state)

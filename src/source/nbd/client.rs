@@ -10,7 +10,8 @@
 //!   random, until the client is closed. Only a connection that answered a request starts over at the minimum.
 //! * A request fails with SourceLost when no request at all was answered for `source_timeout` since it was made,
 //!   or when [`LOSSES_MAX`] connections ended with it in flight. A slow source is not a lost one.
-//! * A server that comes back with another size is another source: everything fails with SourceChanged, for good.
+//! * A server that comes back with a smaller size has another source: everything fails with SourceChanged, for good. One
+//!   that has grown is the same; what is new is not seen before the source is opened again.
 //!
 //! Bounds: the queue holds one entry per caller that waits; per connection `depth` requests and
 //! `in_flight_bytes_max` (plus at most one request) are in flight.
@@ -199,7 +200,7 @@ impl Client {
 
     /// Whether a new connection leads to the same source.
     fn admit(&self, index: usize, export: Export) -> Result<Export> {
-        if export.size != self.first.size {
+        if export.size < self.first.size {
             let error = Error::new(
                 ErrorKind::SourceChanged,
                 format!(

@@ -119,13 +119,13 @@ fn gone_for_longer_than_reads_wait() {
 }
 
 #[test]
-fn back_with_another_size() {
+fn back_with_a_smaller_size() {
     if !have("nbdkit") {
         return;
     }
     on_executor(|env| async move {
         let mut server = Server::new();
-        server.nbdkit(&["memory", "1M"]);
+        server.nbdkit(&["memory", "2M"]);
         let source = connect(&server.uri(), quick(), &env).await;
         let events = record(&source);
         source.read(range(0, 1)).await.unwrap();
@@ -135,16 +135,36 @@ fn back_with_another_size() {
         }
         server.kill();
         let waiting = source.read(range(0, 4096));
-        server.nbdkit(&["memory", "2M"]);
+        server.nbdkit(&["memory", "1M"]);
         let error = waiting.await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::SourceChanged);
-        assert!(error.to_string().contains("now has 2097152 bytes there, it had 1048576"), "{error}");
+        assert!(error.to_string().contains("now has 1048576 bytes there, it had 2097152"), "{error}");
         // For good, although the right one comes back.
-        server.nbdkit(&["memory", "1M"]);
+        server.nbdkit(&["memory", "2M"]);
         env.sleep(Duration::from_millis(300)).await;
         assert_eq!(source.read(range(0, 1)).await.unwrap_err().kind(), ErrorKind::SourceChanged);
         assert_eq!(source.allocation(range(0, 1)).await.unwrap_err().kind(), ErrorKind::SourceChanged);
         assert_eq!(events.borrow().as_str(), "LC");
+        source.close().await;
+    });
+}
+
+#[test]
+fn back_with_a_larger_size() {
+    if !have("nbdkit") {
+        return;
+    }
+    on_executor(|env| async move {
+        let mut server = Server::new();
+        server.nbdkit(&["memory", "1M"]);
+        let source = connect(&server.uri(), quick(), &env).await;
+        source.read(range(0, 1)).await.unwrap();
+        server.kill();
+        let waiting = source.read(range((1 << 20) - 4096, 4096));
+        server.nbdkit(&["memory", "2M"]);
+        assert_eq!(waiting.await.unwrap().len(), 4096);
+        assert_eq!(source.size(), 1 << 20, "what is new is not seen");
+        assert!(source.read(range(1 << 20, 1)).await.is_err());
         source.close().await;
     });
 }
