@@ -312,6 +312,7 @@ async fn without_source(
         destination_id,
     };
     check_matches(config, &recovered, &expected)?;
+    tell_of_sizes(config, superblock.geometry.size(), 0, 0);
     if let Target::Existing(device) = &destination {
         devices::check_size(device, superblock.geometry.size(), "for the clone that it holds")?;
     }

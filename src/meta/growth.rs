@@ -38,12 +38,12 @@ pub fn plan(superblock: &Superblock, wanted: Wanted, source_size: Option<u64>) -
     let old = superblock.geometry.size();
     let shown = superblock.source_len().min(old);
     let is_padded = shown < old;
-    let Some(size) = wanted.size.or(source_size) else {
-        bail!(Usage, "zeros up to which size? Give one");
-    };
     if wanted.zeros && wanted.size.is_none() {
         bail!(Usage, "zeros up to which size? Give one");
     }
+    let Some(size) = wanted.size.or(source_size) else {
+        bail!(Usage, "the clone was grown without its source: it can't follow its source, give a size");
+    };
     if wanted.size.is_none() && is_padded && size != old {
         bail!(
             Usage,
@@ -137,6 +137,7 @@ mod tests {
         let (kind, text) = refused(&active, Some(12 * MIB), false, Some(9 * MIB));
         assert_eq!((kind, text.as_str()), (ErrorKind::SourceChanged, "the source has shrunk from 10MiB to 9MiB"));
         assert_eq!(refused(&active, None, true, Some(12 * MIB)).0, ErrorKind::Usage);
+        assert!(refused(&active, None, false, None).1.contains("it can't follow its source, give a size"));
         assert_eq!(refused(&active, Some(u64::MAX), false, Some(12 * MIB)).0, ErrorKind::Usage);
         let padded = clone_of(10 * MIB, 4 * MIB, CloneState::Active);
         let (_, text) = refused(&padded, None, false, Some(12 * MIB));

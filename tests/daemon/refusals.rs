@@ -148,7 +148,9 @@ fn metadata_of_another_clone() {
     let longer = bench.random("longer", 3 * MIB);
     let source_words = ["metadata", "the source's content is not that of the one the clone was made from", "--force"];
     refused(&bench, &command.clone().source(&other), &source_words);
-    refused(&bench, &command.clone().source(&longer), &["metadata", "2MiB", "3MiB"]);
+    let shorter = bench.random("shorter", MIB);
+    refused(&bench, &command.clone().source(&longer), &source_words);
+    refused(&bench, &command.clone().source(&shorter), &["metadata", "2MiB", "1MiB"]);
     // Of the right source, but for another destination; one that is gone; and as a destination.
     let fresh = bench.hole("fresh", 2 * MIB);
     refused(&bench, &command.clone().destination(&fresh), &["metadata", "belong to another destination"]);

@@ -1,0 +1,128 @@
+//! Suspending the real daemon's clones: clients see a pause and nothing else.
+
+use super::harness::*;
+use std::fs;
+use std::time::{Duration, Instant};
+
+/// Content and time of the last change of both devices.
+fn devices(bench: &Bench) -> Vec<(std::path::PathBuf, (u64, i64, i64, u32))> {
+    let both = [bench.copy(), bench.meta()];
+    checksums(bench.dir()).into_iter().filter(|(path, _)| both.contains(path)).collect()
+}
+
+#[test]
+fn writes_under_load_pause_and_go_on() {
+    need!("nbdkit", "nbdsh");
+    let bench = Bench::new();
+    let source = bench.random("source", 32 * MIB);
+    let server = Nbdkit::start(&bench, &format!("-r --filter=delay file {} rdelay=5ms", source.display()));
+    let daemon = bench.clone_of(server.uri()).args("--shards 2 --hydration-threshold 4").start();
+    let uri = daemon.uri();
+    // Every write that was acknowledged is told, with the time that it took.
+    let writer = std::thread::spawn(move || {
+        let script = r#"
+h = connect()
+for i in range(2000):
+    began = time.time()
+    h.pwrite(i.to_bytes(4096, "little"), 4096 * i)
+    print(f"{time.time() - began:.3f}", flush=True)
+    time.sleep(0.001)
+"#;
+        nbdsh(&uri, script)
+    });
+    daemon.wait_status("writes", |status| status.io.writes > 100);
+    let mut written = Vec::new();
+    for _ in 0..3 {
+        daemon.done(&["suspend", "vm"]);
+        let status = daemon.status();
+        assert!(status.suspended && status.hydrating_regions == 0, "{status:#?}");
+        let before = devices(&bench);
+        std::thread::sleep(Duration::from_millis(1500));
+        assert_eq!(devices(&bench), before, "nothing reaches the devices");
+        let now = daemon.status();
+        assert_eq!((now.io.writes, now.hydrated_regions), (status.io.writes, status.hydrated_regions));
+        assert!(daemon.done(&["status", "vm"]).contains("suspended"), "{}", daemon.log());
+        written.push(now.io.writes);
+        daemon.done(&["suspend", "vm"]);
+        daemon.done(&["resume", "vm"]);
+        daemon.done(&["resume", "vm"]);
+        daemon.wait_status("it goes on", |status| status.io.writes > now.io.writes && !status.suspended);
+    }
+    let times = writer.join().unwrap();
+    assert_eq!(times.lines().count(), 2000, "none failed");
+    let waited = times.lines().filter(|time| time.parse::<f64>().unwrap() > 1.0).count();
+    assert!((1..=3).contains(&waited), "{waited} writes waited at the gate, {written:?}");
+    let events = daemon.done(&["events", "vm"]);
+    assert_eq!((events.matches("vm suspended").count(), events.matches("vm resumed").count()), (3, 3), "{events}");
+    daemon.wait_hydrated();
+    daemon.stop();
+    let mut expected = fs::read(&source).unwrap();
+    for i in 0..2000u32 {
+        expected[i as usize * 4096..][..4096].fill(0);
+        expected[i as usize * 4096..][..4].copy_from_slice(&i.to_le_bytes());
+    }
+    assert_same(&bench.copy(), &expected);
+}
+
+/// No client flushes: suspending does.
+#[test]
+fn what_was_written_before_survives_kill_9() {
+    need!("nbdsh");
+    let bench = Bench::new();
+    let source = bench.random("source", 4 * MIB);
+    let daemon = bench.clone_of(&source).args("--no-hydration").start();
+    nbdsh(&daemon.uri(), "h = connect()\nfor i in range(16): h.pwrite(bytes([i + 1]) * 65536, 65536 * 3 * i)");
+    daemon.done(&["suspend", "vm"]);
+    daemon.kill9();
+    let daemon = bench.clone_of(&source).args("--no-hydration").start();
+    assert_eq!(daemon.status().hydrated_regions, 16);
+    assert!(!daemon.status().suspended);
+    nbdsh(
+        &daemon.uri(),
+        "h = connect()\nfor i in range(16): assert h.pread(65536, 65536 * 3 * i) == bytes([i + 1]) * 65536",
+    );
+    daemon.stop();
+}
+
+#[test]
+fn a_suspend_that_waits_for_its_source_gives_up_in_time() {
+    need!("nbdkit", "nbdsh");
+    let bench = Bench::new();
+    let server = Nbdkit::start(&bench, "pattern 16M");
+    let daemon = bench.clone_of(server.uri()).args("--no-hydration").start();
+    nbdsh(&daemon.uri(), "connect().pwrite(b'x' * 65536, 0)");
+    server.freeze(true);
+    let uri = daemon.uri();
+    let reader = std::thread::spawn(move || nbdsh(&uri, "assert len(connect().pread(512, 8 << 20)) == 512"));
+    std::thread::sleep(Duration::from_millis(300));
+    let began = Instant::now();
+    let said = daemon.refused(&["suspend", "vm", "--timeout", "2"]);
+    assert!(said.contains("goes on") && said.contains("within 2 seconds"), "{said}");
+    assert!((2.0..10.0).contains(&began.elapsed().as_secs_f64()), "{:?}", began.elapsed());
+    assert!(!daemon.status().suspended);
+    // Others were held meanwhile and go on.
+    nbdsh(&daemon.uri(), "assert connect().pread(65536, 0) == b'x' * 65536");
+    server.freeze(false);
+    reader.join().unwrap();
+    daemon.done(&["suspend", "vm"]);
+    daemon.done(&["resume", "vm"]);
+    daemon.stop();
+}
+
+#[test]
+fn the_end_of_a_suspended_clone_fails_what_is_held() {
+    need!("nbdsh");
+    let bench = Bench::new();
+    let source = bench.random("source", 4 * MIB);
+    let daemon = bench.clone_of(&source).start();
+    daemon.done(&["suspend", "vm"]);
+    let uri = daemon.uri();
+    let client = std::thread::spawn(move || {
+        nbdsh(&uri, "h = connect(); fails(errno.ESHUTDOWN, lambda: h.pwrite(b'y' * 512, 0))");
+    });
+    std::thread::sleep(Duration::from_millis(500));
+    let began = Instant::now();
+    daemon.stop();
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    client.join().unwrap();
+}
