@@ -126,6 +126,7 @@ fn write_summary(summary: &Summary, out: &mut dyn Write) -> std::io::Result<()> 
     writeln!(out, "regions         {all}, {} in a zone, {} zones", geometry.regions_per_zone(), geometry.nr_zones())?;
     writeln!(out, "hydrated        {}", hydrated_text(summary.hydrated_count, all))?;
     match source.is_known() {
+        true if source.is_none() => writeln!(out, "source          not needed any more")?,
         true => writeln!(
             out,
             "source          {}, digest {} of {} samples",
