@@ -126,3 +126,38 @@ fn the_end_of_a_suspended_clone_fails_what_is_held() {
     assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
     client.join().unwrap();
 }
+
+/// One of many: the others go on, and it can be taken out.
+#[test]
+fn a_suspended_clone_disturbs_no_other_and_can_be_removed() {
+    need!("nbdsh");
+    let bench = Bench::new();
+    let mut config = String::from("[daemon]\nshards = 2\n");
+    for name in ["a", "b"] {
+        let source = bench.random(&format!("{name}.source"), 4 * MIB);
+        config += &format!(
+            "[[clone]]\nname = \"{name}\"\nsource = {source:?}\ndestination = \"{name}.img\"\nmetadata = \"{name}.meta\"\n"
+        );
+    }
+    let daemon = Daemon::serve(&bench, &config);
+    daemon.wait_log("serving 2 clones of 2");
+    daemon.done(&["suspend", "a"]);
+    let uri = daemon.uri_of("a");
+    let held = std::thread::spawn(move || {
+        nbdsh(&uri, "h = connect(); fails(errno.ESHUTDOWN, lambda: h.pread(512, 0))");
+    });
+    nbdsh(&daemon.uri_of("b"), "h = connect(); h.pwrite(b'b' * 4096, 0); h.flush()");
+    daemon.wait_status_of("b", "hydrated", |status| status.is_complete());
+    daemon.wait_status_of("a", "a client", |status| status.nbd.connections == 1);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(daemon.status_of("a").suspended && !daemon.status_of("b").suspended);
+    assert!(daemon.refused(&["suspend", "c"]).contains("no clone 'c'"));
+    assert!(daemon.refused(&["remove", "a"]).contains("in use"));
+    assert!(daemon.status_of("a").suspended, "a refused removal changes nothing");
+    let began = Instant::now();
+    daemon.done(&["remove", "a", "--force"]);
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    held.join().unwrap();
+    nbdsh(&daemon.uri_of("b"), "assert connect().pread(4096, 0) == b'b' * 4096");
+    daemon.stop();
+}
