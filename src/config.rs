@@ -1,7 +1,7 @@
 //! What a daemon and its clones are made of and how they are to run, whoever says so: the command line or a file.
 //!
 //! Plain values that were checked for form; nothing here was opened or looked at. [`crate::cli`] fills it from the command
-//! line, [`plan`] from files (TOML: [`file`], [`node`]), the control interface from JSON; all but the first by way of
+//! line, [`plan`] from files (TOML: [`mod@file`], [`node`]), the control interface from JSON; all but the first by way of
 //! [`spec`], whose names are those of the command line. What is wrong is a [`fault::Fault`] and names its key.
 
 pub mod fault;

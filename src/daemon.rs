@@ -1,8 +1,8 @@
 //! The daemon: clones in the foreground, from their configuration to their orderly end.
 //!
-//! [`registry`] has the clones by name; [`prepare`] tries everything that can fail before the first change on disk
-//! (devices, locks, metadata, the source), [`activate`] makes that change, [`running`] is a clone at work,
-//! [`listeners`] are where its clients come from, [`control`] is who steers it all. The end is: no new connections,
+//! `registry` has the clones by name; `prepare` tries everything that can fail before the first change on disk
+//! (devices, locks, metadata, the source), `activate` makes that change, `running` is a clone at work,
+//! `listeners` are where its clients come from, `control` is who steers it all. The end is: no new connections,
 //! what is in flight is finished, hydration drained, one last commit.
 
 mod activate;

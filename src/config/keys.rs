@@ -8,6 +8,7 @@ use super::spec::{
     CloneSize, HydrationRate, IoMemory, MetricsInterval, Priority, Regions, Shards, SourceTimeout, Spin,
 };
 use super::{NAME_LEN_MAX, file};
+use crate::shard::copy_pool::IO_MEMORY_DEFAULT;
 use crate::units::{ByteSize, REGION_SIZE_MAX, REGION_SIZE_MIN};
 use serde::de::{self, Deserialize, Deserializer, Visitor};
 use serde::forward_to_deserialize_any;
@@ -66,6 +67,7 @@ use Kind::{Boolean, Number, OneOf, Other, Path, PowerOfTwo, Size, Time};
 
 const RATE: Kind = Size(HydrationRate::MIN, HydrationRate::MAX);
 const REGIONS: Kind = Number(Regions::MIN, Regions::MAX);
+const _: () = assert!(IO_MEMORY_DEFAULT == 32 << 20, "as io_memory says below");
 const NO_LIMIT: Absent = Says("no limit");
 
 const DAEMON: &[Key] = &[
@@ -80,7 +82,7 @@ const DAEMON: &[Key] = &[
     key(
         "io_memory",
         Size(IoMemory::MIN, IoMemory::MAX),
-        Says("automatic"),
+        Says("`\"32MiB\"`"),
         "Memory that each shard may fill with source data while copying, all clones together.",
     ),
     key(

@@ -1,6 +1,6 @@
 //! What is asked of the control interface, and what is answered: from a path and a body to [`Controlled`] and back.
 //!
-//! One variant of [`Route`] per request; every route says its method, so that a wrong one is told which is right.
+//! One variant of `Route` per request; every route says its method, so that a wrong one is told which is right.
 //! Nothing here knows of connections. A message that has begun runs to its end whether or not the client waits.
 
 use super::Controlled;

@@ -259,7 +259,8 @@ impl RunningClone {
             HydrationState::SourceLost
         } else if stats.hydration_paused > 0 || state.mode() != Mode::ReadWrite {
             HydrationState::Failing
-        } else if state.hydrating() > 0 {
+        } else if state.hydrating() > 0 || self.rate.borrow().bytes_per_second() > 0 {
+            // Between two batches too, when a rate spaces them.
             HydrationState::Running
         } else if stats.failed_regions > 0 {
             HydrationState::Failing

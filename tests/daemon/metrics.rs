@@ -193,3 +193,26 @@ fn load_is_what_a_shard_does_and_idleness_is_seen() {
     }
     daemon.stop();
 }
+
+#[test]
+fn who_waits_for_a_suspended_clone_is_seen() {
+    need!("nbdsh");
+    let bench = Bench::new();
+    let daemon = bench.clone_of(bench.random("source", 4 * MIB)).args("--shards 2").start();
+    daemon.wait_hydrated();
+    let waiting = |document: &MetricsDocument| -> u64 { slices(document).map(|s| s.queue.suspended_waiting).sum() };
+    assert_eq!(waiting(&metrics(&daemon)), 0);
+    daemon.done(&["suspend", "vm"]);
+    std::thread::scope(|scope| {
+        let uri = daemon.uri();
+        scope.spawn(move || {
+            nbdsh(&uri, "h = connect()\nbuffers = [nbd.Buffer(512) for _ in range(3)]\ncookies = [h.aio_pread(b, 0) for b in buffers]\nwhile cookies:\n  cookies = [c for c in cookies if not h.aio_command_completed(c)]\n  if cookies: h.poll(-1)")
+        });
+        wait_for("three reads that wait", Duration::from_secs(20), || waiting(&metrics(&daemon)) == 3);
+        assert_eq!(slices(&metrics(&daemon)).map(|slice| slice.queue.in_flight).sum::<u64>(), 0);
+        daemon.done(&["resume", "vm"]);
+    });
+    let after = metrics(&daemon);
+    assert_eq!((waiting(&after), io(&after, Kind::Read).0), (0, 3));
+    daemon.stop();
+}

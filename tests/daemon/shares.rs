@@ -84,7 +84,7 @@ fn clones_share_the_rate_of_the_daemon_by_weight() {
 fn a_source_that_hangs_keeps_no_other_clone_from_hydrating_or_serving() {
     need!("nbdkit", "nbdsh");
     let bench = Bench::new();
-    let hanging = Nbdkit::start(&bench, "pattern size=256M");
+    let hanging = Nbdkit::start(&bench, "pattern size=64M");
     let well = bench.random("well", 32 * MIB);
     let mut config = String::from("[daemon]\nshards = 2\nio_memory = \"4MiB\"\n");
     config += &clone_table("hangs", &hanging.uri(), "priority = 1000\nno_hydration = true");
@@ -124,7 +124,7 @@ fn a_source_that_hangs_keeps_no_other_clone_from_hydrating_or_serving() {
     hanging.freeze(false);
     clients.into_iter().for_each(|client| client.join().unwrap());
     daemon.wait_status_of("hangs", "hydrated", Status::is_complete);
-    let mut expected = pattern(256 * MIB);
+    let mut expected = pattern(64 * MIB);
     for region in 0..240 {
         expected[region * 65536 + 7..][..100].fill(b'x');
     }

@@ -169,7 +169,7 @@ assert h.pread(100, 6 << 20) == open(@SOURCE@, "rb").read()[6 << 20:][:100]
     let status = daemon.status();
     assert_eq!(status.metadata.mode.to_string(), "ro");
     assert!(status.io.errors >= 3, "{status:#?}");
-    assert!(daemon.log().contains("metadata mode ro"), "{}", daemon.log());
+    assert!(daemon.log().contains("metadata mode is now ro"), "{}", daemon.log());
     daemon.signal("TERM");
     let (status, log) = daemon.end_within(std::time::Duration::from_secs(20));
     assert_eq!(status.code(), Some(1), "{log}");
@@ -210,7 +210,7 @@ assert h.pread(65536, 2 * 65536) == open(@SOURCE@, "rb").read()[2 * 65536:3 * 65
         .replace("@SOURCE@", &format!("{source:?}"))
         .as_str(),
     );
-    daemon.wait_event("metadata mode ro");
+    daemon.wait_event("metadata mode is now ro");
     let line = daemon.hydrant(&["status", "--dm"]).output().unwrap().stdout;
     assert!(String::from_utf8_lossy(&line).trim_end().ends_with(" ro"));
     daemon.signal("TERM");

@@ -8,6 +8,7 @@ use super::super::{Rng, seeds};
 use super::Seed;
 use crate::clone_state::{AUTOMATIC, Mode};
 use crate::error::{Error, ErrorKind};
+use crate::hydration_share::{HydrationRate, Priority};
 use crate::io_frontend::request::{Completion, Request, RequestFlags};
 use crate::meta::codec;
 use crate::meta::growth::Wanted;
@@ -246,11 +247,14 @@ impl Load {
                 oracle.abandon_read(read);
             }
             _ => {
-                let (what, number) = clone.sim.draw(|rng| (rng.below(3), rng.pick(&[0, 1, 3, 8, AUTOMATIC])));
+                let (what, number) = clone.sim.draw(|rng| (rng.below(5), rng.pick(&[0, 1, 3, 8, AUTOMATIC])));
+                let (budget, now) = (clone.state.budget(), clone.sim.now());
                 match what {
-                    0 => clone.state.set_hydration_enabled(number % 2 == 0, clone.sim.now()),
-                    1 => clone.state.set_hydration_threshold(number, clone.sim.now()),
-                    _ => clone.state.set_hydration_batch_size(number),
+                    0 => clone.state.set_hydration_enabled(number % 2 == 0, now),
+                    1 => clone.state.set_hydration_threshold(number, now),
+                    2 => clone.state.set_hydration_batch_size(number),
+                    3 => budget.set_rate(HydrationRate::new(number.saturating_mul(32 << 10)).ok(), now),
+                    _ => budget.set_priority(Priority::new(number).unwrap_or_default()),
                 }
                 clone.wake();
             }
