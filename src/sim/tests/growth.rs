@@ -205,6 +205,20 @@ fn a_complete_clone_grows_and_completes_again() {
     }
 }
 
+#[test]
+fn the_hydration_of_what_is_new_is_told_of() {
+    scenario(&Setup { hydration: true, ..setup() }, |clone| async move {
+        clone.completed().await;
+        assert!(clone.grow(zeros_to(30 * REGION), OLD_DESTINATION).await.unwrap());
+        clone.completed().await;
+        clone.sim.sleep(Duration::from_millis(10)).await;
+        clone.check_events();
+        let kinds = clone.event_kinds();
+        let order = ["hydration_started", "hydration_completed", "resized", "hydration_started", "hydration_completed"];
+        assert_eq!(kinds, order);
+    });
+}
+
 /// Its last region only gets longer: there is nothing to hydrate, so it stays complete.
 #[test]
 fn a_complete_clone_that_grows_in_its_last_region_stays_complete() {
