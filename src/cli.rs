@@ -349,7 +349,8 @@ pub struct TableArgs {
 #[command(long_about = "\
 Starts the [[clone]]s of a configuration file in the daemon that 'hydrant serve' runs, and returns when they are served. The \
 other clones go on undisturbed. Paths in the file are relative to its directory. A clone that can't be started is told and \
-leaves nothing behind.")]
+leaves nothing behind; one that takes longer than 20 seconds goes on starting ('hydrant list' shows it, 'hydrant remove' \
+gives it up).")]
 #[command(after_long_help = "\
 Examples:
   hydrant create vm2.toml

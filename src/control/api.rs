@@ -217,6 +217,9 @@ pub enum MetadataMode {
     ReadOnly,
     /// No I/O is safe.
     Fail,
+    /// The clone does not run.
+    #[serde(rename = "unopened")]
+    Unopened,
 }
 
 impl fmt::Display for MetadataMode {
@@ -225,6 +228,7 @@ impl fmt::Display for MetadataMode {
             Self::ReadWrite => "rw",
             Self::ReadOnly => "ro",
             Self::Fail => "Fail",
+            Self::Unopened => "not open",
         })
     }
 }

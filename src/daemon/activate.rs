@@ -1,7 +1,7 @@
 //! From a prepared clone to one that runs: creates what is missing, formats the metadata, and gives every shard its
 //! slice. The first change on disk is made here, after everything that can fail without one.
 
-use super::prepare::{FoundMetadata, OpenSource, OpenSourceKind, Prepared, disk_parts};
+use super::prepare::{FoundMetadata, OpenSource, OpenSourceKind, Prepared, beside_clients, disk_parts};
 use super::shard_source::SourceRecipe;
 use crate::bail;
 use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs};
@@ -77,16 +77,18 @@ impl Drop for Created {
 }
 
 /// Opens a target for use: created or sized where that is to be done.
-fn open(role: Role, path: &Path, target: Target, size: u64) -> Result<(Device, Created)> {
-    match target {
-        Target::Missing { .. } => Ok((devices::create(role, path, size)?, Created(Some(path.into())))),
+async fn open(role: Role, path: &Path, target: Target, size: u64) -> Result<(Device, Created)> {
+    let path = path.to_owned();
+    let opened = beside_clients(move || match target {
+        Target::Missing { .. } => Ok((devices::create(role, &path, size)?, Created(Some(path)))),
         Target::Existing(mut device) => {
             if device.size == 0 {
                 devices::set_size(&mut device, size)?;
             }
             Ok((device, Created(None)))
         }
-    }
+    });
+    opened.await
 }
 
 /// What a shard makes its slice from.
@@ -116,9 +118,9 @@ pub async fn activate(
     let Shared { events, budget } = shared;
     let Prepared { geometry, fingerprint, source, destination, metadata, found } = prepared;
     let (destination, created_destination) =
-        open(Role::Destination, &config.destination, destination, geometry.size())?;
+        open(Role::Destination, &config.destination, destination, geometry.size()).await?;
     let metadata_size = metadata_size_needed(&geometry);
-    let (metadata, created_metadata) = open(Role::Metadata, &config.metadata, metadata, metadata_size)?;
+    let (metadata, created_metadata) = open(Role::Metadata, &config.metadata, metadata, metadata_size).await?;
     let (store, zones, generation) = match found {
         FoundMetadata::Ours(opened) => {
             opened.notes.iter().for_each(|note| log::warn!("{}: {note}", metadata.label()));
