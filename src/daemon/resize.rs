@@ -51,6 +51,7 @@ impl RunningClone {
         }
         let _resizing = Resizing(&clone.resizing);
         clone.state.check_mode(true)?;
+        clone.coordinator.check_idle()?;
         let superblock = clone.coordinator.superblock();
         // Behind its zeros a clone takes nothing more from its source.
         let is_padded = superblock.source_len() < superblock.geometry.size();
