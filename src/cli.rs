@@ -506,7 +506,8 @@ pub struct ResumeArgs {
 #[command(long_about = "\
 Grows a clone while it is used: to the size that its source has now, or to --size. Destination and metadata grow with it if \
 they are files; block devices must have been made larger before. What is added comes from the source, and reads as zeros \
-where the source has ended. I/O is held for a moment.
+where the source has ended. I/O is held for a moment. When it fails, files get the length back that they had; one that \
+is killed on its way can leave the destination longer than the clone, and the next start says so.
 
 Clients that are connected keep the size that they know; who connects again sees the new one. A clone never shrinks.
 

@@ -44,6 +44,13 @@ impl Coordinator {
         self.store.borrow().superblock()
     }
 
+    /// Whether no metadata on disk can say that the clone is larger than `size`: a growth beyond it was not begun, or failed
+    /// before the superblock.
+    pub fn is_certainly_of(&self, size: u64) -> bool {
+        let store = self.store.borrow();
+        store.failure().is_none() && store.superblock().geometry.size() == size
+    }
+
     /// Grows the clone; see the head of this file. A clone that was suspended stays so. Runs to its end even if nobody
     /// waits for it. Fails with InUse at once while it is being suspended or grown.
     pub async fn grow(self: &Rc<Self>, parts: GrowParts) -> Result<()> {
