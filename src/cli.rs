@@ -467,7 +467,9 @@ no error), hydration rests, and everything that was acknowledged is committed. N
 the metadata until 'hydrant resume': both can be copied or snapshotted as they are.
 
 What is in flight may have to wait for a source that does not answer. When it has not ended in time, or the commit fails, the \
-clone goes on as before and the command fails. A clone that is suspended already stays so. Stopping or removing a suspended \
+clone goes on as before and the command fails; so it does when 'hydrant resume' comes meanwhile. It goes on when the command \
+itself is ended: 'hydrant status' then says \"suspending\", until it is suspended or the time is over; a second suspend, or a \
+resize, is refused meanwhile. A clone that is suspended already stays so. Stopping or removing a suspended \
 clone fails the requests that wait.")]
 #[command(after_long_help = "\
 Examples:
@@ -487,8 +489,8 @@ pub struct SuspendArgs {
 /// Let a suspended clone go on
 #[derive(Args, Debug)]
 #[command(long_about = "\
-Lets a suspended clone go on: the requests that waited are carried out, hydration continues. A clone that is not suspended \
-stays as it is.")]
+Lets a suspended clone go on: the requests that waited are carried out, hydration continues. A suspend \
+that is still waiting for what is in flight is given up at once, and fails. A clone that is neither stays as it is.")]
 #[command(after_long_help = "\
 Examples:
   hydrant resume vm1")]
@@ -505,7 +507,8 @@ pub struct ResumeArgs {
 #[command(long_about = "\
 Grows a clone while it is used: to the size that its source has now, or to --size. Destination and metadata grow with it if \
 they are files; block devices must have been made larger before. What is added comes from the source, and reads as zeros \
-where the source has ended. I/O is held for a moment.
+where the source has ended. I/O is held for a moment. When it fails, files get the length back that they had; one that \
+is killed on its way can leave the destination longer than the clone, and the next start says so.
 
 Clients that are connected keep the size that they know; who connects again sees the new one. A clone never shrinks.
 

@@ -8,7 +8,7 @@
 //!   kernel's exclusive claim (`O_EXCL`), which mounts, swap, RAID, device-mapper and other clones respect;
 //! * the three must not overlap, however they are named: [`check_distinct`];
 //! * only [`create`] and [`set_size`] change anything, and only what did not exist or was empty; and [`grow`], which makes
-//!   a file that is the clone's own longer.
+//!   a file that is the clone's own longer, and [`cut_back`], which undoes that.
 //!
 //! Locks and claims belong to the open descriptor: they last as long as [`Device::file`] or a duplicate of it.
 //! Duplicate it for other threads; opening the path again would meet the clone's own claim.
@@ -36,7 +36,7 @@ pub use content::contents;
 #[cfg(test)]
 use distinct::check_distinct_in;
 pub use distinct::{Place, check_distinct};
-pub use open::{create, grow, open_input, open_source, open_target, set_size};
+pub use open::{Grown, create, cut_back, grow, open_input, open_source, open_target, set_size};
 
 /// What a device is to the clone. Displays as the word that errors use.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

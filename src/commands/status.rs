@@ -102,6 +102,11 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
     let mut line = |label: &str, value: String| writeln!(text, "  {label:<12} {value}");
     if status.suspended {
         line("suspended", "I/O and hydration are held, everything is committed".into())?;
+    } else if status.suspending {
+        line("suspending", "waits for what is in flight; I/O and hydration are held".into())?;
+    }
+    if status.resizing {
+        line("resizing", "is under way".into())?;
     }
     line("hydration", progress_words(status))?;
     if hydration.failed_regions > 0 {
@@ -351,6 +356,8 @@ mod tests {
             state: CloneRunState::Running,
             error: None,
             suspended: false,
+            suspending: false,
+            resizing: false,
             size: 16 << 30,
             region_size: 64 << 10,
             nr_regions: 262144,

@@ -61,8 +61,13 @@ pub struct Status {
     pub hydrated_regions: u64,
     /// Regions whose copy is in flight, background and on demand.
     pub hydrating_regions: u64,
-    /// Requests and hydration are held, everything is committed.
+    /// Requests and hydration are held, nothing is in flight, everything is committed: the devices can be copied.
     pub suspended: bool,
+    /// On its way to be suspended: requests and hydration are held, what is in flight or the commit has not ended yet. Nothing
+    /// may be concluded from that for the devices.
+    pub suspending: bool,
+    /// A resize is being carried out; while it is in force, requests and hydration are held.
+    pub resizing: bool,
     pub hydration: HydrationStatus,
     pub features: Features,
     pub metadata: MetadataStatus,

@@ -151,6 +151,7 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
             {
                 // It may have been cut off since.
                 devices::check_size(device, superblock.geometry.size(), "for the clone that it holds")?;
+                tell_of_longer(config, device, superblock.geometry.size());
             }
             let opened = load(&metadata, recovered).await?;
             Ok(Prepared {
@@ -199,6 +200,17 @@ fn tell_of_sizes(config: &CloneConfig, size: u64, shown: u64, has: u64) {
         log::info!(
             "clone '{}': its source has {has} now, {shown} of it are cloned; `hydrant resize` takes the rest",
             config.name
+        );
+    }
+}
+
+/// A destination file may be longer on purpose; or it is what a resize left that was killed.
+fn tell_of_longer(config: &CloneConfig, destination: &Device, size: u64) {
+    if destination.kind == DeviceKind::File && destination.size > size {
+        let (path, has, name) = (config.destination.display(), destination.size, &config.name);
+        log::warn!(
+            "clone '{name}': destination {path} has {has} bytes, the clone {size}: what follows is not part of it (if a \
+             resize was interrupted, repeat it; or cut the file to {size} bytes when the clone has ended)"
         );
     }
 }
@@ -328,6 +340,7 @@ async fn without_source(
     tell_of_sizes(config, superblock.geometry.size(), 0, 0);
     if let Target::Existing(device) = &destination {
         devices::check_size(device, superblock.geometry.size(), "for the clone that it holds")?;
+        tell_of_longer(config, device, superblock.geometry.size());
     }
     let (geometry, fingerprint) = (superblock.geometry, superblock.source);
     let opened = load(&metadata, recovered).await?;

@@ -172,6 +172,8 @@ impl RunningClone {
             hydrated_regions: state.hydrated(),
             hydrating_regions: state.hydrating(),
             suspended: state.is_suspended(),
+            suspending: self.clone.coordinator.is_suspending(),
+            resizing: self.clone.resizing.get(),
             hydration: self.hydration(context, &stats, hydration_state),
             features: Features { no_hydration: !state.knobs().enabled, no_discard_passdown: !state.discard_passdown },
             metadata: MetadataStatus {
@@ -253,7 +255,7 @@ impl RunningClone {
         let knobs = state.knobs();
         if state.is_complete() {
             HydrationState::Complete
-        } else if !knobs.enabled || knobs.threshold == 0 || state.is_suspended() {
+        } else if !knobs.enabled || knobs.threshold == 0 || state.is_held() {
             HydrationState::Paused
         } else if source == SourceState::Lost {
             HydrationState::SourceLost

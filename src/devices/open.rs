@@ -153,9 +153,18 @@ pub fn set_size(device: &mut Device, size: u64) -> Result<()> {
     Ok(())
 }
 
-/// Makes a destination or metadata device at least `size` bytes large: a regular file is extended, durably, by a hole; a
-/// block device must be so large by now. Blocks. `device.size` is what it has afterwards, also when this fails.
-pub fn grow(device: &mut Device, size: u64) -> Result<()> {
+/// A regular file that was made longer, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Grown {
+    pub from: u64,
+    pub to: u64,
+}
+
+/// Makes a destination or metadata device at least `size` bytes large: a regular file is extended, durably, a destination by
+/// a hole, metadata with space for all of it where the file system can; a block device must be so large by now. Blocks.
+/// `device.size` is what it has afterwards, also when this fails; then a file has the length that it had. `None`: it was
+/// large enough.
+pub fn grow(device: &mut Device, size: u64) -> Result<Option<Grown>> {
     let context = |device: &Device| format!("{} can't grow to {size} bytes", device.label());
     let has = |device: &Device| match device.kind {
         DeviceKind::Block => sys::block_device_size(&device.file),
@@ -163,15 +172,47 @@ pub fn grow(device: &mut Device, size: u64) -> Result<()> {
     };
     device.size = has(device).map_err(|e| Error::from_io(e, context(device)))?;
     if device.size >= size {
-        return Ok(());
+        return Ok(None);
     }
     if device.kind == DeviceKind::Block {
         bail!(TooSmall, "{}: it has {} bytes, make it larger first", context(device), device.size);
     }
     check_file_size(device.role, &device.path, size)?;
-    let grown = device.file.set_len(size).and_then(|()| device.file.sync_all()).and_then(|()| has(device));
-    device.size = grown.map_err(|e| Error::from_io(e, context(device)))?;
-    Ok(())
+    let from = device.size;
+    let grown = extend(device, size).and_then(|()| device.file.sync_all()).and_then(|()| has(device));
+    match grown {
+        Ok(to) => {
+            device.size = to;
+            Ok(Some(Grown { from, to }))
+        }
+        Err(error) => {
+            // A part of it may have been done.
+            if let Err(error) = device.file.set_len(from) {
+                log::warn!("{} can't be cut back to {from} bytes: {error}", device.label());
+            }
+            Err(Error::from_io(error, context(device)))
+        }
+    }
+}
+
+fn extend(device: &Device, size: u64) -> io::Result<()> {
+    match device.role {
+        Role::Metadata => match sys::allocate(&device.file, size) {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => device.file.set_len(size),
+            done => done,
+        },
+        Role::Source | Role::Destination | Role::Image => device.file.set_len(size),
+    }
+}
+
+/// Undoes what [`grow`] did, unless somebody else has changed the length since. Blocks.
+pub fn cut_back(device: &Device, grown: Grown) -> Result<()> {
+    let context = || format!("{} can't be cut back to {} bytes", device.label(), grown.from);
+    let now = device.file.metadata().map_err(|e| Error::from_io(e, context()))?.len();
+    if now != grown.to {
+        bail!(InUse, "{}: it has {now} now, not {}", context(), grown.to);
+    }
+    device.file.set_len(grown.from).map_err(|e| Error::from_io(e, context()))
 }
 
 fn open(role: Role, path: &Path, options: &OpenOptions) -> Result<File> {

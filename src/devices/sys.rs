@@ -81,6 +81,18 @@ fn check(result: i64) -> io::Result<i64> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
+/// Extends a regular file to `size` bytes, with space for all of it.
+pub(super) fn allocate(file: &File, size: u64) -> io::Result<()> {
+    let len = libc::off_t::try_from(size).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
+    loop {
+        // SAFETY: takes a descriptor that is open while `file` lives, and integers.
+        match check(unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, len) }.into()) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            done => return done.map(drop),
+        }
+    }
+}
+
 /// Size of a block device, in bytes.
 pub(super) fn block_device_size(file: &File) -> io::Result<u64> {
     let mut size = 0u64;

@@ -367,14 +367,14 @@ impl CloneSlice {
         self.wake.notify();
     }
     /// Waits until nothing is in flight: neither copies nor client requests nor commits. For a clone that is stopping or
-    /// suspended, so that nothing new begins; gives up when it is neither any more.
+    /// held, so that nothing new begins; gives up when it is neither any more.
     pub async fn drain(&self) {
         self.wake.notify();
         let is_busy =
             || self.copies.copies_in_flight() > 0 || !self.locks.is_empty() || self.commits_in_flight.get() > 0;
         // At the end nobody waits for an answer that begins nothing any more.
         let is_asking = || self.launching.get() && !self.state.is_stopping();
-        while (is_busy() || is_asking()) && (self.state.is_stopping() || self.state.is_suspended()) {
+        while (is_busy() || is_asking()) && (self.state.is_stopping() || self.state.is_held()) {
             self.env.sleep(Duration::from_millis(1)).await;
         }
     }
