@@ -269,6 +269,8 @@ fn check_new(config: &CloneConfig, geometry: &Geometry, destination: &Target, me
         devices::check_size(device, needed, &format!("for {} regions", geometry.nr_regions()))?;
         refuse_contents(config, device)?;
     }
+    // All of them are written before the clone is served; the destination may be filled as it goes on.
+    devices::check_free_space(metadata, metadata_size_needed(geometry))?;
     check_new_destination(config, geometry, destination)
 }
 

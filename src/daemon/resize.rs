@@ -77,8 +77,11 @@ impl RunningClone {
             let devices = clone.devices.borrow();
             [devices[0].try_clone()?, devices[1].try_clone()?]
         };
+        let metadata_size = metadata_size_needed(&geometry);
+        // What is new of them is written at once, and a failure of that would make the clone read-only.
+        devices::check_free_space_of(&metadata, metadata_size)?;
         let destination = enlarge(&destination, geometry.size()).await?;
-        let metadata = enlarge(&metadata, metadata_size_needed(&geometry)).await?;
+        let metadata = enlarge(&metadata, metadata_size).await?;
         let watched = source.as_ref().and_then(|s| activate::watch(context, s, &clone.state, &clone.source_counts));
         let parts = GrowParts {
             from_size: superblock.geometry.size(),
