@@ -133,7 +133,7 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
                 destination_id,
             };
             check_matches(config, &recovered, &expected)?;
-            tell_of_sizes(config, superblock.geometry.size(), superblock.source.size, source.source.size());
+            tell_of_sizes(config, superblock.geometry.size(), superblock.source_len(), source.source.size());
             if let Target::Existing(device) = &destination
                 && device.size > 0
             {

@@ -103,7 +103,8 @@ fn a_half_hydrated_clone_of_the_kernel_is_gone_on_with() {
 
         let daemon = bench.clone_of(&source).start();
         daemon.wait_hydrated();
-        daemon.stop();
+        let log = daemon.stop();
+        assert!(!log.contains("its source has"), "{name}: nothing of it is left out: {log}");
         assert_same(&destination, &expected);
         assert_eq!(dump(&bench, "@meta")["state"], json!("complete"), "{name}");
     }
