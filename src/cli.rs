@@ -127,7 +127,8 @@ pub struct CloneArgs {
     ///
     /// 0 LEN clone METADATA DESTINATION SOURCE REGION_SIZE [#FEATURES FEATURE...] [#CORE KEY VALUE...] with LEN and
     /// REGION_SIZE in sectors of 512 bytes. Features are no_hydration and no_discard_passdown, core keys
-    /// hydration_threshold and hydration_batch_size. A device is a path, MAJOR:MINOR or (the source) an NBD URI.
+    /// hydration_threshold and hydration_batch_size. A device is a path, MAJOR:MINOR or (the source) an NBD URI. LEN holds
+    /// exactly, as in dm-clone: of a clone that was resized it is the size that it has grown to.
     #[arg(long, value_name = "LINE", conflicts_with_all = ["source", "destination", "metadata", "region_size", "size",
           "no_hydration", "no_discard_passdown", "hydration_threshold", "hydration_batch_size"])]
     pub table: Option<DmTable>,
