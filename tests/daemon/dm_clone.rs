@@ -234,6 +234,8 @@ fn what_dm_clone_can_not_have_is_refused() {
     meta_refused(&bench, "export-dm @many @image", "4294967296 regions of 4KiB, dm-clone takes at most 2147483648");
     bench.hole("meta", 8192);
     meta_refused(&bench, "export-dm @meta @image", "never formatted");
+    let said = meta_refused(&bench, "export-dm @meta @meta", "are the same file: each must be a device of its own");
+    assert!(!said.contains("source"), "{said}");
     meta_refused(&bench, "export-dm @missing @image", "No such file");
 }
 
