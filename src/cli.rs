@@ -649,9 +649,10 @@ pub struct VersionArgs {
 /// How to find the daemon.
 #[derive(Args, Debug)]
 pub struct ControlArgs {
-    /// Control socket of the daemon [default: NAME.control in the runtime directory]
+    /// Control socket of the daemon [default: found in the runtime directory]
     ///
-    /// The runtime directory is $XDG_RUNTIME_DIR/hydrant, or /run/hydrant.
+    /// It is named NAME.control by 'hydrant clone', control by 'hydrant serve'. The runtime directory is
+    /// $XDG_RUNTIME_DIR/hydrant, or /run/hydrant.
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
 }
