@@ -127,7 +127,8 @@ pub struct CloneArgs {
     ///
     /// 0 LEN clone METADATA DESTINATION SOURCE REGION_SIZE [#FEATURES FEATURE...] [#CORE KEY VALUE...] with LEN and
     /// REGION_SIZE in sectors of 512 bytes. Features are no_hydration and no_discard_passdown, core keys
-    /// hydration_threshold and hydration_batch_size. A device is a path, MAJOR:MINOR or (the source) an NBD URI.
+    /// hydration_threshold and hydration_batch_size. A device is a path, MAJOR:MINOR or (the source) an NBD URI. LEN holds
+    /// exactly, as in dm-clone: of a clone that was resized it is the size that it has grown to.
     #[arg(long, value_name = "LINE", conflicts_with_all = ["source", "destination", "metadata", "region_size", "size",
           "no_hydration", "no_discard_passdown", "hydration_threshold", "hydration_batch_size"])]
     pub table: Option<DmTable>,
@@ -652,9 +653,10 @@ pub struct VersionArgs {
 /// How to find the daemon.
 #[derive(Args, Debug)]
 pub struct ControlArgs {
-    /// Control socket of the daemon [default: NAME.control in the runtime directory]
+    /// Control socket of the daemon [default: found in the runtime directory]
     ///
-    /// The runtime directory is $XDG_RUNTIME_DIR/hydrant, or /run/hydrant.
+    /// It is named NAME.control by 'hydrant clone', control by 'hydrant serve'. The runtime directory is
+    /// $XDG_RUNTIME_DIR/hydrant, or /run/hydrant.
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
 }

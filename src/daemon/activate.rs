@@ -14,6 +14,7 @@ use crate::environment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::CloneEvents;
 use crate::events::EventKind;
+use crate::human;
 use crate::hydration_budget::BudgetMember;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::meta::codec::{self, Superblock, metadata_size_needed};
@@ -37,6 +38,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 const ZONES_AT_A_TIME: usize = 128;
 /// A clone of so many zones (4 MiB of bits or more, as a rule) leaves memory behind that is worth giving back.
 const ZONES_WORTH_A_TRIM: u64 = 1024;
+
+/// So many bytes of metadata take a while to be formatted.
+const METADATA_TO_TELL_OF: u64 = 256 << 20;
 
 /// A clone that runs on all shards.
 pub struct ActiveClone {
@@ -146,6 +150,9 @@ pub async fn activate(
                 generation: Generation(0),
                 created_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             };
+            if metadata_size >= METADATA_TO_TELL_OF {
+                log::info!("{}: formatting it, {} are written", metadata.label(), human::size(metadata_size));
+            }
             let disk: Rc<dyn Disk> = Rc::new(RingDisk::new(disk_parts(&metadata)?));
             let store = Store::format(disk, superblock).await.map_err(|error| error.within(metadata.label()))?;
             (store, Vec::new(), Generation(0))

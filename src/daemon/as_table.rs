@@ -7,7 +7,7 @@ use crate::config::CloneConfig;
 use crate::devices::Role;
 use crate::dm_table::{self, words};
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::ByteSize;
+use crate::units::{ByteSize, SECTOR_SIZE};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
@@ -48,8 +48,17 @@ pub fn judged(config: &CloneConfig, prepared: Result<Prepared>) -> Result<Prepar
     let prepared = prepared.map_err(in_words)?;
     let (is, wanted) = (prepared.geometry.size(), table.size());
     if is != wanted {
+        // A shorter line may be the one that the clone was made with: see `hydrant resize`.
+        let has = if is > wanted { "has grown to" } else { "has" };
+        let fits = match is.is_multiple_of(SECTOR_SIZE) {
+            true => format!("LEN {} fits", is / SECTOR_SIZE),
+            false => "no LEN fits, give its devices without a table".into(),
+        };
         let (metadata, is, wanted) = (config.metadata.display(), ByteSize(is), ByteSize(wanted));
-        let text = format!("{}: metadata {metadata}: {is}, the table has {wanted}", words::OTHER_GEOMETRY);
+        let text = format!(
+            "{}: metadata {metadata}: the table has {wanted}, the clone {has} {is}: {fits}",
+            words::OTHER_GEOMETRY
+        );
         return Err(Error::new(ErrorKind::Mismatch, text));
     }
     Ok(prepared)

@@ -145,7 +145,7 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
                 destination_id,
             };
             check_matches(config, &recovered, &expected)?;
-            tell_of_sizes(config, superblock.geometry.size(), superblock.source.size, source.source.size());
+            tell_of_sizes(config, superblock.geometry.size(), superblock.source_len(), source.source.size());
             if let Target::Existing(device) = &destination
                 && device.size > 0
             {
@@ -293,6 +293,8 @@ async fn check_new(config: &CloneConfig, geometry: &Geometry, destination: &Targ
         devices::check_size(device, needed, &format!("for {} regions", geometry.nr_regions()))?;
         refuse_contents(config, device).await?;
     }
+    // All of them are written before the clone is served; the destination may be filled as it goes on.
+    devices::check_free_space(metadata, metadata_size_needed(geometry))?;
     check_new_destination(config, geometry, destination).await
 }
 
