@@ -101,16 +101,20 @@ struct Core {
 }
 
 impl DmTable {
-    /// Of the clone, in bytes.
+    /// Of the clone, in bytes; see [`Self::is_len_of`] for one that exists.
     pub fn size(&self) -> u64 {
         self.len * SECTOR_SIZE
     }
     pub fn region_size(&self) -> RegionSize {
         self.region_size
     }
-    /// The same for a clone that has grown to `size` bytes since; of a last sector that is not whole, it has nothing.
+    /// Whether LEN is that of a clone of `size` bytes, whose last sector may not be whole.
+    pub fn is_len_of(&self, size: u64) -> bool {
+        self.len == size.div_ceil(SECTOR_SIZE)
+    }
+    /// The same for a clone that has grown to `size` bytes since.
     pub fn grown_to(&self, size: u64) -> Self {
-        Self { len: size / SECTOR_SIZE, ..self.clone() }
+        Self { len: size.div_ceil(SECTOR_SIZE), ..self.clone() }
     }
     pub fn metadata(&self) -> PathBuf {
         device_path(&self.metadata)
@@ -165,8 +169,8 @@ impl fmt::Display for DmTable {
     }
 }
 
-/// The line of a clone that was not given as one. `size` is in bytes; of a last sector that is not whole, the line has
-/// nothing. Core arguments are those that were set.
+/// The line of a clone that was not given as one. `size` is in bytes; a last sector that is not whole counts, as in the
+/// status line. Core arguments are those that were set.
 pub struct Line<'a> {
     pub size: u64,
     pub metadata: &'a str,
@@ -181,7 +185,7 @@ pub struct Line<'a> {
 
 impl fmt::Display for Line<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "0 {} {TARGET}", self.size / SECTOR_SIZE)?;
+        write!(f, "0 {} {TARGET}", self.size.div_ceil(SECTOR_SIZE))?;
         for device in [self.metadata, self.destination, self.source] {
             write!(f, " {}", escaped(device))?;
         }

@@ -41,14 +41,22 @@ fn name_of(role: Role, path: &Path) -> Result<Option<PathBuf>> {
     }
 }
 
+/// The size that is asked for, of a clone that has `size` bytes: a table line says that in whole sectors.
+pub fn size_wanted(config: &CloneConfig, size: u64) -> Option<u64> {
+    match &config.table {
+        Some(table) if table.is_len_of(size) => Some(size),
+        _ => config.size,
+    }
+}
+
 /// What was found of a clone, or why it can't be, seen as dm-clone does. Of a clone that was not given as a table line,
 /// what it was.
 pub fn judged(config: &CloneConfig, prepared: Result<Prepared>) -> Result<Prepared> {
     let Some(table) = &config.table else { return prepared };
     let prepared = prepared.map_err(in_words)?;
-    let (is, wanted) = (prepared.geometry.size(), table.size());
-    if is != wanted {
-        let (metadata, is, wanted) = (config.metadata.display(), ByteSize(is), ByteSize(wanted));
+    let is = prepared.geometry.size();
+    if !table.is_len_of(is) {
+        let (metadata, is, wanted) = (config.metadata.display(), ByteSize(is), ByteSize(table.size()));
         let text = format!("{}: metadata {metadata}: {is}, the table has {wanted}", words::OTHER_GEOMETRY);
         return Err(Error::new(ErrorKind::Mismatch, text));
     }

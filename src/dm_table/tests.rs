@@ -110,6 +110,10 @@ fn good_lines() {
     let grown = "0 1048576 clone 254:0 /dev/d nbd://h/x 8";
     assert_eq!(plain.grown_to(512 << 20).to_string(), grown);
     assert_eq!(plain.grown_to(plain.size()), plain);
+    // A last sector that is not whole counts.
+    assert_eq!(plain.grown_to((512 << 20) - 511).to_string(), grown);
+    assert!(plain.is_len_of(256 << 20) && plain.is_len_of((256 << 20) - 511));
+    assert!(!plain.is_len_of((256 << 20) - 512) && !plain.is_len_of((256 << 20) + 1));
 
     // Twice, and too much: the last one counts, and the rest means nothing.
     let twice =
@@ -155,6 +159,8 @@ fn the_line_of_options() {
         hydration_threshold: None,
         hydration_batch_size: None,
     };
+    assert_eq!(line.to_string(), r"0 2048 clone /m /d\ e nbd://h/x 128");
+    let line = Line { size: (1 << 20) - 511, ..line };
     assert_eq!(line.to_string(), r"0 2048 clone /m /d\ e nbd://h/x 128");
     let line = Line { no_hydration: true, no_discard_passdown: true, ..line };
     assert_eq!(line.to_string(), r"0 2048 clone /m /d\ e nbd://h/x 128 2 no_hydration no_discard_passdown");
