@@ -125,7 +125,7 @@ fn config_of(clone: &Located<CloneSpec>, dir: &RuntimeDir, problems: &mut Vec<Pr
         Err(faults) => {
             // What was wrong has been said, and is not missing.
             let new = faults.0.iter().filter(|fault| !clone.has_faulty(fault));
-            problems.extend(new.map(|fault| clone.problem(fault)));
+            problems.extend(new.map(|fault| clone.later_problem(fault)));
             None
         }
     }
@@ -200,7 +200,7 @@ fn finish(mut problems: Vec<Problem>) -> std::result::Result<(), Problems> {
     }
     problems.sort_by_key(|problem| {
         let file = order.iter().position(|file| *file == problem.place.file);
-        (file, problem.place.line, problem.place.column)
+        (file, problem.order)
     });
     Err(Problems::new(problems.iter().map(Problem::to_string).collect()))
 }

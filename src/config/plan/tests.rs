@@ -263,14 +263,14 @@ fn every_error_is_found() {
         [
             "a.toml:2:10: daemon: shards: expected a number from 1 to 256, found 0",
             "a.toml:3:1: daemon: unknown key 'controll', did you mean 'control'?",
-            "a.toml:5:1: clone 'vm1': destination: missing: the path that the copy goes to",
-            "a.toml:5:1: clone 'vm1': metadata: missing: the path that says what is copied already",
             "a.toml:7:1: clone 'vm1': unknown key 'regionsize', did you mean 'region_size'?",
             "a.toml:8:10: clone 'vm1': source: expected a path, nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH, found 5",
-            "a.toml:10:1: clone 'a/b': destination: missing: the path that the copy goes to",
-            "a.toml:10:1: clone 'a/b': metadata: missing: the path that says what is copied already",
+            "a.toml:5:1: clone 'vm1': destination: missing: the path that the copy goes to",
+            "a.toml:5:1: clone 'vm1': metadata: missing: the path that says what is copied already",
             "a.toml:12:8: clone 'a/b': name: '/' can't be in a name: use letters, digits, '.', '_' and '-'",
             "a.toml:13:1: clone 'a/b': unknown key 'colour', known are name, source, destination, metadata, region_size, size, no_hydration, no_discard_passdown, hydration_threshold, hydration_batch_size, hydration_rate, priority, on_hydrated, source_timeout, force, table, nbd",
+            "a.toml:10:1: clone 'a/b': destination: missing: the path that the copy goes to",
+            "a.toml:10:1: clone 'a/b': metadata: missing: the path that says what is copied already",
         ]
     );
     let error = plan(&files(&[text]).paths, false, &RuntimeDir::of_user()).unwrap_err();

@@ -41,3 +41,28 @@ fn levels_of_the_log() {
         assert!(found.len() == 1 && found[0].starts_with(&line), "{bad}: {found:?}");
     }
 }
+
+/// What stands under a misspelt key, or in a table line that is wrong, is not missing.
+#[test]
+fn only_what_is_missing_is_missing() {
+    let found = problems(&["[[clone]]\nname = 'vm'\ntable = '0 100 clone m d s 9'"]);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].contains(": table: ") && found[0].contains("Region size is not a power of 2: 9"), "{found:?}");
+    // A key beside a wrong table is told still.
+    let found = problems(&["[[clone]]\nname = 'vm'\ntable = 'x'\ncolour = 3"]);
+    assert_eq!(found.len(), 2, "{found:?}");
+
+    for key in ["name", "source", "destination", "metadata"] {
+        let typo = &key[..key.len() - 1];
+        let found = problems(&[&CLONE.replace(&format!("{key} ="), &format!("{typo} ="))]);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].ends_with(&format!("unknown key '{typo}', did you mean '{key}'?")), "{found:?}");
+    }
+    let found = problems(&["[daemon.metrics_dump]\npaht = '/x'"]);
+    assert_eq!(found, ["a.toml:2:1: daemon: metrics_dump: unknown key 'paht', did you mean 'path'?"]);
+    // What is not there at all is.
+    let found = problems(&["[[clone]]\nnam = 'vm'\nsource = 's'\ncolour = 3\nmetadata = 'm'"]);
+    let missing = found.iter().filter(|line| line.contains(": missing: ")).count();
+    assert_eq!((found.len(), missing), (3, 1), "{found:?}");
+    assert!(found[2].contains(": missing: "), "the causes first: {found:?}");
+}
