@@ -2,6 +2,7 @@
 
 use super::fault::Fault;
 use super::file::{Contents, Located, Place, Problem, read_file};
+use super::same_file::resolved;
 use super::spec::{CloneSpec, DaemonSpec};
 use super::{CloneConfig, DaemonConfig, Plan};
 use crate::error::{Error, ErrorKind, Result};
@@ -169,12 +170,16 @@ fn conflicts(clones: &[Named], daemon: Option<(&DaemonConfig, Option<&Located<Da
         if let Some((other, place)) = exports.take((address.to_string(), export), located, "nbd.export") {
             report("nbd.export", format!("'{export}' at {address} is the export of {other} ({place}) already"));
         }
+        if let Some((key, text)) = config.given_twice(resolved) {
+            report(key, text.into());
+            continue;
+        }
         let keys = match config.table {
             Some(_) => ["table", "table"],
             None => ["destination", "metadata"],
         };
         for (key, path) in keys.into_iter().zip([&config.destination, &config.metadata]) {
-            if let Some((other, place)) = paths.take(path.as_path(), located, key) {
+            if let Some((other, place)) = paths.take(resolved(path), located, key) {
                 report(key, format!("{} is in use by {other} ({place}) already", path.display()));
             }
         }

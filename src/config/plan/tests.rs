@@ -342,7 +342,7 @@ fn what_two_clones_cannot_share() {
         "{found:?}"
     );
 
-    let same = "[[clone]]\nname='b'\nsource='s'\ndestination='d-a'\nmetadata='d-a'\n";
+    let same = "[[clone]]\nname='b'\nsource='s'\ndestination='d-a'\nmetadata='m-a'\n";
     let found = problems(&[&(clone("a", "") + same)]);
     assert_eq!(found.len(), 2);
     assert!(found[0].starts_with("a.toml:10:13: clone 'b': destination: ") && found[0].contains("in use by clone 'a'"));

@@ -66,3 +66,60 @@ fn only_what_is_missing_is_missing() {
     assert_eq!((found.len(), missing), (3, 1), "{found:?}");
     assert!(found[2].contains(": missing: "), "the causes first: {found:?}");
 }
+
+/// One file is one file, however its path is written.
+#[test]
+fn one_path_twice() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("real")).unwrap();
+    std::os::unix::fs::symlink("real", dir.path().join("link")).unwrap();
+    let clone = |name: &str, source: &str, destination: &str, metadata: &str| {
+        let (source, destination) = (format!("source='{source}'"), format!("destination='{destination}'"));
+        format!("[[clone]]\nname='{name}'\n{source}\n{destination}\nmetadata='{metadata}'\n")
+    };
+    let check = |text: &str| {
+        let file = dir.path().join("a.toml");
+        fs::write(&file, text).unwrap();
+        check(&[file], false, &RuntimeDir::of_user()).map_err(|problems| problems.lines)
+    };
+    for (source, destination, metadata, said) in [
+        ("s", "s", "m", "destination: it is the source of the clone"),
+        ("s", "./x/../s", "m", "destination: it is the source of the clone"),
+        ("s", "d", "s", "metadata: it is the source of the clone"),
+        ("s", "d", "./d", "metadata: it is the destination of the clone"),
+        ("real/s", "link/s", "m", "destination: it is the source of the clone"),
+        ("s", "link/d", "real/d", "metadata: it is the destination of the clone"),
+    ] {
+        let found = check(&clone("a", source, destination, metadata)).unwrap_err();
+        assert!(found.len() == 1 && found[0].contains(said), "{destination}: {found:?}");
+    }
+    let found = check("[[clone]]\nname='t'\ntable='0 8 clone m s ./s 8'\n").unwrap_err();
+    assert!(found.len() == 1 && found[0].contains("table: its destination is its source"), "{found:?}");
+
+    for other in ["d", "./x/../d", "x/.././real/../d"] {
+        let found = check(&(clone("a", "s", "d", "m") + &clone("b", "s", other, "n"))).unwrap_err();
+        assert!(found.len() == 1 && found[0].contains("is in use by clone 'a'"), "{other}: {found:?}");
+    }
+    let found = check(&(clone("a", "s", "real/d", "m") + &clone("b", "s", "e", "link/d"))).unwrap_err();
+    assert!(found.len() == 1 && found[0].contains("metadata: ") && found[0].contains("in use by"), "{found:?}");
+    // What only looks alike is fine: a source may be that of many.
+    check(&(clone("a", "s", "real/d", "m") + &clone("b", "s", "d", "n"))).unwrap();
+    // The URI of an export is no path.
+    check(&clone("a", "nbd://h/d", "nbd:/h/d", "m")).unwrap();
+}
+
+/// The body of a create call as well.
+#[test]
+fn one_path_twice_in_a_create_call() {
+    let dir = RuntimeDir::of_user();
+    let body = |source: &str, destination: &str, metadata: &str| {
+        let body = serde_json::json!({
+            "name": "vm", "source": source, "destination": destination, "metadata": metadata
+        });
+        CloneSpec::from_json(body.to_string().as_bytes()).unwrap().into_config(&dir)
+    };
+    assert!(body("/s", "/d", "/m").is_ok());
+    for (destination, metadata) in [("/s", "/m"), ("/x/../s", "/m"), ("/d", "/s"), ("/d", "/./d")] {
+        assert_eq!(body("/s", destination, metadata).unwrap_err().0.len(), 1, "{destination} {metadata}");
+    }
+}
