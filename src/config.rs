@@ -39,8 +39,8 @@ pub const PRIORITY_DEFAULT: u32 = hydration_share::PRIORITY_DEFAULT as u32;
 /// Largest weight of a clone; the smallest is 1.
 pub const PRIORITY_MAX: u32 = hydration_share::PRIORITY_MAX as u32;
 
-/// Largest clone, in bytes: what a geometry can hold.
-pub const SIZE_MAX: u64 = DEVICE_SIZE_MAX - REGION_SIZE_MAX;
+/// Largest clone, in bytes: what a geometry can hold, in whole TiB.
+pub const SIZE_MAX: u64 = (DEVICE_SIZE_MAX - REGION_SIZE_MAX) >> 40 << 40;
 /// Bounds of a rate of hydration, in bytes per second.
 pub use crate::hydration_share::{RATE_MAX as HYDRATION_RATE_MAX, RATE_MIN as HYDRATION_RATE_MIN};
 /// Bounds of the memory that each shard copies with, in bytes.

@@ -211,6 +211,7 @@ impl FromStr for DmTable {
     type Err = String;
 
     fn from_str(line: &str) -> Result<Self, String> {
+        check_one_line(line)?;
         let words = split(line);
         let Some(([start, len, target], arguments)) = words.split_first_chunk::<3>() else {
             return Err(format!(
@@ -253,6 +254,26 @@ impl FromStr for DmTable {
             arguments: rest.to_vec(),
         })
     }
+}
+
+/// Refuses a table of several targets, the second of which would be taken for arguments of the first. Other line breaks
+/// are white space.
+fn check_one_line(text: &str) -> Result<(), String> {
+    let mut escaped = false;
+    let lines = text.split(|c: char| {
+        let ends = c == '\n' && !escaped;
+        escaped = c == '\\' && !escaped;
+        ends
+    });
+    for (index, line) in lines.enumerate().skip(1) {
+        if let [start, len, _, ..] = split(line).as_slice()
+            && [start, len].iter().all(|word| decimal(word).is_some())
+        {
+            let what = "a table is one line, that of the whole clone";
+            return Err(format!("Invalid format on line {} of table: {what}", index + 1));
+        }
+    }
+    Ok(())
 }
 
 /// The words that were not looked at yet.

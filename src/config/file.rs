@@ -10,6 +10,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use toml::de::DeTable;
 
@@ -64,11 +65,24 @@ impl Text {
         Self { path: path.into(), text, lines }
     }
 
-    /// Reads a file of at most [`FILE_SIZE_MAX`] bytes of UTF-8.
+    /// Reads a regular file of at most [`FILE_SIZE_MAX`] bytes of UTF-8.
     pub fn read(path: &Path) -> Result<Self> {
         let failed = |error| Error::from_io(error, format!("configuration {}", path.display()));
+        // Not blocking, for a pipe that nobody writes to; without effect on what is accepted.
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
+        let kind = file.metadata().map_err(failed)?.file_type();
+        if !kind.is_file() {
+            let kind = match () {
+                () if kind.is_dir() => "a directory",
+                () if kind.is_fifo() => "a pipe",
+                () if kind.is_socket() => "a socket",
+                () => "a device",
+            };
+            let text = format!("configuration {} is {kind}: give a regular file", path.display());
+            return Err(Error::new(ErrorKind::WrongType, text));
+        }
         let mut bytes = Vec::new();
-        File::open(path).map_err(failed)?.take(FILE_SIZE_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
+        file.take(FILE_SIZE_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
         if bytes.len() as u64 > FILE_SIZE_MAX {
             let text = format!("configuration {}: larger than {FILE_SIZE_MAX} bytes", path.display());
             return Err(Error::new(ErrorKind::Limit, text));

@@ -371,6 +371,25 @@ impl CpuList {
     }
 }
 
+/// One of a list.
+struct CpuNumber(u64);
+
+impl<'de> Deserialize<'de> for CpuNumber {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Reads;
+        impl Visitor<'_> for Reads {
+            type Value = CpuNumber;
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                write!(f, "the number of a CPU, 0 to {CPU_MAX}")
+            }
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<CpuNumber, E> {
+                Ok(CpuNumber(number))
+            }
+        }
+        from.deserialize_any(Reads)
+    }
+}
+
 impl Serialize for CpuList {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         self.0.serialize(to)
@@ -390,7 +409,7 @@ impl<'de> Deserialize<'de> for CpuList {
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<CpuList, A::Error> {
                 let mut list = CpuList::default();
-                while let Some(cpu) = items.next_element::<u64>()? {
+                while let Some(CpuNumber(cpu)) = items.next_element()? {
                     list.add(cpu).map_err(|found| de::Error::invalid_value(Unexpected::Other(&found), &self))?;
                 }
                 match list.0.is_empty() {

@@ -128,6 +128,23 @@ fn good_lines() {
 }
 
 #[test]
+fn one_line_only() {
+    let line = "0 8 clone m d s 8";
+    for (text, number) in [
+        (format!("{line}\n8 8 clone m d s 8"), 2),
+        (format!("{line} 0 0\n\n8 8 linear m 0\n"), 3),
+        (format!("0 8 clone m\n8 8 {line}"), 2),
+        (format!("{line}\n{line}"), 2),
+    ] {
+        let error = parse(&text).unwrap_err();
+        assert!(error.starts_with(&format!("Invalid format on line {number} of table: ")), "{text}: {error}");
+    }
+    // A line break that is in a word, or between those of one line.
+    assert!(parse("0 8 clone a\\\n8 8 x 8").is_ok());
+    assert!(parse("0 8 clone m d s\n8 0\n0\n").is_ok());
+}
+
+#[test]
 fn the_line_repeats_what_was_given() {
     let lines = [
         "0 524288 clone 254:0 254:16 254:32 8",

@@ -226,7 +226,7 @@ fn wrong_values_name_place_key_and_what_was_expected() {
         ("cpus = []", format!("{cpus}, found none")),
         ("cpus = 3", format!("{cpus}, found 3")),
         ("control = ''", "expected a path, found nothing".into()),
-        ("io_memory = 1", format!("{}, found 1 bytes", size(&range(IO_MEMORY_MIN, IO_MEMORY_MAX)))),
+        ("io_memory = 1", format!("{}, found 1 byte", size(&range(IO_MEMORY_MIN, IO_MEMORY_MAX)))),
         ("spin = 5", format!("{spin}, found 5")),
         ("spin = 'us'", format!("{spin}, found the text 'us'")),
         ("log = 'loud=very'", "'very' is not a level".into()),

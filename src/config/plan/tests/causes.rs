@@ -123,3 +123,45 @@ fn one_path_twice_in_a_create_call() {
         assert_eq!(body("/s", destination, metadata).unwrap_err().0.len(), 1, "{destination} {metadata}");
     }
 }
+
+/// Only a regular file is read: a pipe would block, a device never end.
+#[test]
+fn only_regular_files_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = dir.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    for path in [pipe.as_path(), dir.path(), Path::new("/dev/zero")] {
+        let (path, runtime) = (path.to_owned(), RuntimeDir::of_user());
+        let (tell, told) = std::sync::mpsc::channel();
+        let name = path.display().to_string();
+        std::thread::spawn(move || tell.send(plan(&[path], false, &runtime)));
+        let error = told.recv_timeout(Duration::from_secs(20)).expect("it blocks").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::WrongType, "{error}");
+        assert!(error.to_string().contains(&format!("configuration {name} is ")), "{error}");
+    }
+}
+
+#[test]
+fn errors_in_plain_words() {
+    for (text, said) in [
+        ("[daemon]\ncpus = ['a']", "daemon: cpus: expected the number of a CPU, 0 to 8191, found the text 'a'"),
+        ("[daemon]\ncpus = [-1]", "daemon: cpus: expected the number of a CPU, 0 to 8191, found -1"),
+        ("[[clone]]\nname = 'a/b'", "name: '/' can't be in a name: use letters, digits, '.', '_' and '-'"),
+        ("[[clone]]\nname = ''", "name: a name has 1 to 64 characters"),
+        ("[[clone]]\nname = 3", "name: expected a name, found 3"),
+        ("[[clone]]\nsource = 'nbds://h/x'", "source: source 'nbds://h/x': TLS"),
+        ("[[clone]]\ndestination = ''", "destination: expected a path, found nothing"),
+        (
+            "[[clone]]\nsize = 0",
+            "size: expected a size from 1 byte to 8388607TiB, in bytes or like \"64KiB\", found 0 bytes",
+        ),
+        ("[[clone]]\nsize = 1\nsize_ = 2", "did you mean 'size'?"),
+    ] {
+        let found = problems(&[text]);
+        assert!(found.iter().any(|line| line.contains(said)), "{text}: {found:?}");
+    }
+    let table = "[[clone]]\nname = 'vm'\ntable = '''\n0 8 clone m d s 8\n8 8 clone m d s 8\n'''";
+    let found = problems(&[table]);
+    let said = "table: Invalid format on line 2 of table: a table is one line, that of the whole clone";
+    assert!(found.len() == 1 && found[0].ends_with(said), "{found:?}");
+}
