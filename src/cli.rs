@@ -185,7 +185,7 @@ pub struct CloneArgs {
           value_parser = clap::value_parser!(u32).range(1..=i64::from(PRIORITY_MAX)))]
     pub priority: u32,
 
-    /// When all is hydrated: go on serving, or exit when the last client is gone
+    /// When all is hydrated: go on serving (stay), or end when the last client is gone (exit, remove)
     #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
     pub on_hydrated: OnHydrated,
 
@@ -355,8 +355,13 @@ gives it up).")]
 #[command(after_long_help = "\
 Examples:
   hydrant create vm2.toml
-  printf '[[clone]]\\nname = \"vm2\"\\nsource = \"nbd://backup/vm2\"\\n\
-destination = \"/dev/vg/vm2\"\\nmetadata = \"/var/lib/vm2.meta\"\\n' >vm2.toml")]
+
+A configuration file:
+      [[clone]]
+      name = \"vm2\"
+      source = \"nbd://backup/vm2\"
+      destination = \"/dev/vg/vm2\"
+      metadata = \"/var/lib/hydrant/vm2.meta\"")]
 pub struct CreateArgs {
     /// A configuration file with [[clone]]s only
     #[arg(value_name = "FILE.toml")]

@@ -94,7 +94,7 @@ const DAEMON: &[Key] = &[
     key("hydration_rate", RATE, NO_LIMIT, "Bytes per second that the background copy of all clones together may read."),
     key(
         "log",
-        Other("`error`, `warn`, `info`, `debug`, `trace`, or by module as in `\"info,hydrant::source=debug\"`"),
+        Other("`off`, `error`, `warn`, `info`, `debug`, `trace`, or by module as in `\"info,hydrant::source=debug\"`"),
         Is("\"info\""),
         "What to log to standard error. HYDRANT_LOG in the environment goes before it.",
     ),

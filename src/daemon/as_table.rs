@@ -41,22 +41,27 @@ fn name_of(role: Role, path: &Path) -> Result<Option<PathBuf>> {
     }
 }
 
+/// The size that is asked for, of a clone that has `size` bytes: a table line says that in whole sectors.
+pub fn size_wanted(config: &CloneConfig, size: u64) -> Option<u64> {
+    match &config.table {
+        Some(table) if table.is_len_of(size) => Some(size),
+        _ => config.size,
+    }
+}
+
 /// What was found of a clone, or why it can't be, seen as dm-clone does. Of a clone that was not given as a table line,
 /// what it was.
 pub fn judged(config: &CloneConfig, prepared: Result<Prepared>) -> Result<Prepared> {
     let Some(table) = &config.table else { return prepared };
     let prepared = prepared.map_err(in_words)?;
-    let (is, wanted) = (prepared.geometry.size(), table.size());
-    if is != wanted {
+    let is = prepared.geometry.size();
+    if !table.is_len_of(is) {
         // A shorter line may be the one that the clone was made with: see `hydrant resize`.
-        let has = if is > wanted { "has grown to" } else { "has" };
-        let fits = match is.is_multiple_of(SECTOR_SIZE) {
-            true => format!("LEN {} fits", is / SECTOR_SIZE),
-            false => "no LEN fits, give its devices without a table".into(),
-        };
-        let (metadata, is, wanted) = (config.metadata.display(), ByteSize(is), ByteSize(wanted));
+        let has = if is > table.size() { "has grown to" } else { "has" };
+        let fits = is.div_ceil(SECTOR_SIZE);
+        let (metadata, is, wanted) = (config.metadata.display(), ByteSize(is), ByteSize(table.size()));
         let text = format!(
-            "{}: metadata {metadata}: the table has {wanted}, the clone {has} {is}: {fits}",
+            "{}: metadata {metadata}: the table has {wanted}, the clone {has} {is}: LEN {fits} fits",
             words::OTHER_GEOMETRY
         );
         return Err(Error::new(ErrorKind::Mismatch, text));

@@ -31,7 +31,7 @@ impl Handle {
         let dir = RuntimeDir::of_user();
         let config = spec.into_config(&dir)?;
         if matches!(&config.nbd.address, NbdAddress::Unix(path) if dir.holds(path)) {
-            dir.create()?;
+            dir.create_for_created()?;
         }
         Ok(config)
     }

@@ -138,7 +138,7 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
             };
             let found_fingerprint = fingerprint_of(config, &source, superblock.source_len()).await?;
             let expected = Expected {
-                size: config.size,
+                size: as_table::size_wanted(config, superblock.geometry.size()),
                 source_size: Some(source.source.size()),
                 region_size: config.region_size,
                 source: found_fingerprint,
@@ -190,11 +190,12 @@ pub async fn fingerprint_of(config: &CloneConfig, source: &OpenSource, len: u64)
     fingerprint(&*seen).await.map_err(|error| error.within(format!("source {}", config.source)))
 }
 
-/// Logs where sizes that may differ do.
+/// Logs where sizes that may differ do. A clone that is larger than what is given may have grown, or may never have had
+/// that size: nobody knows.
 fn tell_of_sizes(config: &CloneConfig, size: u64, shown: u64, has: u64) {
-    if let Some(given) = config.size.filter(|given| *given < size) {
+    if let Some(given) = as_table::size_wanted(config, size).filter(|given| *given < size) {
         let (given, size) = (ByteSize(given), ByteSize(size));
-        log::warn!("clone '{}': it has grown to {size} since it was made with {given}", config.name);
+        log::warn!("clone '{}': it has {size} by its metadata, which hold; {given} is the size given", config.name);
     } else if has > shown && config.size.is_none() {
         let (has, shown) = (ByteSize(has), ByteSize(shown));
         log::info!(
@@ -332,7 +333,7 @@ async fn without_source(
     let superblock = &recovered.superblock;
     let destination_id = destination_of_clone(&destination, config)?;
     let expected = Expected {
-        size: config.size,
+        size: as_table::size_wanted(config, superblock.geometry.size()),
         source_size: None,
         region_size: config.region_size,
         source: superblock.source,

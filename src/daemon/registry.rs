@@ -298,8 +298,11 @@ impl Daemon {
         if connections > 0 && !force {
             running.exported.set_hidden(&self.context, false).await;
             self.entries.borrow_mut().insert(name.clone(), Entry::Running(running));
-            let clients = if connections == 1 { "an NBD client uses it" } else { "NBD clients use it" };
-            bail!(InUse, "clone '{name}' is in use ({connections} connections): {clients}; disconnect, or use --force");
+            let clients = match connections {
+                1 => "1 connection): an NBD client uses it".into(),
+                more => format!("{more} connections): NBD clients use it"),
+            };
+            bail!(InUse, "clone '{name}' is in use ({clients}; disconnect, or use --force");
         }
         let deadline = self.context.env.now() + DRAIN_MAX;
         let ended = running.end(&self.context, &self.listeners, deadline).await;
