@@ -295,7 +295,7 @@ pub struct IoCounters {
     pub errors: u64,
     /// Read from the source, for clients and for the hydration.
     pub source_read_bytes: u64,
-    /// Copied from the source to the destination.
+    /// Of regions that were brought in from the source, its zeros included: not of copies that failed.
     pub hydrated_bytes: u64,
     /// Metadata commits.
     pub commits: u64,
