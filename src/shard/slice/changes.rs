@@ -8,7 +8,7 @@
 use super::super::copy::COPY_UNIT_BYTES;
 use super::super::inflight::Hold;
 use super::super::plan::{ChangeRoute, plan_change};
-use super::{CloneSlice, PARTS_AT_A_TIME, Trip, count};
+use super::{CloneSlice, PARTS_AT_A_TIME, Trip};
 use crate::clone_state::Mode;
 use crate::disk::ZeroFlags;
 use crate::dma_buf::DmaBuf;
