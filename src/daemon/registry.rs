@@ -276,7 +276,7 @@ impl Daemon {
         let ended = running.end(&self.context, &self.listeners, deadline).await;
         self.tell_removed(&name);
         self.forget(&name);
-        ended
+        ended.map_err(|error| error.within(format!("clone '{name}': removed; its last commit failed")))
     }
 
     fn tell_removed(&self, name: &CloneName) {
@@ -485,8 +485,9 @@ impl Daemon {
             let daemon = self.clone();
             async move {
                 let ended = running.end(&daemon.context, &daemon.listeners, deadline).await;
-                daemon.forget(&running.config.name);
-                ended
+                let name = &running.config.name;
+                daemon.forget(name);
+                ended.map_err(|error| error.within(format!("clone '{name}': stopped; its last commit failed")))
             }
         });
         join_some(ends, AT_A_TIME).await.into_iter().collect()

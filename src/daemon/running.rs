@@ -99,7 +99,7 @@ impl RunningClone {
     }
 
     /// Ends it: clients, then copies in flight, get until `deadline`; one last commit. Nothing of it runs after that,
-    /// whatever is returned.
+    /// whatever is returned: the error is that of the commit.
     pub async fn end(&self, context: &Rc<ShardContext>, listeners: &Listeners, deadline: Duration) -> Result<()> {
         let state = &self.clone.state;
         self.clone.coordinator.begin_stop().await;
@@ -138,7 +138,7 @@ impl RunningClone {
         }
         activate::abandon(context, state.id).await;
         listeners.release(context, &self.exported.listener, &self.exported.name).await;
-        committed.map_err(|error| error.within(format!("clone '{}': the last commit failed", state.name)))
+        committed
     }
 
     /// The counters of all shards together.
