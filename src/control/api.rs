@@ -155,6 +155,8 @@ pub enum HydrationState {
     Complete,
     /// Waiting for the source to come back.
     SourceLost,
+    /// The source came back as another one: nothing is copied until the clone is started again with the right one.
+    SourceChanged,
     /// Copies fail (a bad sector, a failing destination): backing off between attempts.
     Failing,
 }
@@ -167,6 +169,7 @@ impl fmt::Display for HydrationState {
             Self::Idle => "idle",
             Self::Complete => "complete",
             Self::SourceLost => "source lost",
+            Self::SourceChanged => "source changed",
             Self::Failing => "failing",
         })
     }
@@ -249,6 +252,8 @@ pub enum SourceState {
     Connected,
     /// Trying to reach it again.
     Lost,
+    /// It came back as another one: nothing more is read from it, until the clone is started again.
+    Changed,
     /// Let go: the hydration is complete and the source is not needed any more.
     Released,
     /// The clone does not run.
@@ -260,6 +265,7 @@ impl fmt::Display for SourceState {
         f.write_str(match self {
             Self::Connected => "connected",
             Self::Lost => "lost",
+            Self::Changed => "changed",
             Self::Released => "released",
             Self::Unopened => "not open",
         })

@@ -257,6 +257,8 @@ impl RunningClone {
             HydrationState::Paused
         } else if source == SourceState::Lost {
             HydrationState::SourceLost
+        } else if source == SourceState::Changed {
+            HydrationState::SourceChanged
         } else if stats.hydration_paused > 0 || state.mode() != Mode::ReadWrite {
             HydrationState::Failing
         } else if state.hydrating() > 0 || self.rate.borrow().bytes_per_second() > 0 {
@@ -304,8 +306,14 @@ impl RunningClone {
             status.state = SourceState::Released;
         }
         let source = self.clone.nbd_source.borrow().as_ref().and_then(|source| source.upgrade());
-        if status.state == SourceState::Connected && source.is_some_and(|source| !source.state().is_connected()) {
-            status.state = SourceState::Lost;
+        if status.state == SourceState::Connected
+            && let Some(source) = source.map(|source| source.state())
+        {
+            status.state = match source.is_connected() {
+                _ if source.changed => SourceState::Changed,
+                true => SourceState::Connected,
+                false => SourceState::Lost,
+            };
         }
         status
     }
