@@ -153,7 +153,11 @@ impl CloneState {
     }
     /// It is another one, for good.
     pub fn source_changed(&self, why: &Error, now: Duration) {
-        self.source_is(SourceHealth::Changed, format!("source changed, nothing more is read from it: {why}"), now);
+        self.source_is(
+            SourceHealth::Changed,
+            format!("source changed, nothing more is read from it until the clone is started again: {why}"),
+            now,
+        );
     }
 
     fn source_is(&self, to: SourceHealth, text: String, now: Duration) {

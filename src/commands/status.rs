@@ -4,7 +4,7 @@ use super::daemons::find;
 use super::output_error;
 use crate::bail;
 use crate::cli::StatusArgs;
-use crate::control::api::{CloneRunState, HydrationState, HydrationStatus, MetadataMode, Status};
+use crate::control::api::{CloneRunState, HydrationState, HydrationStatus, MetadataMode, SourceState, Status};
 use crate::control::client::{self, Client};
 use crate::error::{Error, ErrorKind, Result};
 use crate::human::{count, duration, percent, rate, size};
@@ -19,6 +19,9 @@ use std::time::Duration;
 /// Between two looks of `--watch`: at a terminal, and else.
 const WATCH_PAUSE_TERMINAL: Duration = Duration::from_millis(200);
 const WATCH_PAUSE_PLAIN: Duration = Duration::from_secs(1);
+/// What a source that is another one means, and what to do.
+const SOURCE_CHANGED: &str = "changed: nothing more is read from it; when the right one is back, \
+    remove and create the clone again (or restart)";
 
 pub fn run(args: &StatusArgs, out: &mut dyn Write) -> Result<()> {
     let found = find(args.name.as_ref(), &args.control)?;
@@ -234,6 +237,9 @@ fn setting(set: Option<u32>, effective: u32) -> String {
 
 fn source_words(status: &Status) -> String {
     let source = &status.source;
+    if source.state == SourceState::Changed {
+        return format!("{}, {SOURCE_CHANGED}", source.spec);
+    }
     match source.losses {
         0 => format!("{}, {}", source.spec, source.state),
         losses => {
@@ -436,6 +442,11 @@ vm1: 16GiB, 262144 regions of 64KiB
   daemon       pid 4711, version 0.1.0, 2 shards, up 1h 2m
 ";
         assert_eq!(text_of(&sample()), expected);
+        let mut changed = sample();
+        changed.source.state = SourceState::Changed;
+        let line = "  source       nbd://backup/vm1, changed: nothing more is read from it; when the right one is back, \
+                    remove and create the clone again (or restart)\n";
+        assert!(text_of(&changed).contains(line), "{}", text_of(&changed));
     }
 
     #[test]

@@ -161,6 +161,8 @@ pub enum HydrationState {
     Complete,
     /// Waiting for the source to come back.
     SourceLost,
+    /// The source came back as another one: nothing is copied until the clone is started again with the right one.
+    SourceChanged,
     /// Copies fail (a bad sector, a failing destination): backing off between attempts.
     Failing,
 }
@@ -173,6 +175,7 @@ impl fmt::Display for HydrationState {
             Self::Idle => "idle",
             Self::Complete => "complete",
             Self::SourceLost => "source lost",
+            Self::SourceChanged => "source changed",
             Self::Failing => "failing",
         })
     }
@@ -259,6 +262,8 @@ pub enum SourceState {
     Connected,
     /// Trying to reach it again.
     Lost,
+    /// It came back as another one: nothing more is read from it, until the clone is started again.
+    Changed,
     /// Let go: the hydration is complete and the source is not needed any more.
     Released,
     /// The clone does not run.
@@ -270,6 +275,7 @@ impl fmt::Display for SourceState {
         f.write_str(match self {
             Self::Connected => "connected",
             Self::Lost => "lost",
+            Self::Changed => "changed",
             Self::Released => "released",
             Self::Unopened => "not open",
         })
@@ -305,7 +311,7 @@ pub struct IoCounters {
     pub errors: u64,
     /// Read from the source, for clients and for the hydration.
     pub source_read_bytes: u64,
-    /// Copied from the source to the destination.
+    /// Of regions that were brought in from the source, its zeros included: not of copies that failed.
     pub hydrated_bytes: u64,
     /// Metadata commits.
     pub commits: u64,

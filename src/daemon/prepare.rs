@@ -72,6 +72,7 @@ pub fn disk_parts(device: &Device) -> Result<DiskParts> {
         size: device.size,
         block: if device.direct { device.block } else { 1 },
         is_block_device: device.kind == DeviceKind::Block,
+        lock_below: device.lock_below(),
     })
 }
 

@@ -308,7 +308,7 @@ impl Daemon {
         let ended = running.end(&self.context, &self.listeners, deadline).await;
         self.tell_removed(&name);
         self.forget(&name);
-        ended
+        ended.map_err(|error| error.within(format!("clone '{name}': removed; its last commit failed")))
     }
 
     /// Gives the start of a clone up, as long as it has changed nothing, and waits until it has ended one way or the
@@ -538,8 +538,9 @@ impl Daemon {
             let daemon = self.clone();
             async move {
                 let ended = running.end(&daemon.context, &daemon.listeners, deadline).await;
-                daemon.forget(&running.config.name);
-                ended
+                let name = &running.config.name;
+                daemon.forget(name);
+                ended.map_err(|error| error.within(format!("clone '{name}': stopped; its last commit failed")))
             }
         });
         join_some(ends, AT_A_TIME).await.into_iter().collect()

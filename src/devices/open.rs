@@ -5,7 +5,7 @@
 
 use super::distinct::Place;
 use super::sysfs::Sysfs;
-use super::{Device, DeviceId, DeviceKind, Role, Target, holders, label, show, sys};
+use super::{Device, DeviceId, DeviceKind, Role, Target, holders, label, ranges, show, sys};
 use crate::bail;
 use crate::dma_buf::{DMA_ALIGN, DmaBuf};
 use crate::error::{Error, ErrorKind, Result};
@@ -15,6 +15,7 @@ use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// udev takes a short shared lock on a block device while it probes it: try so often...
@@ -277,17 +278,17 @@ fn open(role: Role, path: &Path, options: &OpenOptions) -> Result<File> {
 }
 
 /// A wait for a lock of a process that is gone.
-struct WaitForTheGone {
+pub(super) struct WaitForTheGone {
     since: Instant,
 }
 
 impl WaitForTheGone {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { since: Instant::now() }
     }
 
     /// Waits a little; false when it is of no use: the lock is somebody's who lives, or this took too long.
-    fn may_try_again(&self, stat: &Metadata) -> bool {
+    pub(super) fn may_try_again(&self, stat: &Metadata) -> bool {
         let time_max = match holders::are_lock_holders_gone(stat.dev(), stat.ino()) {
             Some(true) => GONE_WAIT_MAX,
             Some(false) => return false,
@@ -362,15 +363,16 @@ fn lock(role: Role, path: &Path, file: &File, stat: &Metadata, exclusive: bool) 
     }
     if exclusive && holders::has_record_lock(file) {
         let by = holders::lock_holder(stat.dev(), stat.ino(), false).filter(|by| !by.starts_with("this process"));
-        let by = by.unwrap_or_else(|| "another process (a virtual machine?)".into());
+        let by = by.unwrap_or_else(|| "another process (a virtual machine, or a clone through a loop device?)".into());
         bail!(InUse, "{} is in use, locked by {by}", label(role, path));
     }
-    Ok(())
+    ranges::lock_whole(role, path, file, stat, exclusive)
 }
 
 fn describe(role: Role, path: &Path, file: File, stat: &Metadata, writable: bool) -> Result<Device> {
     let context = |e| Error::from_io(e, label(role, path));
     check_type(role, path, stat)?;
+    let below = ranges::lock_shown(role, path, &DeviceId::of(stat), writable)?.map(Arc::new);
     let block_device = stat.file_type().is_block_device();
     let kind = if block_device { DeviceKind::Block } else { DeviceKind::File };
     let size = if block_device { sys::block_device_size(&file).map_err(context)? } else { stat.len() };
@@ -400,6 +402,7 @@ fn describe(role: Role, path: &Path, file: File, stat: &Metadata, writable: bool
         direct,
         file,
         buffered: None,
+        below,
         id: DeviceId::of(stat),
         fs_dev: stat.dev(),
     };

@@ -184,6 +184,26 @@ pub(super) fn has_record_lock(file: &File) -> io::Result<bool> {
     Ok(lock.l_type != libc::F_UNLCK as libc::c_short)
 }
 
+/// Takes a record lock of the open file description (fcntl(2)) without waiting: `Ok(false)` when somebody else's is in
+/// the way. An exclusive one needs a file that is open for writing. Neither `at` nor `at + len` may exceed `i64::MAX + 1`.
+pub(super) fn try_record_lock(file: &File, at: u64, len: u64, exclusive: bool) -> io::Result<bool> {
+    let number = |value: u64| i64::try_from(value).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL));
+    // SAFETY: every field of struct flock is an integer: all zeros is valid; l_pid must be 0 for this kind of lock.
+    let mut lock: libc::flock64 = unsafe { MaybeUninit::zeroed().assume_init() };
+    lock.l_type = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK } as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    (lock.l_start, lock.l_len) = (number(at)?, number(len)?);
+    loop {
+        // SAFETY: F_OFD_SETLK reads one struct flock64 that outlives the call.
+        match check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) }.into()) {
+            Ok(_) => return Ok(true),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => return Ok(false),
+            Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
 /// Switches `O_DIRECT` of an open file on or off: EINVAL when the file system does not support it.
 pub(super) fn set_direct(file: &File, direct: bool) -> io::Result<()> {
     let fd = file.as_raw_fd();

@@ -248,3 +248,34 @@ fn a_growth_whose_metadata_have_no_room_is_refused_and_changes_nothing() {
     daemon.done(&["resize", "vm", "--size", "1GiB"]);
     daemon.stop();
 }
+
+#[test]
+fn a_read_only_clone_that_is_removed_says_what_was_not_committed() {
+    need!("loop", "losetup", "prlimit", "nbdsh");
+    let bench = Bench::new();
+    let source = bench.random("source", 4 * MIB);
+    let destination = Loop::attach(&bench.hole("backing", 4 * MIB), 512);
+    let path = |name: &str| bench.path(name).display().to_string();
+    let config = format!(
+        "[[clone]]\nname = \"vm\"\nsource = \"{}\"\ndestination = \"{}\"\nmetadata = \"{}\"\nno_hydration = true\n",
+        source.display(),
+        destination.path.display(),
+        path("meta")
+    );
+    let daemon = Daemon::serve(&bench, &config);
+    daemon.wait_status_of("vm", "running", |status| status.nr_regions > 0);
+    nbdsh(&daemon.uri_of("vm"), "h = connect(); h.pwrite(b'1' * 65536, 0); h.flush()");
+    run("prlimit", &["--pid", &daemon.pid().to_string(), "--fsize=8192"]);
+    nbdsh(
+        &daemon.uri_of("vm"),
+        "h = connect(); h.pwrite(b'2' * 65536, 65536)\ntry:\n  h.flush()\nexcept nbd.Error: pass",
+    );
+    assert_eq!(daemon.status_of("vm").metadata.mode.to_string(), "ro");
+    let refused = daemon.refused(&["remove", "vm"]);
+    assert!(refused.starts_with("clone 'vm': removed; its last commit failed: "), "{refused}");
+    assert_eq!(daemon.done(&["list"]).lines().count(), 1, "a header only");
+    let events = daemon.done(&["events", "--json"]);
+    let stopped = events.lines().find(|line| line.contains("\"stopped\""));
+    assert!(stopped.is_some_and(|line| line.contains("stopped without its last commit: ")), "{events}");
+    assert!(events.lines().last().unwrap().contains("\"removed\""), "{events}");
+}

@@ -275,6 +275,7 @@ impl Client {
             return;
         }
         *self.latched.borrow_mut() = Some(error.clone());
+        self.state.borrow_mut().changed = true;
         let links = self.links.borrow().clone();
         links.iter().for_each(|link| link.end(error.clone()));
         self.stop.notify();
