@@ -127,7 +127,8 @@ pub struct CloneArgs {
     ///
     /// 0 LEN clone METADATA DESTINATION SOURCE REGION_SIZE [#FEATURES FEATURE...] [#CORE KEY VALUE...] with LEN and
     /// REGION_SIZE in sectors of 512 bytes. Features are no_hydration and no_discard_passdown, core keys
-    /// hydration_threshold and hydration_batch_size. A device is a path, MAJOR:MINOR or (the source) an NBD URI.
+    /// hydration_threshold and hydration_batch_size. A device is a path, MAJOR:MINOR or (the source) an NBD URI. LEN holds
+    /// exactly, as in dm-clone: of a clone that was resized it is the size that it has grown to.
     #[arg(long, value_name = "LINE", conflicts_with_all = ["source", "destination", "metadata", "region_size", "size",
           "no_hydration", "no_discard_passdown", "hydration_threshold", "hydration_batch_size"])]
     pub table: Option<DmTable>,
@@ -184,7 +185,7 @@ pub struct CloneArgs {
           value_parser = clap::value_parser!(u32).range(1..=i64::from(PRIORITY_MAX)))]
     pub priority: u32,
 
-    /// When all is hydrated: go on serving, or exit when the last client is gone
+    /// When all is hydrated: go on serving (stay), or end when the last client is gone (exit, remove)
     #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
     pub on_hydrated: OnHydrated,
 
@@ -349,12 +350,18 @@ pub struct TableArgs {
 #[command(long_about = "\
 Starts the [[clone]]s of a configuration file in the daemon that 'hydrant serve' runs, and returns when they are served. The \
 other clones go on undisturbed. Paths in the file are relative to its directory. A clone that can't be started is told and \
-leaves nothing behind.")]
+leaves nothing behind; one that takes longer than 20 seconds goes on starting ('hydrant list' shows it, 'hydrant remove' \
+gives it up).")]
 #[command(after_long_help = "\
 Examples:
   hydrant create vm2.toml
-  printf '[[clone]]\\nname = \"vm2\"\\nsource = \"nbd://backup/vm2\"\\n\
-destination = \"/dev/vg/vm2\"\\nmetadata = \"/var/lib/vm2.meta\"\\n' >vm2.toml")]
+
+A configuration file:
+      [[clone]]
+      name = \"vm2\"
+      source = \"nbd://backup/vm2\"
+      destination = \"/dev/vg/vm2\"
+      metadata = \"/var/lib/hydrant/vm2.meta\"")]
 pub struct CreateArgs {
     /// A configuration file with [[clone]]s only
     #[arg(value_name = "FILE.toml")]
@@ -651,9 +658,10 @@ pub struct VersionArgs {
 /// How to find the daemon.
 #[derive(Args, Debug)]
 pub struct ControlArgs {
-    /// Control socket of the daemon [default: NAME.control in the runtime directory]
+    /// Control socket of the daemon [default: found in the runtime directory]
     ///
-    /// The runtime directory is $XDG_RUNTIME_DIR/hydrant, or /run/hydrant.
+    /// It is named NAME.control by 'hydrant clone', control by 'hydrant serve'. The runtime directory is
+    /// $XDG_RUNTIME_DIR/hydrant, or /run/hydrant.
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
 }

@@ -1,6 +1,7 @@
 //! What a daemon and its clones are made of and how they are to run, whoever says so: the command line or a file.
 //!
-//! Plain values that were checked for form; nothing here was opened or looked at. [`crate::cli`] fills it from the command
+//! Plain values that were checked for form; nothing here was opened (only the paths of files are followed, to find two
+//! that are one). [`crate::cli`] fills it from the command
 //! line, [`plan`] from files (TOML: [`mod@file`], [`node`]), the control interface from JSON; all but the first by way of
 //! [`spec`], whose names are those of the command line. What is wrong is a [`fault::Fault`] and names its key.
 
@@ -9,15 +10,18 @@ pub mod file;
 pub mod keys;
 pub mod node;
 pub mod plan;
+mod same_file;
 pub mod setting;
 pub mod spec;
 
 use crate::dm_table::DmTable;
 use crate::hydration_share;
 use crate::io_frontend::nbd::listen::NbdAddress;
+use crate::source::uri::SourceSpec;
 use crate::units::{DEVICE_SIZE_MAX, REGION_SIZE_MAX, RegionSize};
+use std::ffi::OsStr;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -35,8 +39,8 @@ pub const PRIORITY_DEFAULT: u32 = hydration_share::PRIORITY_DEFAULT as u32;
 /// Largest weight of a clone; the smallest is 1.
 pub const PRIORITY_MAX: u32 = hydration_share::PRIORITY_MAX as u32;
 
-/// Largest clone, in bytes: what a geometry can hold.
-pub const SIZE_MAX: u64 = DEVICE_SIZE_MAX - REGION_SIZE_MAX;
+/// Largest clone, in bytes: what a geometry can hold, in whole TiB.
+pub const SIZE_MAX: u64 = (DEVICE_SIZE_MAX - REGION_SIZE_MAX) >> 40 << 40;
 /// Bounds of a rate of hydration, in bytes per second.
 pub use crate::hydration_share::{RATE_MAX as HYDRATION_RATE_MAX, RATE_MIN as HYDRATION_RATE_MIN};
 /// Bounds of the memory that each shard copies with, in bytes.
@@ -150,6 +154,30 @@ impl CloneConfig {
         self.hydration_threshold = table.hydration_threshold();
         self.hydration_batch_size = table.hydration_batch_size();
         self.table = Some(table);
+    }
+
+    /// What is given as two of the three files: the key of the second one, and what is wrong with it. `as_one` makes one
+    /// path of all that name one file.
+    pub fn given_twice(&self, as_one: impl Fn(&Path) -> PathBuf) -> Option<(&'static str, &'static str)> {
+        let source = SourceSpec::parse(OsStr::new(&self.source)).ok();
+        let source =
+            source.and_then(|source| if let SourceSpec::File(path) = source { Some(as_one(&path)) } else { None });
+        let (destination, metadata) = (as_one(&self.destination), as_one(&self.metadata));
+        let is_table = self.table.is_some();
+        let found = match () {
+            () if source.as_ref() == Some(&destination) => 0,
+            () if source.as_ref() == Some(&metadata) => 1,
+            () if destination == metadata => 2,
+            () => return None,
+        };
+        Some(match (found, is_table) {
+            (0, false) => ("destination", "it is the source of the clone"),
+            (1, false) => ("metadata", "it is the source of the clone"),
+            (_, false) => ("metadata", "it is the destination of the clone"),
+            (0, true) => ("table", "its destination is its source"),
+            (1, true) => ("table", "its metadata is its source"),
+            (_, true) => ("table", "its metadata is its destination"),
+        })
     }
 }
 

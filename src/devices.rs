@@ -36,7 +36,10 @@ pub use content::contents;
 #[cfg(test)]
 use distinct::check_distinct_in;
 pub use distinct::{Place, check_distinct};
-pub use open::{Grown, create, cut_back, grow, open_input, open_source, open_target, set_size};
+pub use open::{
+    Grown, check_free_space, check_free_space_of, create, cut_back, grow, open_input, open_source, open_target,
+    set_size,
+};
 
 /// What a device is to the clone. Displays as the word that errors use.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

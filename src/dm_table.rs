@@ -101,16 +101,20 @@ struct Core {
 }
 
 impl DmTable {
-    /// Of the clone, in bytes.
+    /// Of the clone, in bytes; see [`Self::is_len_of`] for one that exists.
     pub fn size(&self) -> u64 {
         self.len * SECTOR_SIZE
     }
     pub fn region_size(&self) -> RegionSize {
         self.region_size
     }
-    /// The same for a clone that has grown to `size` bytes since; of a last sector that is not whole, it has nothing.
+    /// Whether LEN is that of a clone of `size` bytes, whose last sector may not be whole.
+    pub fn is_len_of(&self, size: u64) -> bool {
+        self.len == size.div_ceil(SECTOR_SIZE)
+    }
+    /// The same for a clone that has grown to `size` bytes since.
     pub fn grown_to(&self, size: u64) -> Self {
-        Self { len: size / SECTOR_SIZE, ..self.clone() }
+        Self { len: size.div_ceil(SECTOR_SIZE), ..self.clone() }
     }
     pub fn metadata(&self) -> PathBuf {
         device_path(&self.metadata)
@@ -165,8 +169,8 @@ impl fmt::Display for DmTable {
     }
 }
 
-/// The line of a clone that was not given as one. `size` is in bytes; of a last sector that is not whole, the line has
-/// nothing. Core arguments are those that were set.
+/// The line of a clone that was not given as one. `size` is in bytes; a last sector that is not whole counts, as in the
+/// status line. Core arguments are those that were set.
 pub struct Line<'a> {
     pub size: u64,
     pub metadata: &'a str,
@@ -181,7 +185,7 @@ pub struct Line<'a> {
 
 impl fmt::Display for Line<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "0 {} {TARGET}", self.size / SECTOR_SIZE)?;
+        write!(f, "0 {} {TARGET}", self.size.div_ceil(SECTOR_SIZE))?;
         for device in [self.metadata, self.destination, self.source] {
             write!(f, " {}", escaped(device))?;
         }
@@ -207,6 +211,7 @@ impl FromStr for DmTable {
     type Err = String;
 
     fn from_str(line: &str) -> Result<Self, String> {
+        check_one_line(line)?;
         let words = split(line);
         let Some(([start, len, target], arguments)) = words.split_first_chunk::<3>() else {
             return Err(format!(
@@ -249,6 +254,26 @@ impl FromStr for DmTable {
             arguments: rest.to_vec(),
         })
     }
+}
+
+/// Refuses a table of several targets, the second of which would be taken for arguments of the first. Other line breaks
+/// are white space.
+fn check_one_line(text: &str) -> Result<(), String> {
+    let mut escaped = false;
+    let lines = text.split(|c: char| {
+        let ends = c == '\n' && !escaped;
+        escaped = c == '\\' && !escaped;
+        ends
+    });
+    for (index, line) in lines.enumerate().skip(1) {
+        if let [start, len, _, ..] = split(line).as_slice()
+            && [start, len].iter().all(|word| decimal(word).is_some())
+        {
+            let what = "a table is one line, that of the whole clone";
+            return Err(format!("Invalid format on line {} of table: {what}", index + 1));
+        }
+    }
+    Ok(())
 }
 
 /// The words that were not looked at yet.

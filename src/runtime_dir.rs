@@ -21,6 +21,11 @@ const CONTROL_SUFFIX: &str = "control";
 /// How many clones `hydrant status` looks at, at most, when it is not told which.
 const LISTED_MAX: usize = 1024;
 
+/// What to do when the directory can't be created, by who needs it.
+const ADVICE_OF_CLONE: &str = "set XDG_RUNTIME_DIR, or say where the sockets go with --nbd and --control";
+const ADVICE_OF_SERVE: &str = "set XDG_RUNTIME_DIR, or say where the sockets go with 'control' in [daemon] and 'address' \
+                               in the [clone.nbd] of each clone";
+
 /// The runtime directory of this process's user. It need not exist.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuntimeDir(PathBuf);
@@ -66,20 +71,24 @@ impl RuntimeDir {
     pub fn create_for(&self, plan: &Plan) -> Result<()> {
         let is_here = |address: &NbdAddress| matches!(address, NbdAddress::Unix(path) if self.holds(path));
         if self.holds(&plan.daemon.control) || plan.clones.iter().any(|clone| is_here(&clone.nbd.address)) {
-            self.create()?;
+            self.create(if plan.daemon.one_clone { ADVICE_OF_CLONE } else { ADVICE_OF_SERVE })?;
         }
         Ok(())
     }
 
+    /// As [`Self::create_for`], for a clone that comes to a daemon.
+    pub fn create_for_created(&self) -> Result<()> {
+        self.create("say where its socket goes with nbd.address, or start the daemon with XDG_RUNTIME_DIR")
+    }
+
     /// Creates the directory, when it is not there. One that others may write to is refused: they could put their
-    /// sockets in place of ours.
-    pub fn create(&self) -> Result<()> {
+    /// sockets in place of ours. `advice` is what to do when it can't be created.
+    fn create(&self, advice: &str) -> Result<()> {
         let dir = &self.0;
         match fs::DirBuilder::new().mode(0o700).create(dir) {
             Ok(()) => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => {
-                let advice = "set XDG_RUNTIME_DIR, or say where the sockets go with --nbd and --control";
                 return Err(Error::from_io(
                     error,
                     format!("can't create the runtime directory {} ({advice})", dir.display()),
@@ -134,6 +143,7 @@ impl RuntimeDir {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::DaemonConfig;
 
     fn name(text: &str) -> CloneName {
         text.parse().unwrap()
@@ -156,24 +166,32 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let dir = RuntimeDir::by_xdg(Some(temp.path().into()));
         assert_eq!(dir.clones().unwrap(), []);
-        dir.create().unwrap();
+        dir.create(ADVICE_OF_CLONE).unwrap();
         assert_eq!(fs::metadata(dir.path()).unwrap().permissions().mode() & 0o777, 0o700);
-        dir.create().unwrap();
+        dir.create(ADVICE_OF_CLONE).unwrap();
         for file in ["b.control", "a.x.control", "b.sock", ".control", "-z.control", "control"] {
             fs::write(dir.path().join(file), "").unwrap();
         }
         let names: Vec<_> = dir.clones().unwrap().into_iter().map(|(name, _)| name.to_string()).collect();
         assert_eq!(names, ["a.x", "b"]);
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
-        assert!(dir.create().unwrap_err().to_string().contains("writable by others"));
+        assert!(dir.create(ADVICE_OF_CLONE).unwrap_err().to_string().contains("writable by others"));
     }
 
     #[test]
     fn says_what_to_do_when_it_cannot_be_created() {
         let dir = RuntimeDir::by_xdg(Some("/nonexistent/run".into()));
-        let error = dir.create().unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::NotFound);
-        let text = error.to_string();
-        assert!(text.contains("/nonexistent/run/hydrant") && text.contains("--control"), "{text}");
+        let mut daemon = DaemonConfig::new(dir.daemon_control_socket());
+        for (one_clone, said, unsaid) in [(true, "--control", "[daemon]"), (false, "'control' in [daemon]", "--")] {
+            daemon.one_clone = one_clone;
+            let plan = Plan { daemon: daemon.clone(), clones: Vec::new(), dry_run: false };
+            let error = dir.create_for(&plan).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::NotFound);
+            let text = error.to_string();
+            assert!(text.contains("/nonexistent/run/hydrant") && text.contains(said), "{text}");
+            assert!(!text.contains(unsaid), "{text}");
+        }
+        let text = dir.create_for_created().unwrap_err().to_string();
+        assert!(text.contains("nbd.address") && !text.contains("--"), "{text}");
     }
 }

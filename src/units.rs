@@ -261,7 +261,7 @@ impl fmt::Display for ByteSize {
                 return write!(f, "{}{suffix}", self.0 >> shift);
             }
         }
-        write!(f, "{} bytes", self.0)
+        write!(f, "{} byte{}", self.0, if self.0 == 1 { "" } else { "s" })
     }
 }
 

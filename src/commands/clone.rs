@@ -182,7 +182,7 @@ mod tests {
             ("--control=", "a value is required"),
             ("--hydration-rate 1", "not from 4KiB to 1TiB"),
             ("--priority 0", "1..=1000"),
-            ("--size 0", "not from 1 bytes"),
+            ("--size 0", "not from 1 byte to 8388607TiB"),
             ("--bogus", "--bogus"),
             ("extra", "extra"),
         ];

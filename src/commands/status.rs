@@ -32,6 +32,7 @@ pub fn run(args: &StatusArgs, out: &mut dyn Write) -> Result<()> {
         };
         return watch(client, &status.name, out);
     }
+    let found = if args.dm { with_dm_line(found)? } else { found };
     for (index, (_, status)) in found.iter().enumerate() {
         let text = if args.json {
             serde_json::to_string(status)
@@ -47,6 +48,23 @@ pub fn run(args: &StatusArgs, out: &mut dyn Write) -> Result<()> {
         writeln!(out, "{text}").map_err(output_error)?;
     }
     Ok(())
+}
+
+/// Those that dm-clone could tell of. One that does not run has no status line; asked for alone it is an error.
+fn with_dm_line(mut found: Vec<(Client, Status)>) -> Result<Vec<(Client, Status)>> {
+    let is_idle = |status: &Status| matches!(status.state, CloneRunState::Starting | CloneRunState::Failed);
+    let why = |status: &Status| match &status.error {
+        Some(error) => format!("clone '{}' could not be started: {error}", status.name),
+        None => format!("clone '{}' is {}: it has no status line yet", status.name, status.state),
+    };
+    if let [(_, only)] = &found[..]
+        && is_idle(only)
+    {
+        bail!(NotFound, "{}", why(only));
+    }
+    found.iter().filter(|(_, status)| is_idle(status)).for_each(|(_, status)| log::warn!("{}", why(status)));
+    found.retain(|(_, status)| !is_idle(status));
+    Ok(found)
 }
 
 /// Of a clone that does not run.
@@ -115,6 +133,7 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
         MetadataMode::ReadWrite => "rw",
         MetadataMode::ReadOnly => "ro: a commit failed, nothing that needs new metadata is accepted",
         MetadataMode::Fail => "Fail: no I/O is safe",
+        MetadataMode::Unopened => "not open",
     };
     line(
         "metadata",
@@ -279,7 +298,11 @@ fn watch(client: &Client, name: &str, out: &mut dyn Write) -> Result<()> {
         }
         match status.metadata.mode {
             _ if status.is_complete() => break Ok(()),
-            MetadataMode::ReadWrite => {}
+            _ if status.state == CloneRunState::Failed => {
+                let why = status.error.unwrap_or_default();
+                break Err(Error::new(ErrorKind::Failed, format!("clone '{name}' could not be started: {why}")));
+            }
+            MetadataMode::ReadWrite | MetadataMode::Unopened => {}
             MetadataMode::ReadOnly => {
                 break Err(Error::new(
                     ErrorKind::ReadOnly,

@@ -25,10 +25,13 @@ pub fn run(args: &StopArgs) -> Result<()> {
         // So that an unknown name is told as that.
         client.status(name)?;
         if statuses.len() > 1 {
-            let others = statuses.len() - 1;
+            let others = match statuses.len() - 1 {
+                1 => "another clone".into(),
+                more => format!("{more} other clones"),
+            };
             bail!(
                 Usage,
-                "the daemon has {others} other clones: 'hydrant remove {name}' ends this one, 'hydrant stop' without a \
+                "the daemon has {others}: 'hydrant remove {name}' ends this one, 'hydrant stop' without a \
                  name ends the daemon"
             );
         }

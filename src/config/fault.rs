@@ -21,16 +21,23 @@ pub struct Fault {
     /// Where in the text, in bytes, when there is a text.
     pub span: Option<Range<usize>>,
     pub text: String,
+    /// For a key that is not known: the known one beside it that is probably meant.
+    pub meant: Option<&'static str>,
 }
 
 impl Fault {
     pub fn new(text: impl Into<String>) -> Self {
-        Self { keys: Vec::new(), span: None, text: text.into() }
+        Self { keys: Vec::new(), span: None, text: text.into(), meant: None }
     }
 
     /// About the key `path`, whose parts are separated by dots.
     pub fn of(path: &str, text: impl Into<String>) -> Self {
         Self { keys: path.split('.').map(String::from).collect(), ..Self::new(text) }
+    }
+
+    /// The path of the key that it was meant to be about, as far as that can be guessed.
+    pub fn meant_keys(&self) -> Vec<&str> {
+        self.keys.iter().map(String::as_str).chain(self.meant).collect()
     }
 
     /// The same inside `key`.
@@ -129,11 +136,12 @@ impl serde::de::Error for Fault {
         Self::new(format!("expected {}, found {}", alternatives(expected), shown(variant)))
     }
     fn unknown_field(field: &str, expected: &'static [&'static str]) -> Self {
-        let advice = match nearest(field, expected) {
+        let meant = nearest(field, expected);
+        let advice = match meant {
             Some(near) => format!("did you mean '{near}'?"),
             None => format!("known are {}", expected.join(", ")),
         };
-        Self::new(format!("unknown key {}, {advice}", shown(field)))
+        Self { meant, ..Self::new(format!("unknown key {}, {advice}", shown(field))) }
     }
 }
 

@@ -10,6 +10,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use toml::de::DeTable;
 
@@ -17,6 +18,9 @@ use toml::de::DeTable;
 pub const FILE_SIZE_MAX: u64 = 4 << 20;
 
 const TOP_KEYS: [&str; 2] = ["daemon", "clone"];
+
+/// What need not be there beside a table line.
+const TABLE_SAYS: [&str; 3] = ["source", "destination", "metadata"];
 
 /// A place in a file; lines and columns (in characters) count from 1.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -37,6 +41,8 @@ impl fmt::Display for Place {
 pub struct Problem {
     pub place: Place,
     pub text: String,
+    /// The line and column by which it is told among others.
+    pub order: (usize, usize),
 }
 
 impl fmt::Display for Problem {
@@ -59,11 +65,24 @@ impl Text {
         Self { path: path.into(), text, lines }
     }
 
-    /// Reads a file of at most [`FILE_SIZE_MAX`] bytes of UTF-8.
+    /// Reads a regular file of at most [`FILE_SIZE_MAX`] bytes of UTF-8.
     pub fn read(path: &Path) -> Result<Self> {
         let failed = |error| Error::from_io(error, format!("configuration {}", path.display()));
+        // Not blocking, for a pipe that nobody writes to; without effect on what is accepted.
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
+        let kind = file.metadata().map_err(failed)?.file_type();
+        if !kind.is_file() {
+            let kind = match () {
+                () if kind.is_dir() => "a directory",
+                () if kind.is_fifo() => "a pipe",
+                () if kind.is_socket() => "a socket",
+                () => "a device",
+            };
+            let text = format!("configuration {} is {kind}: give a regular file", path.display());
+            return Err(Error::new(ErrorKind::WrongType, text));
+        }
         let mut bytes = Vec::new();
-        File::open(path).map_err(failed)?.take(FILE_SIZE_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
+        file.take(FILE_SIZE_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
         if bytes.len() as u64 > FILE_SIZE_MAX {
             let text = format!("configuration {}: larger than {FILE_SIZE_MAX} bytes", path.display());
             return Err(Error::new(ErrorKind::Limit, text));
@@ -88,7 +107,8 @@ impl Text {
     }
 
     fn problem(&self, offset: usize, text: String) -> Problem {
-        Problem { place: self.place(offset), text }
+        let place = self.place(offset);
+        Problem { order: (place.line, place.column), place, text }
     }
 }
 
@@ -98,8 +118,8 @@ pub struct Located<T> {
     table: Table,
     /// Of the table's header.
     header: Range<usize>,
-    /// Where the keys and values start that were left out of `spec`, since they are wrong.
-    faulty: Vec<usize>,
+    /// What was left out of `spec`, since it is wrong.
+    faulty: Vec<Fault>,
     /// What the table is called in a problem: `daemon`, `clone 'vm1'`.
     pub label: String,
     text: std::rc::Rc<Text>,
@@ -116,9 +136,20 @@ impl<T> Located<T> {
         fault.span.clone().or_else(|| self.table.span_of(&fault.keys)).unwrap_or(self.header.clone()).start
     }
 
-    /// Whether something was wrong there already.
+    /// Whether `fault`, of the rest, only follows from what was wrong already: what was given in vain is not missing.
     pub fn has_faulty(&self, fault: &Fault) -> bool {
-        self.faulty.contains(&self.offset(fault))
+        self.faulty.iter().any(|cause| match cause.meant_keys().as_slice() {
+            ["table", ..] => fault.keys.first().is_some_and(|key| TABLE_SAYS.contains(&key.as_str())),
+            meant => fault.keys.iter().eq(meant),
+        })
+    }
+
+    /// As [`Self::problem`], of what was found when the table was read: what was wrong then is told before, since it may
+    /// be the cause.
+    pub fn later_problem(&self, fault: &Fault) -> Problem {
+        let problem = self.problem(fault);
+        let order = self.faulty.iter().map(|cause| self.problem(cause).order).fold(problem.order, Ord::max);
+        Problem { order, ..problem }
     }
 
     /// What to say about a fault of this table.
@@ -203,7 +234,7 @@ fn located<T: serde::de::DeserializeOwned + Default>(
     let spec = read(&table, &mut faults);
     let mut located = Located { spec, table, header, faulty: Vec::new(), label, text: text.clone() };
     problems.extend(faults.iter().map(|fault| located.problem(fault)));
-    located.faulty = faults.iter().map(|fault| located.offset(fault)).collect();
+    located.faulty = faults;
     located
 }
 

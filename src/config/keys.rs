@@ -94,7 +94,7 @@ const DAEMON: &[Key] = &[
     key("hydration_rate", RATE, NO_LIMIT, "Bytes per second that the background copy of all clones together may read."),
     key(
         "log",
-        Other("`error`, `warn`, `info`, `debug`, `trace`, or by module as in `\"info,hydrant::source=debug\"`"),
+        Other("`off`, `error`, `warn`, `info`, `debug`, `trace`, or by module as in `\"info,hydrant::source=debug\"`"),
         Is("\"info\""),
         "What to log to standard error. HYDRANT_LOG in the environment goes before it.",
     ),
@@ -177,7 +177,8 @@ const CLONE: &[Key] = &[
         Other("a line of dm-clone's table: `0 LEN clone METADATA DESTINATION SOURCE REGION_SIZE ...`"),
         Says("the keys above say it"),
         "Instead of `source`, `destination`, `metadata`, `region_size`, `size`, `no_hydration`, `no_discard_passdown`, \
-         `hydration_threshold` and `hydration_batch_size`, which it says all.",
+         `hydration_threshold` and `hydration_batch_size`, which it says all. LEN holds exactly, as in dm-clone: after \
+         `hydrant resize` the clone starts again only with the LEN that it has grown to, which `hydrant table` prints.",
     ),
 ];
 

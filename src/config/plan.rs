@@ -2,6 +2,7 @@
 
 use super::fault::Fault;
 use super::file::{Contents, Located, Place, Problem, read_file};
+use super::same_file::resolved;
 use super::spec::{CloneSpec, DaemonSpec};
 use super::{CloneConfig, DaemonConfig, Plan};
 use crate::error::{Error, ErrorKind, Result};
@@ -125,7 +126,7 @@ fn config_of(clone: &Located<CloneSpec>, dir: &RuntimeDir, problems: &mut Vec<Pr
         Err(faults) => {
             // What was wrong has been said, and is not missing.
             let new = faults.0.iter().filter(|fault| !clone.has_faulty(fault));
-            problems.extend(new.map(|fault| clone.problem(fault)));
+            problems.extend(new.map(|fault| clone.later_problem(fault)));
             None
         }
     }
@@ -169,12 +170,16 @@ fn conflicts(clones: &[Named], daemon: Option<(&DaemonConfig, Option<&Located<Da
         if let Some((other, place)) = exports.take((address.to_string(), export), located, "nbd.export") {
             report("nbd.export", format!("'{export}' at {address} is the export of {other} ({place}) already"));
         }
+        if let Some((key, text)) = config.given_twice(resolved) {
+            report(key, text.into());
+            continue;
+        }
         let keys = match config.table {
             Some(_) => ["table", "table"],
             None => ["destination", "metadata"],
         };
         for (key, path) in keys.into_iter().zip([&config.destination, &config.metadata]) {
-            if let Some((other, place)) = paths.take(path.as_path(), located, key) {
+            if let Some((other, place)) = paths.take(resolved(path), located, key) {
                 report(key, format!("{} is in use by {other} ({place}) already", path.display()));
             }
         }
@@ -200,7 +205,7 @@ fn finish(mut problems: Vec<Problem>) -> std::result::Result<(), Problems> {
     }
     problems.sort_by_key(|problem| {
         let file = order.iter().position(|file| *file == problem.place.file);
-        (file, problem.place.line, problem.place.column)
+        (file, problem.order)
     });
     Err(Problems::new(problems.iter().map(Problem::to_string).collect()))
 }

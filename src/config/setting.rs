@@ -4,6 +4,7 @@
 //! They are what a configuration file (TOML) and the control interface (JSON) are made of; both write them alike.
 
 use super::CloneName;
+use super::fault::{nearest, shown};
 use crate::dm_table::DmTable;
 use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::source::uri::SourceSpec;
@@ -165,7 +166,7 @@ impl<'de, const MIN: u64, const MAX: u64> Deserialize<'de> for Time<MIN, MAX> {
     }
 }
 
-/// Reads a text by a function whose errors are for people.
+/// Reads a text by a function whose errors are for people, and say all.
 struct ReadsText<T> {
     expected: &'static str,
     parse: fn(&str) -> Result<T, String>,
@@ -177,7 +178,7 @@ impl<T> Visitor<'_> for ReadsText<T> {
         f.write_str(self.expected)
     }
     fn visit_str<E: de::Error>(self, text: &str) -> Result<T, E> {
-        (self.parse)(text).map_err(|why| E::custom(format_args!("expected {}, found {why}", self.expected)))
+        (self.parse)(text).map_err(E::custom)
     }
 }
 
@@ -226,8 +227,8 @@ pub struct FilePath(pub PathBuf);
 
 fn path_of(text: &str) -> Result<FilePath, String> {
     match text {
-        "" => Err("nothing".into()),
-        text if text.contains('\0') => Err("one with a NUL".into()),
+        "" => Err("expected a path, found nothing".into()),
+        text if text.contains('\0') => Err("expected a path, found one with a NUL".into()),
         text => Ok(FilePath(text.into())),
     }
 }
@@ -253,7 +254,7 @@ text_setting!(
 impl Source {
     pub fn parse(text: &str) -> Result<Self, String> {
         if text.contains('\0') {
-            return Err("one with a NUL".into());
+            return Err("a source can't have a NUL in it".into());
         }
         text.parse::<SourceSpec>().map(|_| Self(text.into()))
     }
@@ -306,18 +307,35 @@ impl Address {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct LogWords(pub String);
 
+/// What is accepted: the levels, off among them, alone or after MODULE=. To the parser of HYDRANT_LOG a word alone that
+/// is no level is a module; a mistyped level would silence everything, so it is refused here.
+const LOG_EXPECTED: &str = "off, error, warn, info, debug or trace, or by module as in \"info,hydrant::source=debug\"";
+const LOG_LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+
 fn log_words(text: &str) -> Result<LogWords, String> {
+    let wrong = |why: String| Err(format!("expected {LOG_EXPECTED}: {why}"));
+    // What is behind a slash filters by text.
+    let directives = text.split('/').next().unwrap_or_default();
+    let mut directives = directives.split(',').map(str::trim).filter(|directive| !directive.is_empty()).peekable();
+    if directives.peek().is_none() {
+        return wrong("nothing is said".into());
+    }
+    for directive in directives {
+        let (module, level) = directive.split_once('=').unwrap_or(("all", directive));
+        if module.trim().is_empty() {
+            return wrong(format!("{} names no module", shown(directive)));
+        }
+        if !LOG_LEVELS.contains(&level.trim().to_ascii_lowercase().as_str()) {
+            let advice = nearest(level.trim(), &LOG_LEVELS).map(|near| format!(", did you mean '{near}'?"));
+            return wrong(format!("{} is not a level{}", shown(level), advice.unwrap_or_default()));
+        }
+    }
     match env_filter::Builder::new().try_parse(text) {
         Ok(_) => Ok(LogWords(text.into())),
-        Err(error) => Err(format!("{}: {error}", super::fault::shown(text))),
+        Err(error) => wrong(format!("{}: {error}", shown(text))),
     }
 }
-text_setting!(
-    LogWords,
-    "error, warn, info, debug or trace, or by module as in \"hydrant::source=debug\"",
-    log_words,
-    |log| { Some(log.0.clone()) }
-);
+text_setting!(LogWords, LOG_EXPECTED, log_words, |log| Some(log.0.clone()));
 
 /// CPUs, by number: a text like `0-3,8`, or an array of numbers. Different ones, at least one, in this order.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -335,7 +353,7 @@ impl CpuList {
     }
 
     fn parse(text: &str) -> Result<Self, String> {
-        let bad = || super::fault::shown(text);
+        let bad = || shown(text);
         let number = |digits: &str| match digits.bytes().all(|b| b.is_ascii_digit()) {
             true => digits.parse::<u64>().map_err(|_| bad()),
             false => Err(bad()),
@@ -350,6 +368,25 @@ impl CpuList {
             (first..=last).try_for_each(|cpu| list.add(cpu))?;
         }
         Ok(list)
+    }
+}
+
+/// One of a list.
+struct CpuNumber(u64);
+
+impl<'de> Deserialize<'de> for CpuNumber {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Reads;
+        impl Visitor<'_> for Reads {
+            type Value = CpuNumber;
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                write!(f, "the number of a CPU, 0 to {CPU_MAX}")
+            }
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<CpuNumber, E> {
+                Ok(CpuNumber(number))
+            }
+        }
+        from.deserialize_any(Reads)
     }
 }
 
@@ -372,7 +409,7 @@ impl<'de> Deserialize<'de> for CpuList {
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<CpuList, A::Error> {
                 let mut list = CpuList::default();
-                while let Some(cpu) = items.next_element::<u64>()? {
+                while let Some(CpuNumber(cpu)) = items.next_element()? {
                     list.add(cpu).map_err(|found| de::Error::invalid_value(Unexpected::Other(&found), &self))?;
                 }
                 match list.0.is_empty() {

@@ -6,6 +6,7 @@
 
 use super::fault::{Fault, Faults};
 use super::node::{Table, read};
+use super::same_file;
 use super::setting::{Address, Count, CpuList, FilePath, LogWords, RegionSizeSetting, Size, Source, Time};
 use super::{
     CloneConfig, CloneName, DaemonConfig, HYDRATION_RATE_MAX, HYDRATION_RATE_MIN, IO_MEMORY_MAX, IO_MEMORY_MIN,
@@ -266,6 +267,9 @@ impl CloneSpec {
         };
         if let Some(table) = self.table {
             config.set_table(table);
+        }
+        if faults.is_empty() {
+            faults.extend(config.given_twice(same_file::lexical).map(|(key, text)| Fault::of(key, text)));
         }
         if faults.is_empty() { Ok(config) } else { Err(Faults(faults)) }
     }

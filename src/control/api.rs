@@ -7,10 +7,11 @@
 use crate::bail;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::Page;
-use crate::hydration_share::{HydrationRate, Priority};
+use crate::hydration_share::{HydrationRate, PRIORITY_MAX, Priority, RATE_MIN};
 use crate::units::{ByteSize, SECTOR_SIZE};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 /// Path prefix of this version of the interface.
@@ -222,6 +223,9 @@ pub enum MetadataMode {
     ReadOnly,
     /// No I/O is safe.
     Fail,
+    /// The clone does not run.
+    #[serde(rename = "unopened")]
+    Unopened,
 }
 
 impl fmt::Display for MetadataMode {
@@ -230,6 +234,7 @@ impl fmt::Display for MetadataMode {
             Self::ReadWrite => "rw",
             Self::ReadOnly => "ro",
             Self::Fail => "Fail",
+            Self::Unopened => "not open",
         })
     }
 }
@@ -436,33 +441,36 @@ const MESSAGES: &str = "enable_hydration, disable_hydration, hydration_threshold
                         hydration_rate BYTES_PER_SECOND or priority N";
 
 impl Message {
-    /// Reads a message by dm-clone's grammar: keywords in any case, and exactly one number for the two that take
-    /// one, written in decimal, from 0 to 2^32-1. `Usage` names the bad word.
+    /// Reads a message by dm-clone's grammar: keywords in any case, and exactly one value for those that take one; for
+    /// dm-clone's two a number in decimal, from 0 to 2^32-1. `Usage` names the bad word.
     pub fn from_words<S: AsRef<str>>(words: &[S]) -> Result<Self> {
         let Some((keyword, values)) = words.split_first() else {
             bail!(Usage, "empty message: use {MESSAGES}");
         };
         let keyword = keyword.as_ref();
-        let one_value = || -> Result<&str> {
+        let one_value = |what: &str, bounds: &str| -> Result<&str> {
             match values {
-                [] => bail!(Usage, "message {keyword} needs a number, from 0 to {}", u32::MAX),
+                [] => bail!(Usage, "message {keyword} needs a {what}, {bounds}"),
                 [value] => Ok(value.as_ref()),
                 [_, extra, ..] => {
-                    bail!(Usage, "message {keyword} takes one number: '{}' is too much", extra.as_ref().escape_debug())
+                    bail!(Usage, "message {keyword} takes one {what}: '{}' is too much", extra.as_ref().escape_debug())
                 }
             }
         };
-        let one_number = || -> Result<u32> {
-            let value = one_value()?;
+        let one_number = |bounds: RangeInclusive<u64>| -> Result<u32> {
+            let bounds = format!("from {} to {}", bounds.start(), bounds.end());
+            let value = one_value("number", &bounds)?;
             parse_number(value).ok_or_else(|| {
-                let text =
-                    format!("message {keyword}: '{}' is not a number from 0 to {}", value.escape_debug(), u32::MAX);
+                let text = format!("message {keyword}: '{}' is not a number {bounds}", value.escape_debug());
                 Error::new(ErrorKind::Usage, text)
             })
         };
+        let any = 0..=u64::from(u32::MAX);
         let of_message = |error: Error| error.within(format!("message {keyword}"));
         let rate = || -> Result<Option<HydrationRate>> {
-            let bytes = one_value()?.parse::<ByteSize>().map_err(|text| Error::new(ErrorKind::Usage, text));
+            let bounds = format!("from {} on, or 0 for no bound", ByteSize(RATE_MIN));
+            let value = one_value("size in bytes per second", &bounds)?;
+            let bytes = value.parse::<ByteSize>().map_err(|text| Error::new(ErrorKind::Usage, text));
             match bytes.map_err(of_message)?.0 {
                 0 => Ok(None),
                 bytes => HydrationRate::new(bytes).map(Some).map_err(of_message),
@@ -477,10 +485,13 @@ impl Message {
         match keyword.to_ascii_lowercase().as_str() {
             "enable_hydration" => no_value(Self::EnableHydration),
             "disable_hydration" => no_value(Self::DisableHydration),
-            "hydration_threshold" => one_number().map(Self::HydrationThreshold),
-            "hydration_batch_size" => one_number().map(Self::HydrationBatchSize),
+            "hydration_threshold" => one_number(any).map(Self::HydrationThreshold),
+            "hydration_batch_size" => one_number(any).map(Self::HydrationBatchSize),
             "hydration_rate" => rate().map(Self::HydrationRate),
-            "priority" => Priority::new(u64::from(one_number()?)).map(Self::Priority).map_err(of_message),
+            "priority" => {
+                let weight = one_number(1..=u64::from(PRIORITY_MAX))?;
+                Priority::new(u64::from(weight)).map(Self::Priority).map_err(of_message)
+            }
             _ => bail!(Usage, "unknown message '{}': use {MESSAGES}", keyword.escape_debug()),
         }
     }

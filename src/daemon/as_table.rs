@@ -7,7 +7,7 @@ use crate::config::CloneConfig;
 use crate::devices::Role;
 use crate::dm_table::{self, words};
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::ByteSize;
+use crate::units::{ByteSize, SECTOR_SIZE};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
@@ -41,15 +41,29 @@ fn name_of(role: Role, path: &Path) -> Result<Option<PathBuf>> {
     }
 }
 
+/// The size that is asked for, of a clone that has `size` bytes: a table line says that in whole sectors.
+pub fn size_wanted(config: &CloneConfig, size: u64) -> Option<u64> {
+    match &config.table {
+        Some(table) if table.is_len_of(size) => Some(size),
+        _ => config.size,
+    }
+}
+
 /// What was found of a clone, or why it can't be, seen as dm-clone does. Of a clone that was not given as a table line,
 /// what it was.
 pub fn judged(config: &CloneConfig, prepared: Result<Prepared>) -> Result<Prepared> {
     let Some(table) = &config.table else { return prepared };
     let prepared = prepared.map_err(in_words)?;
-    let (is, wanted) = (prepared.geometry.size(), table.size());
-    if is != wanted {
-        let (metadata, is, wanted) = (config.metadata.display(), ByteSize(is), ByteSize(wanted));
-        let text = format!("{}: metadata {metadata}: {is}, the table has {wanted}", words::OTHER_GEOMETRY);
+    let is = prepared.geometry.size();
+    if !table.is_len_of(is) {
+        // A shorter line may be the one that the clone was made with: see `hydrant resize`.
+        let has = if is > table.size() { "has grown to" } else { "has" };
+        let fits = is.div_ceil(SECTOR_SIZE);
+        let (metadata, is, wanted) = (config.metadata.display(), ByteSize(is), ByteSize(table.size()));
+        let text = format!(
+            "{}: metadata {metadata}: the table has {wanted}, the clone {has} {is}: LEN {fits} fits",
+            words::OTHER_GEOMETRY
+        );
         return Err(Error::new(ErrorKind::Mismatch, text));
     }
     Ok(prepared)

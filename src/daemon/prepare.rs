@@ -10,6 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::meta::codec::{CloneState, DESTINATION_NONE_YET, SourceFingerprint, geometry_for, metadata_size_needed};
 use crate::meta::commit::{Expected, Mismatch, Recovered, Recovery, mismatch_error, mismatches};
 use crate::meta::store::{Opened, Store, probe};
+use crate::ring::Ring;
 use crate::shard::pool::ShardContext;
 use crate::source::Source;
 use crate::source::file::FileSource;
@@ -20,7 +21,7 @@ use crate::source::uri::{NbdUri, SourceSpec};
 use crate::units::{ByteSize, Geometry};
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 /// Connections to an NBD source that allows several, all shards together.
@@ -74,6 +75,13 @@ pub fn disk_parts(device: &Device) -> Result<DiskParts> {
     })
 }
 
+/// Runs what may block for milliseconds (opening, creating, looking around) on a thread of its own: other clones have
+/// clients on this one.
+pub async fn beside_clients<T: Send + 'static>(job: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let done = Ring::current().blocking(job).await;
+    done.map_err(|error| Error::from_io(error, "a thread to open devices can't be started"))?
+}
+
 /// Checks everything that can be checked without a change.
 pub async fn prepare(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> Result<Prepared> {
     let looked = async {
@@ -90,15 +98,19 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
         SourceSpec::File(path) => Some(path.as_path()),
         SourceSpec::Nbd(_) => None,
     };
-    // By name first, so that one path given twice is told as that. A complete clone does not need its source.
-    let source_place =
-        source_path.filter(|path| path.exists()).map(|path| Place::look(Role::Source, path)).transpose()?;
-    if let Some(source) = &source_place {
-        let destination = Place::look(Role::Destination, &config.destination)?;
-        let metadata = Place::look(Role::Metadata, &config.metadata)?;
-        devices::check_distinct(&[source.clone(), destination, metadata])?;
-    }
-    let opened = devices::open_devices(None, &config.destination, &config.metadata)?;
+    let source_path = source_path.map(Path::to_owned);
+    let (destination_path, metadata_path) = (config.destination.clone(), config.metadata.clone());
+    let opened = beside_clients(move || {
+        // By name first, so that one path given twice is told as that. A complete clone does not need its source.
+        if let Some(source) = source_path.filter(|path| path.exists()) {
+            let source = Place::look(Role::Source, &source)?;
+            let destination = Place::look(Role::Destination, &destination_path)?;
+            let metadata = Place::look(Role::Metadata, &metadata_path)?;
+            devices::check_distinct(&[source, destination, metadata])?;
+        }
+        devices::open_devices(None, &destination_path, &metadata_path)
+    });
+    let opened = opened.await?;
     let (destination, metadata) = (opened.destination, opened.metadata);
 
     let recovered = find_metadata(config, &metadata).await?;
@@ -119,21 +131,21 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
             let destination_id = match superblock.destination_id {
                 // Formatted ahead: the destination is taken as that of a new clone.
                 DESTINATION_NONE_YET => {
-                    check_new_destination(config, &superblock.geometry, &destination)?;
+                    check_new_destination(config, &superblock.geometry, &destination).await?;
                     DESTINATION_NONE_YET
                 }
                 _ => destination_of_clone(&destination, config)?,
             };
             let found_fingerprint = fingerprint_of(config, &source, superblock.source_len()).await?;
             let expected = Expected {
-                size: config.size,
+                size: as_table::size_wanted(config, superblock.geometry.size()),
                 source_size: Some(source.source.size()),
                 region_size: config.region_size,
                 source: found_fingerprint,
                 destination_id,
             };
             check_matches(config, &recovered, &expected)?;
-            tell_of_sizes(config, superblock.geometry.size(), superblock.source.size, source.source.size());
+            tell_of_sizes(config, superblock.geometry.size(), superblock.source_len(), source.source.size());
             if let Target::Existing(device) = &destination
                 && device.size > 0
             {
@@ -158,7 +170,7 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
             }
             let found_fingerprint = fingerprint_of(config, &source, size).await?;
             let geometry = geometry_for(size, config.region_size.unwrap_or_default())?;
-            check_new(config, &geometry, &destination, &metadata)?;
+            check_new(config, &geometry, &destination, &metadata).await?;
             Ok(Prepared {
                 geometry,
                 fingerprint: found_fingerprint,
@@ -178,11 +190,12 @@ pub async fn fingerprint_of(config: &CloneConfig, source: &OpenSource, len: u64)
     fingerprint(&*seen).await.map_err(|error| error.within(format!("source {}", config.source)))
 }
 
-/// Logs where sizes that may differ do.
+/// Logs where sizes that may differ do. A clone that is larger than what is given may have grown, or may never have had
+/// that size: nobody knows.
 fn tell_of_sizes(config: &CloneConfig, size: u64, shown: u64, has: u64) {
-    if let Some(given) = config.size.filter(|given| *given < size) {
+    if let Some(given) = as_table::size_wanted(config, size).filter(|given| *given < size) {
         let (given, size) = (ByteSize(given), ByteSize(size));
-        log::warn!("clone '{}': it has grown to {size} since it was made with {given}", config.name);
+        log::warn!("clone '{}': it has {size} by its metadata, which hold; {given} is the size given", config.name);
     } else if has > shown && config.size.is_none() {
         let (has, shown) = (ByteSize(has), ByteSize(shown));
         log::info!(
@@ -273,29 +286,32 @@ fn check_matches(config: &CloneConfig, recovered: &Recovered, expected: &Expecte
 }
 
 /// A new clone: the devices must be large enough, and must not hold what somebody may miss.
-fn check_new(config: &CloneConfig, geometry: &Geometry, destination: &Target, metadata: &Target) -> Result<()> {
+async fn check_new(config: &CloneConfig, geometry: &Geometry, destination: &Target, metadata: &Target) -> Result<()> {
     if let Target::Existing(device) = metadata
         && device.size > 0
     {
         let needed = metadata_size_needed(geometry);
         devices::check_size(device, needed, &format!("for {} regions", geometry.nr_regions()))?;
-        refuse_contents(config, device)?;
+        refuse_contents(config, device).await?;
     }
-    check_new_destination(config, geometry, destination)
+    // All of them are written before the clone is served; the destination may be filled as it goes on.
+    devices::check_free_space(metadata, metadata_size_needed(geometry))?;
+    check_new_destination(config, geometry, destination).await
 }
 
-fn check_new_destination(config: &CloneConfig, geometry: &Geometry, destination: &Target) -> Result<()> {
+async fn check_new_destination(config: &CloneConfig, geometry: &Geometry, destination: &Target) -> Result<()> {
     if let Target::Existing(device) = destination
         && device.size > 0
     {
         devices::check_size(device, geometry.size(), &format!("for the source {}", config.source))?;
-        refuse_contents(config, device)?;
+        refuse_contents(config, device).await?;
     }
     Ok(())
 }
 
-fn refuse_contents(config: &CloneConfig, device: &Device) -> Result<()> {
-    let Some(what) = devices::contents(device)? else { return Ok(()) };
+async fn refuse_contents(config: &CloneConfig, device: &Device) -> Result<()> {
+    let looked_at = device.try_clone()?;
+    let Some(what) = beside_clients(move || devices::contents(&looked_at)).await? else { return Ok(()) };
     if config.force {
         log::warn!("{} holds {what}: overwriting it, as --force says", device.label());
         return Ok(());
@@ -317,7 +333,7 @@ async fn without_source(
     let superblock = &recovered.superblock;
     let destination_id = destination_of_clone(&destination, config)?;
     let expected = Expected {
-        size: config.size,
+        size: as_table::size_wanted(config, superblock.geometry.size()),
         source_size: None,
         region_size: config.region_size,
         source: superblock.source,
@@ -344,14 +360,18 @@ pub async fn open_source(
     shards: u16,
 ) -> Result<OpenSource> {
     match spec {
-        SourceSpec::File(path) => open_file_source(&path, others),
+        SourceSpec::File(path) => open_file_source(path, others).await,
         SourceSpec::Nbd(uri) => open_nbd_source(context, uri, config, shards).await,
     }
 }
 
-fn open_file_source(path: &Path, [destination, metadata]: [Place; 2]) -> Result<OpenSource> {
-    let device = devices::open_source(path)?;
-    devices::check_distinct(&[device.place(), destination, metadata])?;
+async fn open_file_source(path: PathBuf, [destination, metadata]: [Place; 2]) -> Result<OpenSource> {
+    let opened = beside_clients(move || {
+        let device = devices::open_source(&path)?;
+        devices::check_distinct(&[device.place(), destination, metadata])?;
+        Ok(device)
+    });
+    let device = opened.await?;
     if let Some(mounted) = device.mounted_writable() {
         let label = device.label();
         log::warn!(

@@ -111,7 +111,10 @@ impl RunningClone {
             let devices = clone.devices.borrow();
             [devices[0].try_clone()?, devices[1].try_clone()?]
         };
-        let metadata = enlarge(&metadata, metadata_size_needed(&geometry)).await?;
+        let metadata_size = metadata_size_needed(&geometry);
+        // What is new of them is written at once, and a failure of that would make the clone read-only.
+        devices::check_free_space_of(&metadata, metadata_size)?;
+        let metadata = enlarge(&metadata, metadata_size).await?;
         let destination = match enlarge(&destination, geometry.size()).await {
             Ok(destination) => destination,
             Err(error) => {

@@ -9,6 +9,7 @@ use super::{Device, DeviceId, DeviceKind, Role, Target, holders, label, show, sy
 use crate::bail;
 use crate::dma_buf::{DMA_ALIGN, DmaBuf};
 use crate::error::{Error, ErrorKind, Result};
+use crate::human;
 use crate::units::{ByteSize, DEVICE_SIZE_MAX};
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
@@ -69,7 +70,7 @@ pub fn open_input(role: Role, path: &Path) -> Result<Device> {
 pub fn open_target(role: Role, path: &Path) -> Result<Target> {
     let place = Place::look(role, path)?;
     if matches!(place.id, DeviceId::Missing { .. }) {
-        let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let directory = directory_of(path);
         sys::may_create_in(directory).map_err(|e| {
             Error::from_io(
                 e,
@@ -129,6 +130,44 @@ pub fn create(role: Role, path: &Path, size: u64) -> Result<Device> {
             let _ = fs::remove_file(path);
         }
     })
+}
+
+/// Refuses a regular file, there or to be created, whose file system has no room for `need` bytes in it: they would be
+/// written until it is full. What the file takes up already counts. Another writer may be faster, so a lack of space is
+/// possible all the same.
+pub fn check_free_space(target: &Target, need: u64) -> Result<()> {
+    match target {
+        Target::Existing(device) => check_free_space_of(device, need),
+        Target::Missing { place } => check_room(&label(place.role, &place.path), directory_of(&place.path), need, need),
+    }
+}
+
+/// As [`check_free_space`], for a device that is open.
+pub fn check_free_space_of(device: &Device, need: u64) -> Result<()> {
+    if device.kind == DeviceKind::Block {
+        return Ok(());
+    }
+    let stat = device.file.metadata().map_err(|e| Error::from_io(e, device.label()))?;
+    // stat(2): in units of 512 bytes, whatever the file system.
+    let has = stat.blocks().saturating_mul(512);
+    check_room(&device.label(), &device.path, need, need.saturating_sub(has))
+}
+
+fn check_room(label: &str, looked: &Path, need: u64, more: u64) -> Result<()> {
+    let free = sys::free_bytes(looked).map_err(|e| Error::from_io(e, format!("{label}: its file system")))?;
+    match free {
+        Some(free) if more > free => bail!(
+            NoSpace,
+            "{label} needs {} ({need} bytes), but only {} ({free} bytes) are free in its file system",
+            human::size(need),
+            human::size(free)
+        ),
+        _ => Ok(()),
+    }
+}
+
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Gives an existing empty file its size: durable, all a hole. Refuses any other device.
@@ -420,8 +459,7 @@ fn check_file_size(role: Role, path: &Path, size: u64) -> Result<()> {
 
 /// Makes the name of a new file durable.
 fn sync_directory(path: &Path) -> io::Result<()> {
-    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    match File::open(directory)?.sync_all() {
+    match File::open(directory_of(path))?.sync_all() {
         // fsync(2): EINVAL when the file system has no such thing for directories.
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
         synced => synced,

@@ -230,3 +230,16 @@ pub(super) fn may_create_in(directory: &std::path::Path) -> io::Result<()> {
     let result = unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), libc::W_OK | libc::X_OK, libc::AT_EACCESS) };
     check(result.into()).map(drop)
 }
+
+/// How many bytes the file system that holds `path` has for anybody; `None`: it does not say.
+pub(super) fn free_bytes(path: &std::path::Path) -> io::Result<Option<u64>> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+    let mut found = MaybeUninit::<libc::statvfs64>::zeroed();
+    // SAFETY: the path is a C string, and `found` room for one struct statvfs; both outlive the call.
+    check(unsafe { libc::statvfs64(path.as_ptr(), found.as_mut_ptr()) }.into())?;
+    // SAFETY: the call has filled it, and zeros are a value of it too.
+    let found = unsafe { found.assume_init() };
+    // Of some network file systems everything is 0.
+    Ok((found.f_blocks > 0).then(|| found.f_bavail.saturating_mul(found.f_frsize)))
+}

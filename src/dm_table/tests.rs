@@ -110,6 +110,10 @@ fn good_lines() {
     let grown = "0 1048576 clone 254:0 /dev/d nbd://h/x 8";
     assert_eq!(plain.grown_to(512 << 20).to_string(), grown);
     assert_eq!(plain.grown_to(plain.size()), plain);
+    // A last sector that is not whole counts.
+    assert_eq!(plain.grown_to((512 << 20) - 511).to_string(), grown);
+    assert!(plain.is_len_of(256 << 20) && plain.is_len_of((256 << 20) - 511));
+    assert!(!plain.is_len_of((256 << 20) - 512) && !plain.is_len_of((256 << 20) + 1));
 
     // Twice, and too much: the last one counts, and the rest means nothing.
     let twice =
@@ -121,6 +125,23 @@ fn good_lines() {
     assert_eq!(parse("0 34359738368 clone m d s 8").unwrap().size(), 16 << 40);
     assert_eq!(with("0008 00 02 hydration_threshold 007").unwrap().hydration_threshold(), Some(7));
     assert_eq!(parse(" \t0\n8\x0bclone m d s 8\r\n").unwrap().size(), 4096);
+}
+
+#[test]
+fn one_line_only() {
+    let line = "0 8 clone m d s 8";
+    for (text, number) in [
+        (format!("{line}\n8 8 clone m d s 8"), 2),
+        (format!("{line} 0 0\n\n8 8 linear m 0\n"), 3),
+        (format!("0 8 clone m\n8 8 {line}"), 2),
+        (format!("{line}\n{line}"), 2),
+    ] {
+        let error = parse(&text).unwrap_err();
+        assert!(error.starts_with(&format!("Invalid format on line {number} of table: ")), "{text}: {error}");
+    }
+    // A line break that is in a word, or between those of one line.
+    assert!(parse("0 8 clone a\\\n8 8 x 8").is_ok());
+    assert!(parse("0 8 clone m d s\n8 0\n0\n").is_ok());
 }
 
 #[test]
@@ -155,6 +176,8 @@ fn the_line_of_options() {
         hydration_threshold: None,
         hydration_batch_size: None,
     };
+    assert_eq!(line.to_string(), r"0 2048 clone /m /d\ e nbd://h/x 128");
+    let line = Line { size: (1 << 20) - 511, ..line };
     assert_eq!(line.to_string(), r"0 2048 clone /m /d\ e nbd://h/x 128");
     let line = Line { no_hydration: true, no_discard_passdown: true, ..line };
     assert_eq!(line.to_string(), r"0 2048 clone /m /d\ e nbd://h/x 128 2 no_hydration no_discard_passdown");

@@ -229,3 +229,22 @@ assert h.pread(65536, 2 * 65536) == open(@SOURCE@, "rb").read()[2 * 65536:3 * 65
     assert!(second.iter().all(|byte| *byte == b'2') || second == &expected[65536..2 * 65536]);
     assert!(found[2 * 65536..] == expected[2 * 65536..]);
 }
+
+#[test]
+fn a_growth_whose_metadata_have_no_room_is_refused_and_changes_nothing() {
+    need!("loop", "losetup", "mkfs.ext4");
+    let bench = Bench::new();
+    let source = bench.hole("source", 64 * MIB);
+    let fs = FileSystem::ext4(&bench.path("fs.img"), 16 * MIB, &bench.path("mnt"));
+    let clone = bench.clone_of(&source).metadata(fs.mount.join("meta"));
+    let daemon = clone.args("--region-size 4KiB --no-hydration").start();
+    fs::File::options().write(true).open(&source).unwrap().set_len(1 << 40).unwrap();
+    let said = daemon.refused(&["resize", "vm"]);
+    assert!(said.contains("needs 34.1 MiB") && said.contains("are free in its file system"), "{said}");
+    let status = daemon.status();
+    assert_eq!((status.size, status.metadata.mode.to_string().as_str()), (64 * MIB, "rw"));
+    assert_eq!(fs::metadata(bench.copy()).unwrap().len(), 64 * MIB);
+    // A little more has room.
+    daemon.done(&["resize", "vm", "--size", "1GiB"]);
+    daemon.stop();
+}

@@ -132,5 +132,5 @@ fn a_file_full_of_mistakes() {
     let mut problems = Vec::new();
     let contents = parse(Rc::new(Text::new(Path::new("f.toml"), text)), Path::new("/"), &mut problems);
     let Err(problems) = merge(&[contents], true, &RuntimeDir::of_user(), problems) else { panic!("accepted") };
-    assert_eq!((problems.lines.len(), problems.count()), (PROBLEMS_MAX, 20_000));
+    assert_eq!((problems.lines.len(), problems.count()), (PROBLEMS_MAX, 16_000));
 }
