@@ -114,7 +114,7 @@ fn scheme_of(text: &[u8]) -> Option<&str> {
 impl NbdUri {
     /// Understands a URI whose scheme is `nbd` or `nbd+unix`.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let fail = |why: String| Err(format!("source '{text}': {why}"));
+        let fail = |why: String| Err(format!("source '{}': {why}", text.escape_debug()));
         let uri = match Uri::parse(text) {
             Ok(uri) => uri,
             Err(error) => return fail(format!("not a valid URI: {error} (other characters are written as %XX)")),
