@@ -134,7 +134,7 @@ fn only_regular_files_are_read() {
         let (path, runtime) = (path.to_owned(), RuntimeDir::of_user());
         let (tell, told) = std::sync::mpsc::channel();
         let name = path.display().to_string();
-        std::thread::spawn(move || tell.send(plan(&[path], false, &runtime)));
+        std::thread::spawn(move || drop(tell.send(plan(&[path], false, &runtime))));
         let error = told.recv_timeout(Duration::from_secs(20)).expect("it blocks").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::WrongType, "{error}");
         assert!(error.to_string().contains(&format!("configuration {name} is ")), "{error}");
