@@ -127,7 +127,8 @@ pub struct CloneArgs {
     ///
     /// 0 LEN clone METADATA DESTINATION SOURCE REGION_SIZE [#FEATURES FEATURE...] [#CORE KEY VALUE...] with LEN and
     /// REGION_SIZE in sectors of 512 bytes. Features are no_hydration and no_discard_passdown, core keys
-    /// hydration_threshold and hydration_batch_size. A device is a path, MAJOR:MINOR or (the source) an NBD URI.
+    /// hydration_threshold and hydration_batch_size. A device is a path, MAJOR:MINOR or (the source) an NBD URI. LEN holds
+    /// exactly, as in dm-clone: of a clone that was resized it is the size that it has grown to.
     #[arg(long, value_name = "LINE", conflicts_with_all = ["source", "destination", "metadata", "region_size", "size",
           "no_hydration", "no_discard_passdown", "hydration_threshold", "hydration_batch_size"])]
     pub table: Option<DmTable>,
@@ -349,7 +350,8 @@ pub struct TableArgs {
 #[command(long_about = "\
 Starts the [[clone]]s of a configuration file in the daemon that 'hydrant serve' runs, and returns when they are served. The \
 other clones go on undisturbed. Paths in the file are relative to its directory. A clone that can't be started is told and \
-leaves nothing behind.")]
+leaves nothing behind; one that takes longer than 20 seconds goes on starting ('hydrant list' shows it, 'hydrant remove' \
+gives it up).")]
 #[command(after_long_help = "\
 Examples:
   hydrant create vm2.toml
@@ -471,7 +473,9 @@ no error), hydration rests, and everything that was acknowledged is committed. N
 the metadata until 'hydrant resume': both can be copied or snapshotted as they are.
 
 What is in flight may have to wait for a source that does not answer. When it has not ended in time, or the commit fails, the \
-clone goes on as before and the command fails. A clone that is suspended already stays so. Stopping or removing a suspended \
+clone goes on as before and the command fails; so it does when 'hydrant resume' comes meanwhile. It goes on when the command \
+itself is ended: 'hydrant status' then says \"suspending\", until it is suspended or the time is over; a second suspend, or a \
+resize, is refused meanwhile. A clone that is suspended already stays so. Stopping or removing a suspended \
 clone fails the requests that wait.")]
 #[command(after_long_help = "\
 Examples:
@@ -491,8 +495,8 @@ pub struct SuspendArgs {
 /// Let a suspended clone go on
 #[derive(Args, Debug)]
 #[command(long_about = "\
-Lets a suspended clone go on: the requests that waited are carried out, hydration continues. A clone that is not suspended \
-stays as it is.")]
+Lets a suspended clone go on: the requests that waited are carried out, hydration continues. A suspend \
+that is still waiting for what is in flight is given up at once, and fails. A clone that is neither stays as it is.")]
 #[command(after_long_help = "\
 Examples:
   hydrant resume vm1")]
@@ -509,7 +513,8 @@ pub struct ResumeArgs {
 #[command(long_about = "\
 Grows a clone while it is used: to the size that its source has now, or to --size. Destination and metadata grow with it if \
 they are files; block devices must have been made larger before. What is added comes from the source, and reads as zeros \
-where the source has ended. I/O is held for a moment.
+where the source has ended. I/O is held for a moment. When it fails, files get the length back that they had; one that \
+is killed on its way can leave the destination longer than the clone, and the next start says so.
 
 Clients that are connected keep the size that they know; who connects again sees the new one. A clone never shrinks.
 
@@ -653,9 +658,10 @@ pub struct VersionArgs {
 /// How to find the daemon.
 #[derive(Args, Debug)]
 pub struct ControlArgs {
-    /// Control socket of the daemon [default: NAME.control in the runtime directory]
+    /// Control socket of the daemon [default: found in the runtime directory]
     ///
-    /// The runtime directory is $XDG_RUNTIME_DIR/hydrant, or /run/hydrant.
+    /// It is named NAME.control by 'hydrant clone', control by 'hydrant serve'. The runtime directory is
+    /// $XDG_RUNTIME_DIR/hydrant, or /run/hydrant.
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
 }

@@ -68,6 +68,7 @@ pub struct CloneState {
     batch_size: AtomicU64,
     complete: AtomicBool,
     stopping: AtomicBool,
+    held: AtomicBool,
     suspended: AtomicBool,
     /// Per shard: bits were set since its last snapshot.
     dirty: Box<[AtomicBool]>,
@@ -105,6 +106,7 @@ impl CloneState {
             batch_size: AtomicU64::new(knobs.batch_size),
             complete: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
+            held: AtomicBool::new(false),
             suspended: AtomicBool::new(false),
             dirty: (0..shards).map(|_| AtomicBool::new(false)).collect(),
             foreground_in_flight: AtomicU64::new(0),
@@ -116,18 +118,15 @@ impl CloneState {
         }
     }
 
-    /// As it is now: only the size changes, only to a larger one, and only while the clone is suspended.
+    /// As it is now: only the size changes, only to a larger one, and only while the clone is held.
     pub fn geometry(&self) -> Geometry {
         self.geometry.with_size(self.size.load(Acquire)).expect("only the size of a geometry is ever set")
     }
 
     /// The clone has grown. `new_regions`: it has regions that it did not have, none of them hydrated. Only while it is
-    /// suspended: nobody looks at the size and the count of regions together then.
+    /// held: nobody looks at the size and the count of regions together then.
     pub fn set_grown(&self, geometry: Geometry, new_regions: bool) {
-        assert!(
-            geometry.size() >= self.geometry().size() && self.is_suspended(),
-            "a clone grows while it is suspended"
-        );
+        assert!(geometry.size() >= self.geometry().size() && self.is_held(), "a clone grows while it is held");
         self.size.store(geometry.size(), Release);
         if new_regions {
             if self.complete.swap(false, AcqRel) {
@@ -229,7 +228,7 @@ impl CloneState {
     /// Whether copies may be started in the background at all.
     pub fn may_hydrate(&self) -> bool {
         let knobs = self.knobs();
-        let goes_on = !self.is_stopping() && !self.is_suspended();
+        let goes_on = !self.is_stopping() && !self.is_held();
         knobs.enabled && knobs.threshold > 0 && self.mode() == Mode::ReadWrite && goes_on
     }
     pub fn set_hydration_batch_size(&self, regions: u64) {
@@ -252,8 +251,16 @@ impl CloneState {
         self.events.set_ending();
     }
 
-    /// Client requests are held, nothing is hydrated, and what was acknowledged is committed. While the clone is on
-    /// its way there (or back), what is in flight has not ended yet.
+    /// Client requests are held and no hydration begins: the clone is suspended, or on its way there, or grows. What was in
+    /// flight may not have ended yet.
+    pub fn is_held(&self) -> bool {
+        self.held.load(Acquire)
+    }
+    pub fn set_held(&self, held: bool) {
+        self.held.store(held, Release);
+    }
+
+    /// Suspended until it is resumed: held, nothing in flight, what was acknowledged is committed.
     pub fn is_suspended(&self) -> bool {
         self.suspended.load(Acquire)
     }

@@ -15,7 +15,7 @@
 //! | `GET /v1/clones/NAME/wait?event=N&timeout=SECONDS` | [`api::Status`] |
 //! | `POST /v1/clones` with what a `[[clone]]` of a configuration file has, as JSON; paths are absolute | `{}`, when it is served |
 //! | `POST /v1/clones/NAME/remove` with `{"force": false}` | `{}`, when its devices are free |
-//! | `POST /v1/clones/NAME/suspend` with `{"timeout": null}` | `{}`, when requests are held and everything is committed |
+//! | `POST /v1/clones/NAME/suspend` with `{"timeout": null}` | `{}`, when requests are held and everything is committed; 409 `in_use` while it is being suspended or resized, or when it was resumed meanwhile |
 //! | `POST /v1/clones/NAME/resume` | `{}`, when requests go on |
 //! | `POST /v1/clones/NAME/resize` with `{"size": null, "zeros": false}` | `{}`, when the clone has the new size |
 //! | `GET /v1/metrics` | [`crate::metrics::schema::MetricsDocument`] |

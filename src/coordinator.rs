@@ -32,6 +32,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use grow::GrowParts;
+use suspend::Doing;
 pub use suspend::SUSPEND_TIME_MAX;
 
 /// Without a flush, metadata is committed this often (as dm-clone does).
@@ -101,6 +102,9 @@ pub struct Coordinator {
     /// Suspending, resuming and growing: one at a time. Stopping takes it and keeps it.
     turn: Rc<Semaphore>,
     last_turn: RefCell<Option<Permit>>,
+    doing: Cell<Option<Doing>>,
+    /// The suspend that is on its way is to be given up.
+    given_up: Cell<bool>,
     /// Whoever writes metadata: commits, growth.
     writing: Rc<Semaphore>,
     times: CommitTimes,
@@ -130,6 +134,8 @@ impl Coordinator {
             stats: Cell::default(),
             turn: Semaphore::new(1),
             last_turn: RefCell::default(),
+            doing: Cell::new(None),
+            given_up: Cell::new(false),
             writing: Semaphore::new(1),
             times: CommitTimes::default(),
         })

@@ -6,11 +6,13 @@
 //!   device of theirs is claimed too ([`open_input`]);
 //! * destination and metadata are opened under an exclusive lock (flock) and, for block devices, under the
 //!   kernel's exclusive claim (`O_EXCL`), which mounts, swap, RAID, device-mapper and other clones respect;
+//! * and both under a lock on the bytes that they use, so that two clones do not meet under two loop devices
+//!   (`ranges.rs`, which says what is not seen);
 //! * the three must not overlap, however they are named: [`check_distinct`];
 //! * only [`create`] and [`set_size`] change anything, and only what did not exist or was empty; and [`grow`], which makes
-//!   a file that is the clone's own longer.
+//!   a file that is the clone's own longer, and [`cut_back`], which undoes that.
 //!
-//! Locks and claims belong to the open descriptor: they last as long as [`Device::file`] or a duplicate of it.
+//! Locks and claims belong to the open descriptor: they last as long as the [`Device`] or a duplicate of it.
 //! Duplicate it for other threads; opening the path again would meet the clone's own claim.
 
 mod content;
@@ -18,6 +20,7 @@ mod distinct;
 mod holders;
 mod identity;
 mod open;
+mod ranges;
 mod sys;
 mod sysfs;
 
@@ -31,12 +34,16 @@ use std::fmt;
 use std::fs::{File, Metadata};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub use content::contents;
 #[cfg(test)]
 use distinct::check_distinct_in;
 pub use distinct::{Place, check_distinct};
-pub use open::{create, grow, open_input, open_source, open_target, set_size};
+pub use open::{
+    Grown, check_free_space, check_free_space_of, create, cut_back, grow, open_input, open_source, open_target,
+    set_size,
+};
 
 /// What a device is to the clone. Displays as the word that errors use.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -110,6 +117,8 @@ pub struct Device {
     pub file: File,
     /// The same file without `O_DIRECT`, for a tail shorter than a block: when `direct` and a regular file.
     pub buffered: Option<File>,
+    /// Holds the lock on what lies under a loop device.
+    below: Option<Arc<File>>,
     pub id: DeviceId,
     /// Device number of the file system that holds the file or the device node.
     fs_dev: u64,
@@ -139,9 +148,16 @@ impl Device {
             direct: self.direct,
             file: dup(&self.file)?,
             buffered: self.buffered.as_ref().map(dup).transpose()?,
+            below: self.below.clone(),
             id: self.id.clone(),
             fs_dev: self.fs_dev,
         })
+    }
+
+    /// The lock on what lies under a loop device: whoever does I/O with a duplicate of [`Device::file`] alone must keep
+    /// this as long.
+    pub fn lock_below(&self) -> Option<Arc<File>> {
+        self.below.clone()
     }
 
     /// What [`check_distinct`] needs to know.

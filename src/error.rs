@@ -181,10 +181,14 @@ impl Error {
         }
     }
 
-    /// The same kind and errno, with an outer context: `clone 'vm1': <this>`.
+    /// The same kind and errno, with an outer context: `clone 'vm1': <this>`. One that its text begins with already (a
+    /// disk names itself, damage that is found on it does not) is not said twice.
     pub fn within(self, context: impl Into<String>) -> Self {
-        let (kind, errno) = (self.0.kind, self.0.errno);
-        Self(Arc::new(Inner { kind, context: context.into(), errno, source: Some(self) }))
+        let (kind, errno, context) = (self.0.kind, self.0.errno, context.into());
+        if self.to_string().strip_prefix(&context).is_some_and(|rest| rest.starts_with(": ")) {
+            return self;
+        }
+        Self(Arc::new(Inner { kind, context, errno, source: Some(self) }))
     }
 
     pub fn kind(&self) -> ErrorKind {
@@ -231,4 +235,20 @@ macro_rules! bail {
     ($kind:ident, $($arg:tt)*) => {
         return Err($crate::error::Error::new($crate::error::ErrorKind::$kind, format!($($arg)*)))
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_context_is_said_once() {
+        let error = Error::os(libc::ENOSPC, "metadata /m: can't write 4096 bytes at offset 0");
+        let text = "metadata /m: can't write 4096 bytes at offset 0: No space left on device";
+        let within = error.clone().within("metadata /m");
+        assert_eq!((within.to_string().as_str(), within.kind(), within.os_errno()), (text, error.kind(), Some(28)));
+        assert_eq!(within.within("clone 'vm'").to_string(), format!("clone 'vm': {text}"));
+        // Only when it is the whole context, not the beginning of another.
+        assert_eq!(error.within("metadata /").to_string(), format!("metadata /: {text}"));
+    }
 }

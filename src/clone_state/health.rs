@@ -153,13 +153,21 @@ impl CloneState {
     }
     /// It is another one, for good.
     pub fn source_changed(&self, why: &Error, now: Duration) {
-        self.source_is(SourceHealth::Changed, format!("source changed, nothing more is read from it: {why}"), now);
+        self.source_is(
+            SourceHealth::Changed,
+            format!("source changed, nothing more is read from it until the clone is started again: {why}"),
+            now,
+        );
     }
 
     fn source_is(&self, to: SourceHealth, text: String, now: Duration) {
         let mut health = self.health();
-        // A clone that is complete has no source.
-        if self.is_complete() || health.source.state() == to || health.source.state() == SourceHealth::Changed {
+        // A clone that is complete has no source; one that ends lets go of it.
+        if self.is_complete()
+            || self.is_stopping()
+            || health.source.state() == to
+            || health.source.state() == SourceHealth::Changed
+        {
             return;
         }
         let untold = health.source.change(to, now);
@@ -191,6 +199,7 @@ impl CloneState {
         let source = health.source.overdue(now);
         if let Some((state, untold)) = source
             && !self.is_complete()
+            && !self.is_stopping()
         {
             self.tell_source(state, &with_untold(&health.source_text, untold));
         }
@@ -255,6 +264,25 @@ mod tests {
         state.hydration_fails(ShardIndex(1), "late", SECOND);
         assert_eq!(kinds(&log)[5..], ["read_only"]);
         assert_eq!(state.events().count().dm, 1);
+    }
+
+    #[test]
+    fn nothing_is_told_of_the_source_once_the_end_has_begun() {
+        let (state, log) = clone(true);
+        let error = Error::new(ErrorKind::Io, "gone");
+        // The last changes are kept back, to be told later.
+        (0..20).for_each(|_| {
+            state.source_lost(&error, SECOND);
+            state.source_found(SECOND);
+        });
+        state.source_lost(&error, SECOND);
+        let told = log.last();
+        assert!(told > 0);
+        state.set_stopping();
+        state.tell_overdue(SECOND + 2 * WINDOW);
+        state.source_found(SECOND + 3 * WINDOW);
+        state.source_changed(&error, SECOND + 4 * WINDOW);
+        assert_eq!(log.last(), told, "{:?}", kinds(&log));
     }
 
     #[test]

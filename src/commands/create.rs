@@ -25,9 +25,14 @@ pub fn run(args: &CreateArgs) -> Result<()> {
         1 => String::new(),
         _ => {
             let names: Vec<_> = failures[1..].iter().map(|(name, _)| format!("'{name}'")).collect();
-            format!(" (nor could {}: see 'hydrant create' of each)", names.join(", "))
+            format!(" (nor can {})", names.join(", "))
         }
     };
     let kind = error.kind();
-    Err(Error::new(kind, format!("clone '{name}' can't be created: {error}{more}")))
+    let done = match specs.len() - failures.len() {
+        0 => "",
+        1 => "; the other one is served",
+        _ => "; the others are served",
+    };
+    Err(Error::new(kind, format!("clone '{name}' can't be created: {error}{more}{done}")))
 }

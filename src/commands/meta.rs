@@ -13,6 +13,7 @@ mod import_dm;
 mod output;
 mod repair;
 mod restore;
+mod undo;
 
 use crate::cli::{MetaArgs, MetaVerb};
 use crate::error::{Error, ErrorKind, Result};

@@ -4,7 +4,7 @@ use super::daemons::find;
 use super::output_error;
 use crate::bail;
 use crate::cli::StatusArgs;
-use crate::control::api::{CloneRunState, HydrationState, HydrationStatus, MetadataMode, Status};
+use crate::control::api::{CloneRunState, HydrationState, HydrationStatus, MetadataMode, SourceState, Status};
 use crate::control::client::{self, Client};
 use crate::error::{Error, ErrorKind, Result};
 use crate::human::{count, duration, percent, rate, size};
@@ -19,6 +19,9 @@ use std::time::Duration;
 /// Between two looks of `--watch`: at a terminal, and else.
 const WATCH_PAUSE_TERMINAL: Duration = Duration::from_millis(200);
 const WATCH_PAUSE_PLAIN: Duration = Duration::from_secs(1);
+/// What a source that is another one means, and what to do.
+const SOURCE_CHANGED: &str = "changed: nothing more is read from it; when the right one is back, \
+    remove and create the clone again (or restart)";
 
 pub fn run(args: &StatusArgs, out: &mut dyn Write) -> Result<()> {
     let found = find(args.name.as_ref(), &args.control)?;
@@ -32,6 +35,7 @@ pub fn run(args: &StatusArgs, out: &mut dyn Write) -> Result<()> {
         };
         return watch(client, &status.name, out);
     }
+    let found = if args.dm { with_dm_line(found)? } else { found };
     for (index, (_, status)) in found.iter().enumerate() {
         let text = if args.json {
             serde_json::to_string(status)
@@ -47,6 +51,23 @@ pub fn run(args: &StatusArgs, out: &mut dyn Write) -> Result<()> {
         writeln!(out, "{text}").map_err(output_error)?;
     }
     Ok(())
+}
+
+/// Those that dm-clone could tell of. One that does not run has no status line; asked for alone it is an error.
+fn with_dm_line(mut found: Vec<(Client, Status)>) -> Result<Vec<(Client, Status)>> {
+    let is_idle = |status: &Status| matches!(status.state, CloneRunState::Starting | CloneRunState::Failed);
+    let why = |status: &Status| match &status.error {
+        Some(error) => format!("clone '{}' could not be started: {error}", status.name),
+        None => format!("clone '{}' is {}: it has no status line yet", status.name, status.state),
+    };
+    if let [(_, only)] = &found[..]
+        && is_idle(only)
+    {
+        bail!(NotFound, "{}", why(only));
+    }
+    found.iter().filter(|(_, status)| is_idle(status)).for_each(|(_, status)| log::warn!("{}", why(status)));
+    found.retain(|(_, status)| !is_idle(status));
+    Ok(found)
 }
 
 /// Of a clone that does not run.
@@ -84,6 +105,11 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
     let mut line = |label: &str, value: String| writeln!(text, "  {label:<12} {value}");
     if status.suspended {
         line("suspended", "I/O and hydration are held, everything is committed".into())?;
+    } else if status.suspending {
+        line("suspending", "waits for what is in flight; I/O and hydration are held".into())?;
+    }
+    if status.resizing {
+        line("resizing", "is under way".into())?;
     }
     line("hydration", progress_words(status))?;
     if hydration.failed_regions > 0 {
@@ -110,6 +136,7 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
         MetadataMode::ReadWrite => "rw",
         MetadataMode::ReadOnly => "ro: a commit failed, nothing that needs new metadata is accepted",
         MetadataMode::Fail => "Fail: no I/O is safe",
+        MetadataMode::Unopened => "not open",
     };
     line(
         "metadata",
@@ -210,6 +237,9 @@ fn setting(set: Option<u32>, effective: u32) -> String {
 
 fn source_words(status: &Status) -> String {
     let source = &status.source;
+    if source.state == SourceState::Changed {
+        return format!("{}, {SOURCE_CHANGED}", source.spec);
+    }
     match source.losses {
         0 => format!("{}, {}", source.spec, source.state),
         losses => {
@@ -274,7 +304,11 @@ fn watch(client: &Client, name: &str, out: &mut dyn Write) -> Result<()> {
         }
         match status.metadata.mode {
             _ if status.is_complete() => break Ok(()),
-            MetadataMode::ReadWrite => {}
+            _ if status.state == CloneRunState::Failed => {
+                let why = status.error.unwrap_or_default();
+                break Err(Error::new(ErrorKind::Failed, format!("clone '{name}' could not be started: {why}")));
+            }
+            MetadataMode::ReadWrite | MetadataMode::Unopened => {}
             MetadataMode::ReadOnly => {
                 break Err(Error::new(
                     ErrorKind::ReadOnly,
@@ -328,6 +362,8 @@ mod tests {
             state: CloneRunState::Running,
             error: None,
             suspended: false,
+            suspending: false,
+            resizing: false,
             size: 16 << 30,
             region_size: 64 << 10,
             nr_regions: 262144,
@@ -406,6 +442,11 @@ vm1: 16GiB, 262144 regions of 64KiB
   daemon       pid 4711, version 0.1.0, 2 shards, up 1h 2m
 ";
         assert_eq!(text_of(&sample()), expected);
+        let mut changed = sample();
+        changed.source.state = SourceState::Changed;
+        let line = "  source       nbd://backup/vm1, changed: nothing more is read from it; when the right one is back, \
+                    remove and create the clone again (or restart)\n";
+        assert!(text_of(&changed).contains(line), "{}", text_of(&changed));
     }
 
     #[test]

@@ -177,7 +177,8 @@ const CLONE: &[Key] = &[
         Other("a line of dm-clone's table: `0 LEN clone METADATA DESTINATION SOURCE REGION_SIZE ...`"),
         Says("the keys above say it"),
         "Instead of `source`, `destination`, `metadata`, `region_size`, `size`, `no_hydration`, `no_discard_passdown`, \
-         `hydration_threshold` and `hydration_batch_size`, which it says all.",
+         `hydration_threshold` and `hydration_batch_size`, which it says all. LEN holds exactly, as in dm-clone: after \
+         `hydrant resize` the clone starts again only with the LEN that it has grown to, which `hydrant table` prints.",
     ),
 ];
 

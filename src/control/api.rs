@@ -7,10 +7,11 @@
 use crate::bail;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::Page;
-use crate::hydration_share::{HydrationRate, Priority};
+use crate::hydration_share::{HydrationRate, PRIORITY_MAX, Priority, RATE_MIN};
 use crate::units::{ByteSize, SECTOR_SIZE};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 /// Path prefix of this version of the interface.
@@ -61,8 +62,13 @@ pub struct Status {
     pub hydrated_regions: u64,
     /// Regions whose copy is in flight, background and on demand.
     pub hydrating_regions: u64,
-    /// Requests and hydration are held, everything is committed.
+    /// Requests and hydration are held, nothing is in flight, everything is committed: the devices can be copied.
     pub suspended: bool,
+    /// On its way to be suspended: requests and hydration are held, what is in flight or the commit has not ended yet. Nothing
+    /// may be concluded from that for the devices.
+    pub suspending: bool,
+    /// A resize is being carried out; while it is in force, requests and hydration are held.
+    pub resizing: bool,
     pub hydration: HydrationStatus,
     pub features: Features,
     pub metadata: MetadataStatus,
@@ -155,6 +161,8 @@ pub enum HydrationState {
     Complete,
     /// Waiting for the source to come back.
     SourceLost,
+    /// The source came back as another one: nothing is copied until the clone is started again with the right one.
+    SourceChanged,
     /// Copies fail (a bad sector, a failing destination): backing off between attempts.
     Failing,
 }
@@ -167,6 +175,7 @@ impl fmt::Display for HydrationState {
             Self::Idle => "idle",
             Self::Complete => "complete",
             Self::SourceLost => "source lost",
+            Self::SourceChanged => "source changed",
             Self::Failing => "failing",
         })
     }
@@ -217,6 +226,9 @@ pub enum MetadataMode {
     ReadOnly,
     /// No I/O is safe.
     Fail,
+    /// The clone does not run.
+    #[serde(rename = "unopened")]
+    Unopened,
 }
 
 impl fmt::Display for MetadataMode {
@@ -225,6 +237,7 @@ impl fmt::Display for MetadataMode {
             Self::ReadWrite => "rw",
             Self::ReadOnly => "ro",
             Self::Fail => "Fail",
+            Self::Unopened => "not open",
         })
     }
 }
@@ -249,6 +262,8 @@ pub enum SourceState {
     Connected,
     /// Trying to reach it again.
     Lost,
+    /// It came back as another one: nothing more is read from it, until the clone is started again.
+    Changed,
     /// Let go: the hydration is complete and the source is not needed any more.
     Released,
     /// The clone does not run.
@@ -260,6 +275,7 @@ impl fmt::Display for SourceState {
         f.write_str(match self {
             Self::Connected => "connected",
             Self::Lost => "lost",
+            Self::Changed => "changed",
             Self::Released => "released",
             Self::Unopened => "not open",
         })
@@ -295,7 +311,7 @@ pub struct IoCounters {
     pub errors: u64,
     /// Read from the source, for clients and for the hydration.
     pub source_read_bytes: u64,
-    /// Copied from the source to the destination.
+    /// Of regions that were brought in from the source, its zeros included: not of copies that failed.
     pub hydrated_bytes: u64,
     /// Metadata commits.
     pub commits: u64,
@@ -431,33 +447,36 @@ const MESSAGES: &str = "enable_hydration, disable_hydration, hydration_threshold
                         hydration_rate BYTES_PER_SECOND or priority N";
 
 impl Message {
-    /// Reads a message by dm-clone's grammar: keywords in any case, and exactly one number for the two that take
-    /// one, written in decimal, from 0 to 2^32-1. `Usage` names the bad word.
+    /// Reads a message by dm-clone's grammar: keywords in any case, and exactly one value for those that take one; for
+    /// dm-clone's two a number in decimal, from 0 to 2^32-1. `Usage` names the bad word.
     pub fn from_words<S: AsRef<str>>(words: &[S]) -> Result<Self> {
         let Some((keyword, values)) = words.split_first() else {
             bail!(Usage, "empty message: use {MESSAGES}");
         };
         let keyword = keyword.as_ref();
-        let one_value = || -> Result<&str> {
+        let one_value = |what: &str, bounds: &str| -> Result<&str> {
             match values {
-                [] => bail!(Usage, "message {keyword} needs a number, from 0 to {}", u32::MAX),
+                [] => bail!(Usage, "message {keyword} needs a {what}, {bounds}"),
                 [value] => Ok(value.as_ref()),
                 [_, extra, ..] => {
-                    bail!(Usage, "message {keyword} takes one number: '{}' is too much", extra.as_ref().escape_debug())
+                    bail!(Usage, "message {keyword} takes one {what}: '{}' is too much", extra.as_ref().escape_debug())
                 }
             }
         };
-        let one_number = || -> Result<u32> {
-            let value = one_value()?;
+        let one_number = |bounds: RangeInclusive<u64>| -> Result<u32> {
+            let bounds = format!("from {} to {}", bounds.start(), bounds.end());
+            let value = one_value("number", &bounds)?;
             parse_number(value).ok_or_else(|| {
-                let text =
-                    format!("message {keyword}: '{}' is not a number from 0 to {}", value.escape_debug(), u32::MAX);
+                let text = format!("message {keyword}: '{}' is not a number {bounds}", value.escape_debug());
                 Error::new(ErrorKind::Usage, text)
             })
         };
+        let any = 0..=u64::from(u32::MAX);
         let of_message = |error: Error| error.within(format!("message {keyword}"));
         let rate = || -> Result<Option<HydrationRate>> {
-            let bytes = one_value()?.parse::<ByteSize>().map_err(|text| Error::new(ErrorKind::Usage, text));
+            let bounds = format!("from {} on, or 0 for no bound", ByteSize(RATE_MIN));
+            let value = one_value("size in bytes per second", &bounds)?;
+            let bytes = value.parse::<ByteSize>().map_err(|text| Error::new(ErrorKind::Usage, text));
             match bytes.map_err(of_message)?.0 {
                 0 => Ok(None),
                 bytes => HydrationRate::new(bytes).map(Some).map_err(of_message),
@@ -472,10 +491,13 @@ impl Message {
         match keyword.to_ascii_lowercase().as_str() {
             "enable_hydration" => no_value(Self::EnableHydration),
             "disable_hydration" => no_value(Self::DisableHydration),
-            "hydration_threshold" => one_number().map(Self::HydrationThreshold),
-            "hydration_batch_size" => one_number().map(Self::HydrationBatchSize),
+            "hydration_threshold" => one_number(any).map(Self::HydrationThreshold),
+            "hydration_batch_size" => one_number(any).map(Self::HydrationBatchSize),
             "hydration_rate" => rate().map(Self::HydrationRate),
-            "priority" => Priority::new(u64::from(one_number()?)).map(Self::Priority).map_err(of_message),
+            "priority" => {
+                let weight = one_number(1..=u64::from(PRIORITY_MAX))?;
+                Priority::new(u64::from(weight)).map(Self::Priority).map_err(of_message)
+            }
             _ => bail!(Usage, "unknown message '{}': use {MESSAGES}", keyword.escape_debug()),
         }
     }

@@ -36,11 +36,14 @@ use std::time::Duration;
 /// Largest body of a request, in bytes.
 const BODY_MAX: usize = 64 << 10;
 /// How long a message may take to be in force; longer, and the client is told that it goes on without it.
-const MESSAGE_TIME_MAX: Duration = Duration::from_secs(20);
+pub const MESSAGE_TIME_MAX: Duration = Duration::from_secs(20);
 /// The same for a growth, which may have to wait for the source.
 const RESIZE_TIME_MAX: Duration = Duration::from_secs(150);
 /// What suspending gets beside the time it may wait.
 const SUSPEND_TIME_MORE: Duration = Duration::from_secs(5);
+
+/// How the answer begins when that time is over.
+const NOT_YET: &str = "not in force after";
 
 /// Answers requests, one at a time or many.
 pub struct Routes {
@@ -93,8 +96,15 @@ impl Routes {
             Route::Create => match read_clone(request.into_body()).await {
                 Ok(spec) => {
                     let name = spec.name.as_ref().map(|name| name.to_string()).unwrap_or_default();
-                    self.carry_out(format!("clone '{name}': create"), self.controlled.create(spec), MESSAGE_TIME_MAX)
-                        .await
+                    let created = self.controlled.create(spec);
+                    let served = self.carry_out(format!("clone '{name}': create"), created, MESSAGE_TIME_MAX).await;
+                    served.map_err(|error| match error.kind() {
+                        ErrorKind::Limit if error.to_string().starts_with(NOT_YET) => {
+                            let text = format!("{error}: see 'hydrant list'; 'hydrant remove {name}' gives it up");
+                            Error::new(ErrorKind::Limit, text)
+                        }
+                        _ => error,
+                    })
                 }
                 Err(refused) => return refused,
             },
@@ -194,7 +204,8 @@ impl Routes {
         let timed_out = async {
             self.env.sleep(time_max).await;
             let seconds = time_max.as_secs();
-            Err(Error::new(ErrorKind::Limit, format!("not in force after {seconds} s; it is still being carried out")))
+            let text = format!("{NOT_YET} {seconds} s; it is still being carried out");
+            Err(Error::new(ErrorKind::Limit, text))
         };
         or(answered, timed_out).await.map(|()| json(StatusCode::OK, &serde_json::json!({})))
     }

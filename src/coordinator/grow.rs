@@ -10,6 +10,7 @@
 //!
 //! A failure up to 4 leaves the clone as it was (`ro`, if it was a flush or the superblock that failed).
 
+use super::suspend::Doing;
 use super::{Coordinator, SUSPEND_TIME_MAX};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
@@ -43,10 +44,18 @@ impl Coordinator {
         self.store.borrow().superblock()
     }
 
+    /// Whether no metadata on disk can say that the clone is larger than `size`: a growth beyond it was not begun, or failed
+    /// before the superblock.
+    pub fn is_certainly_of(&self, size: u64) -> bool {
+        let store = self.store.borrow();
+        store.failure().is_none() && store.superblock().geometry.size() == size
+    }
+
     /// Grows the clone; see the head of this file. A clone that was suspended stays so. Runs to its end even if nobody
-    /// waits for it.
+    /// waits for it. Fails with InUse at once while it is being suspended or grown.
     pub async fn grow(self: &Rc<Self>, parts: GrowParts) -> Result<()> {
-        self.in_turn(move |this| async move {
+        let begun = self.begin(Doing::Growing)?;
+        self.in_turn(Some(begun), move |this| async move {
             this.state.check_mode(true)?;
             let was_suspended = this.state.is_suspended();
             if !was_suspended {

@@ -5,8 +5,11 @@
 //! and whatever was acknowledged, flushed or not, is durable.
 //!
 //! It is all or nothing: when what is in flight does not end in time (a source that does not answer), or the commit
-//! fails, the clone goes on as before and the caller gets the reason. A clone whose metadata mode is not `rw` any
+//! fails, or somebody resumes the clone meanwhile, the clone goes on as before and the caller gets the reason. A clone whose metadata mode is not `rw` any
 //! more has nothing left to commit: it is suspended without a commit, and the log says so.
+//!
+//! Nothing queues behind a suspend that waits: another suspend or a growth is refused at once. Nor does one of these
+//! behind a growth. Whoever asked for a suspend may be gone; resuming always helps.
 
 use super::Coordinator;
 use crate::clone_state::Mode;
@@ -26,24 +29,75 @@ pub const SUSPEND_TIME_MAX: Duration = Duration::from_secs(30);
 /// How often it looks whether it is to be given up.
 const POLL: Duration = Duration::from_millis(2);
 
+/// What may take long, and of which there is only one at a time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Doing {
+    Suspending,
+    Growing,
+}
+
+/// Something that is being done, until this is dropped.
+pub(super) struct Begun(Rc<Coordinator>);
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        self.0.doing.set(None);
+    }
+}
+
 impl Coordinator {
+    /// Whether it can be suspended or grown now; fails with InUse when either is going on, with Shutdown at its end.
+    pub fn check_idle(&self) -> Result<()> {
+        if self.state.is_stopping() {
+            return Err(self.stopping());
+        }
+        let doing = match self.doing.get() {
+            None => return Ok(()),
+            Some(Doing::Suspending) => "being suspended: wait until it is, or resume it, which gives that up",
+            Some(Doing::Growing) => "being resized: wait until it is",
+        };
+        Err(Error::new(ErrorKind::InUse, format!("clone '{}' is {doing}", self.state.name)))
+    }
+
+    pub(super) fn begin(self: &Rc<Self>, what: Doing) -> Result<Begun> {
+        self.check_idle()?;
+        self.doing.set(Some(what));
+        self.given_up.set(false);
+        Ok(Begun(self.clone()))
+    }
+
+    /// On its way to be suspended, and not there yet.
+    pub fn is_suspending(&self) -> bool {
+        self.doing.get() == Some(Doing::Suspending) && !self.state.is_suspended()
+    }
+
     /// Suspends the clone within `time_max`; see the head of this file. Succeeds at once when it is suspended. Fails with
-    /// Limit when the time is over, with Shutdown when the clone is stopping, as the commit fails; then it goes on.
+    /// Limit when the time is over, with InUse when it is resumed meanwhile, with Shutdown when the clone is stopping, as
+    /// the commit fails; then it goes on. Fails with InUse at once while it is being suspended or grown.
     pub async fn suspend(self: &Rc<Self>, time_max: Duration) -> Result<()> {
-        self.in_turn(move |this| async move {
+        let begun = self.begin(Doing::Suspending)?;
+        self.in_turn(Some(begun), move |this| async move {
             if this.state.is_suspended() {
                 return Ok(());
             }
             this.hold(time_max).await?;
+            this.state.set_suspended(true);
             this.state.events().raise(EventKind::Suspended, "suspended");
             Ok(())
         })
         .await
     }
 
-    /// Lets requests and hydration go on. Succeeds at once when the clone is not suspended.
+    /// Lets requests and hydration go on; a suspend that is on its way is given up. Waits for a growth of a suspended clone.
+    /// Succeeds at once when the clone is neither suspended nor on its way there.
     pub async fn resume(self: &Rc<Self>) -> Result<()> {
-        self.in_turn(|this| async move {
+        match self.doing.get() {
+            Some(Doing::Suspending) => self.given_up.set(true),
+            // The growth lets it go on.
+            Some(Doing::Growing) if !self.state.is_suspended() && !self.state.is_stopping() => return Ok(()),
+            Some(Doing::Growing) | None => {}
+        }
+        self.in_turn(None, |this| async move {
             if this.state.is_suspended() {
                 this.release().await;
                 this.state.events().raise(EventKind::Resumed, "resumed");
@@ -62,14 +116,14 @@ impl Coordinator {
         }
         let turn = self.turn.acquire(1).await;
         *self.last_turn.borrow_mut() = Some(turn);
-        if self.state.is_suspended() {
+        if self.state.is_held() {
             self.on_all_shards(|clone| ShardRequest::Shut { clone }).await.into_iter().for_each(drop);
         }
     }
 
     /// Runs `work` when nothing else of its kind is going on. It runs to its end even if nobody waits for it: half of
-    /// it would leave a clone that holds requests for ever.
-    pub(super) async fn in_turn<T, F, Fut>(self: &Rc<Self>, work: F) -> Result<T>
+    /// it would leave a clone that holds requests for ever. `begun` ends with it.
+    pub(super) async fn in_turn<T, F, Fut>(self: &Rc<Self>, begun: Option<Begun>, work: F) -> Result<T>
     where
         T: 'static,
         F: FnOnce(Rc<Self>) -> Fut + 'static,
@@ -88,6 +142,7 @@ impl Coordinator {
                     }
                 }
             };
+            drop(begun);
             sender.send(result);
         }));
         receiver.await.unwrap_or_else(|| Err(self.stopping()))
@@ -108,7 +163,7 @@ impl Coordinator {
 
     /// Holds requests and hydration, waits until nothing is in flight, commits; or undoes all of it.
     pub(super) async fn hold(&self, time_max: Duration) -> Result<()> {
-        self.state.set_suspended(true);
+        self.state.set_held(true);
         let doing = Cell::new("requests in flight did not end");
         let held = async {
             for result in self.on_all_shards(|clone| ShardRequest::Hold { clone }).await {
@@ -137,6 +192,9 @@ impl Coordinator {
                 if self.state.is_stopping() {
                     return Err(self.stopping());
                 }
+                if self.given_up.get() {
+                    return Err(Error::new(ErrorKind::InUse, "given up: it was resumed meanwhile"));
+                }
                 if self.env.now() >= deadline {
                     let text = format!(
                         "{} within {} seconds (see whether the source answers)",
@@ -157,6 +215,7 @@ impl Coordinator {
     /// Opens the gates and wakes hydration.
     pub(super) async fn release(&self) {
         self.state.set_suspended(false);
+        self.state.set_held(false);
         // Fails only when the clone is gone.
         self.on_all_shards(|clone| ShardRequest::Open { clone }).await.into_iter().for_each(drop);
     }

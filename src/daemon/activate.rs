@@ -1,7 +1,7 @@
 //! From a prepared clone to one that runs: creates what is missing, formats the metadata, and gives every shard its
 //! slice. The first change on disk is made here, after everything that can fail without one.
 
-use super::prepare::{FoundMetadata, OpenSource, OpenSourceKind, Prepared, disk_parts};
+use super::prepare::{FoundMetadata, OpenSource, OpenSourceKind, Prepared, beside_clients, disk_parts};
 use super::shard_source::SourceRecipe;
 use crate::bail;
 use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs};
@@ -14,6 +14,7 @@ use crate::environment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::CloneEvents;
 use crate::events::EventKind;
+use crate::human;
 use crate::hydration_budget::BudgetMember;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::meta::codec::{self, Superblock, metadata_size_needed};
@@ -37,6 +38,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 const ZONES_AT_A_TIME: usize = 128;
 /// A clone of so many zones (4 MiB of bits or more, as a rule) leaves memory behind that is worth giving back.
 const ZONES_WORTH_A_TRIM: u64 = 1024;
+
+/// So many bytes of metadata take a while to be formatted.
+const METADATA_TO_TELL_OF: u64 = 256 << 20;
 
 /// A clone that runs on all shards.
 pub struct ActiveClone {
@@ -77,16 +81,18 @@ impl Drop for Created {
 }
 
 /// Opens a target for use: created or sized where that is to be done.
-fn open(role: Role, path: &Path, target: Target, size: u64) -> Result<(Device, Created)> {
-    match target {
-        Target::Missing { .. } => Ok((devices::create(role, path, size)?, Created(Some(path.into())))),
+async fn open(role: Role, path: &Path, target: Target, size: u64) -> Result<(Device, Created)> {
+    let path = path.to_owned();
+    let opened = beside_clients(move || match target {
+        Target::Missing { .. } => Ok((devices::create(role, &path, size)?, Created(Some(path)))),
         Target::Existing(mut device) => {
             if device.size == 0 {
                 devices::set_size(&mut device, size)?;
             }
             Ok((device, Created(None)))
         }
-    }
+    });
+    opened.await
 }
 
 /// What a shard makes its slice from.
@@ -116,9 +122,9 @@ pub async fn activate(
     let Shared { events, budget } = shared;
     let Prepared { geometry, fingerprint, source, destination, metadata, found } = prepared;
     let (destination, created_destination) =
-        open(Role::Destination, &config.destination, destination, geometry.size())?;
+        open(Role::Destination, &config.destination, destination, geometry.size()).await?;
     let metadata_size = metadata_size_needed(&geometry);
-    let (metadata, created_metadata) = open(Role::Metadata, &config.metadata, metadata, metadata_size)?;
+    let (metadata, created_metadata) = open(Role::Metadata, &config.metadata, metadata, metadata_size).await?;
     let (store, zones, generation) = match found {
         FoundMetadata::Ours(opened) => {
             opened.notes.iter().for_each(|note| log::warn!("{}: {note}", metadata.label()));
@@ -144,6 +150,9 @@ pub async fn activate(
                 generation: Generation(0),
                 created_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             };
+            if metadata_size >= METADATA_TO_TELL_OF {
+                log::info!("{}: formatting it, {} are written", metadata.label(), human::size(metadata_size));
+            }
             let disk: Rc<dyn Disk> = Rc::new(RingDisk::new(disk_parts(&metadata)?));
             let store = Store::format(disk, superblock).await.map_err(|error| error.within(metadata.label()))?;
             (store, Vec::new(), Generation(0))

@@ -7,7 +7,7 @@ use crate::config::CloneConfig;
 use crate::devices::Role;
 use crate::dm_table::{self, words};
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::ByteSize;
+use crate::units::{ByteSize, SECTOR_SIZE};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
@@ -56,8 +56,14 @@ pub fn judged(config: &CloneConfig, prepared: Result<Prepared>) -> Result<Prepar
     let prepared = prepared.map_err(in_words)?;
     let is = prepared.geometry.size();
     if !table.is_len_of(is) {
+        // A shorter line may be the one that the clone was made with: see `hydrant resize`.
+        let has = if is > table.size() { "has grown to" } else { "has" };
+        let fits = is.div_ceil(SECTOR_SIZE);
         let (metadata, is, wanted) = (config.metadata.display(), ByteSize(is), ByteSize(table.size()));
-        let text = format!("{}: metadata {metadata}: {is}, the table has {wanted}", words::OTHER_GEOMETRY);
+        let text = format!(
+            "{}: metadata {metadata}: the table has {wanted}, the clone {has} {is}: LEN {fits} fits",
+            words::OTHER_GEOMETRY
+        );
         return Err(Error::new(ErrorKind::Mismatch, text));
     }
     Ok(prepared)

@@ -74,10 +74,12 @@ impl Controlled for Handle {
 
     fn create(&self, spec: CloneSpec) -> LocalBoxFuture<'static, Result<()>> {
         let started = self.config_of(spec).map(|config| self.0.start(config, false));
+        let daemon = self.0.clone();
         Box::pin(async move {
             match started?.await? {
                 Started::Serving => Ok(()),
-                Started::GivenUp => Err(stopping()),
+                Started::GivenUp if daemon.is_stopping() => Err(stopping()),
+                Started::GivenUp => Err(Error::new(ErrorKind::Shutdown, "given up before it was served: removed")),
             }
         })
     }

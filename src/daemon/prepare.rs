@@ -10,6 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::meta::codec::{CloneState, DESTINATION_NONE_YET, SourceFingerprint, geometry_for, metadata_size_needed};
 use crate::meta::commit::{Expected, Mismatch, Recovered, Recovery, mismatch_error, mismatches};
 use crate::meta::store::{Opened, Store, probe};
+use crate::ring::Ring;
 use crate::shard::pool::ShardContext;
 use crate::source::Source;
 use crate::source::file::FileSource;
@@ -20,7 +21,7 @@ use crate::source::uri::{NbdUri, SourceSpec};
 use crate::units::{ByteSize, Geometry};
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 /// Connections to an NBD source that allows several, all shards together.
@@ -71,7 +72,15 @@ pub fn disk_parts(device: &Device) -> Result<DiskParts> {
         size: device.size,
         block: if device.direct { device.block } else { 1 },
         is_block_device: device.kind == DeviceKind::Block,
+        lock_below: device.lock_below(),
     })
+}
+
+/// Runs what may block for milliseconds (opening, creating, looking around) on a thread of its own: other clones have
+/// clients on this one.
+pub async fn beside_clients<T: Send + 'static>(job: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let done = Ring::current().blocking(job).await;
+    done.map_err(|error| Error::from_io(error, "a thread to open devices can't be started"))?
 }
 
 /// Checks everything that can be checked without a change.
@@ -90,15 +99,19 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
         SourceSpec::File(path) => Some(path.as_path()),
         SourceSpec::Nbd(_) => None,
     };
-    // By name first, so that one path given twice is told as that. A complete clone does not need its source.
-    let source_place =
-        source_path.filter(|path| path.exists()).map(|path| Place::look(Role::Source, path)).transpose()?;
-    if let Some(source) = &source_place {
-        let destination = Place::look(Role::Destination, &config.destination)?;
-        let metadata = Place::look(Role::Metadata, &config.metadata)?;
-        devices::check_distinct(&[source.clone(), destination, metadata])?;
-    }
-    let opened = devices::open_devices(None, &config.destination, &config.metadata)?;
+    let source_path = source_path.map(Path::to_owned);
+    let (destination_path, metadata_path) = (config.destination.clone(), config.metadata.clone());
+    let opened = beside_clients(move || {
+        // By name first, so that one path given twice is told as that. A complete clone does not need its source.
+        if let Some(source) = source_path.filter(|path| path.exists()) {
+            let source = Place::look(Role::Source, &source)?;
+            let destination = Place::look(Role::Destination, &destination_path)?;
+            let metadata = Place::look(Role::Metadata, &metadata_path)?;
+            devices::check_distinct(&[source, destination, metadata])?;
+        }
+        devices::open_devices(None, &destination_path, &metadata_path)
+    });
+    let opened = opened.await?;
     let (destination, metadata) = (opened.destination, opened.metadata);
 
     let recovered = find_metadata(config, &metadata).await?;
@@ -119,7 +132,7 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
             let destination_id = match superblock.destination_id {
                 // Formatted ahead: the destination is taken as that of a new clone.
                 DESTINATION_NONE_YET => {
-                    check_new_destination(config, &superblock.geometry, &destination)?;
+                    check_new_destination(config, &superblock.geometry, &destination).await?;
                     DESTINATION_NONE_YET
                 }
                 _ => destination_of_clone(&destination, config)?,
@@ -133,12 +146,13 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
                 destination_id,
             };
             check_matches(config, &recovered, &expected)?;
-            tell_of_sizes(config, superblock.geometry.size(), superblock.source.size, source.source.size());
+            tell_of_sizes(config, superblock.geometry.size(), superblock.source_len(), source.source.size());
             if let Target::Existing(device) = &destination
                 && device.size > 0
             {
                 // It may have been cut off since.
                 devices::check_size(device, superblock.geometry.size(), "for the clone that it holds")?;
+                tell_of_longer(config, device, superblock.geometry.size());
             }
             let opened = load(&metadata, recovered).await?;
             Ok(Prepared {
@@ -157,7 +171,7 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
             }
             let found_fingerprint = fingerprint_of(config, &source, size).await?;
             let geometry = geometry_for(size, config.region_size.unwrap_or_default())?;
-            check_new(config, &geometry, &destination, &metadata)?;
+            check_new(config, &geometry, &destination, &metadata).await?;
             Ok(Prepared {
                 geometry,
                 fingerprint: found_fingerprint,
@@ -188,6 +202,17 @@ fn tell_of_sizes(config: &CloneConfig, size: u64, shown: u64, has: u64) {
         log::info!(
             "clone '{}': its source has {has} now, {shown} of it are cloned; `hydrant resize` takes the rest",
             config.name
+        );
+    }
+}
+
+/// A destination file may be longer on purpose; or it is what a resize left that was killed.
+fn tell_of_longer(config: &CloneConfig, destination: &Device, size: u64) {
+    if destination.kind == DeviceKind::File && destination.size > size {
+        let (path, has, name) = (config.destination.display(), destination.size, &config.name);
+        log::warn!(
+            "clone '{name}': destination {path} has {has} bytes, the clone {size}: what follows is not part of it (if a \
+             resize was interrupted, repeat it; or cut the file to {size} bytes when the clone has ended)"
         );
     }
 }
@@ -262,29 +287,32 @@ fn check_matches(config: &CloneConfig, recovered: &Recovered, expected: &Expecte
 }
 
 /// A new clone: the devices must be large enough, and must not hold what somebody may miss.
-fn check_new(config: &CloneConfig, geometry: &Geometry, destination: &Target, metadata: &Target) -> Result<()> {
+async fn check_new(config: &CloneConfig, geometry: &Geometry, destination: &Target, metadata: &Target) -> Result<()> {
     if let Target::Existing(device) = metadata
         && device.size > 0
     {
         let needed = metadata_size_needed(geometry);
         devices::check_size(device, needed, &format!("for {} regions", geometry.nr_regions()))?;
-        refuse_contents(config, device)?;
+        refuse_contents(config, device).await?;
     }
-    check_new_destination(config, geometry, destination)
+    // All of them are written before the clone is served; the destination may be filled as it goes on.
+    devices::check_free_space(metadata, metadata_size_needed(geometry))?;
+    check_new_destination(config, geometry, destination).await
 }
 
-fn check_new_destination(config: &CloneConfig, geometry: &Geometry, destination: &Target) -> Result<()> {
+async fn check_new_destination(config: &CloneConfig, geometry: &Geometry, destination: &Target) -> Result<()> {
     if let Target::Existing(device) = destination
         && device.size > 0
     {
         devices::check_size(device, geometry.size(), &format!("for the source {}", config.source))?;
-        refuse_contents(config, device)?;
+        refuse_contents(config, device).await?;
     }
     Ok(())
 }
 
-fn refuse_contents(config: &CloneConfig, device: &Device) -> Result<()> {
-    let Some(what) = devices::contents(device)? else { return Ok(()) };
+async fn refuse_contents(config: &CloneConfig, device: &Device) -> Result<()> {
+    let looked_at = device.try_clone()?;
+    let Some(what) = beside_clients(move || devices::contents(&looked_at)).await? else { return Ok(()) };
     if config.force {
         log::warn!("{} holds {what}: overwriting it, as --force says", device.label());
         return Ok(());
@@ -316,6 +344,7 @@ async fn without_source(
     tell_of_sizes(config, superblock.geometry.size(), 0, 0);
     if let Target::Existing(device) = &destination {
         devices::check_size(device, superblock.geometry.size(), "for the clone that it holds")?;
+        tell_of_longer(config, device, superblock.geometry.size());
     }
     let (geometry, fingerprint) = (superblock.geometry, superblock.source);
     let opened = load(&metadata, recovered).await?;
@@ -332,14 +361,18 @@ pub async fn open_source(
     shards: u16,
 ) -> Result<OpenSource> {
     match spec {
-        SourceSpec::File(path) => open_file_source(&path, others),
+        SourceSpec::File(path) => open_file_source(path, others).await,
         SourceSpec::Nbd(uri) => open_nbd_source(context, uri, config, shards).await,
     }
 }
 
-fn open_file_source(path: &Path, [destination, metadata]: [Place; 2]) -> Result<OpenSource> {
-    let device = devices::open_source(path)?;
-    devices::check_distinct(&[device.place(), destination, metadata])?;
+async fn open_file_source(path: PathBuf, [destination, metadata]: [Place; 2]) -> Result<OpenSource> {
+    let opened = beside_clients(move || {
+        let device = devices::open_source(&path)?;
+        devices::check_distinct(&[device.place(), destination, metadata])?;
+        Ok(device)
+    });
+    let device = opened.await?;
     if let Some(mounted) = device.mounted_writable() {
         let label = device.label();
         log::warn!(

@@ -9,7 +9,10 @@ use super::prepare;
 use super::running::RunningClone;
 use crate::bail;
 use crate::config::{CloneConfig, CloneName, DaemonConfig, OnHydrated};
-use crate::control::api::{CloneRunState, MetadataMode, MetadataStatus, NbdStatus, SourceState, SourceStatus, Status};
+use crate::control::api::{
+    CloneRunState, HydrationStatus, MetadataMode, MetadataStatus, NbdStatus, SourceState, SourceStatus, Status,
+};
+use crate::control::routes::MESSAGE_TIME_MAX;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::{CloneEvents, Feed};
 use crate::events::EventKind;
@@ -39,9 +42,21 @@ const WATCHER_WINDOW: Duration = Duration::from_secs(2);
 /// How long an end waits for requests and copies in flight, say from a source that does not answer.
 const DRAIN_MAX: Duration = Duration::from_secs(10);
 
+/// Between two looks whether something that goes on has ended.
+const BUSY_POLL: Duration = Duration::from_millis(2);
+
+/// A name that was taken for a new clone.
+struct Claim {
+    /// It was that of a clone that could not be started.
+    replaces_failed: bool,
+    events: Arc<CloneEvents>,
+    give_up: Rc<Latch>,
+}
+
 /// What is known of one name.
 enum Entry {
-    Starting(Rc<CloneConfig>),
+    /// The latch is opened to give the start up, as long as nothing was changed.
+    Starting(Rc<CloneConfig>, Rc<Latch>),
     Running(Rc<RunningClone>),
     /// It could not be started.
     Failed(Rc<CloneConfig>, Error),
@@ -130,9 +145,12 @@ impl Daemon {
         let claimed = self.claim(&config);
         let daemon = self.clone();
         Box::pin(async move {
-            let (replaces_failed, events) = claimed?;
+            let Claim { replaces_failed, events, give_up } = claimed?;
             let _busy = Busy::new(&daemon.busy);
-            let started = daemon.bring_up(&config, &events).await;
+            let begun = daemon.context.env.now();
+            let started = daemon.bring_up(&config, &events, &give_up).await;
+            // Who asked for it has been told that it goes on: how it ended is to be found.
+            let keep = keep || replaces_failed || daemon.context.env.now() - begun >= MESSAGE_TIME_MAX;
             match started {
                 Ok(Some(running)) => {
                     daemon.entries.borrow_mut().insert(config.name.clone(), Entry::Running(running));
@@ -146,7 +164,7 @@ impl Daemon {
                 Err(error) => {
                     events.record(EventKind::StartFailed, format!("could not be started: {error}"));
                     events.set_ending();
-                    if keep || replaces_failed {
+                    if keep {
                         daemon
                             .entries
                             .borrow_mut()
@@ -178,8 +196,8 @@ impl Daemon {
         events.ok_or_else(|| self.no_clone_in(name, &entries))
     }
 
-    /// Takes the name; whether it was that of a clone that could not be started, and the new one's events.
-    fn claim(&self, config: &Rc<CloneConfig>) -> Result<(bool, Arc<CloneEvents>)> {
+    /// Takes the name.
+    fn claim(&self, config: &Rc<CloneConfig>) -> Result<Claim> {
         if self.is_stopping() {
             bail!(Shutdown, "the daemon is stopping");
         }
@@ -193,20 +211,26 @@ impl Daemon {
             Some(Entry::Removing(_)) => bail!(InUse, "clone '{}' is being removed: try again", config.name),
             Some(_) => bail!(InUse, "there is a clone '{}' already", config.name),
         };
-        entries.insert(config.name.clone(), Entry::Starting(config.clone()));
+        let give_up = Rc::<Latch>::default();
+        entries.insert(config.name.clone(), Entry::Starting(config.clone(), give_up.clone()));
         let events = CloneEvents::new(self.feed.log(), config.name.to_string());
         self.events.borrow_mut().insert(config.name.clone(), events.clone());
-        Ok((replaces_failed, events))
+        Ok(Claim { replaces_failed, events, give_up })
     }
 
-    /// `None`: the daemon was told to stop before anything was changed.
-    async fn bring_up(&self, config: &Rc<CloneConfig>, events: &Arc<CloneEvents>) -> Result<Option<Rc<RunningClone>>> {
+    /// `None`: it was given up before anything was changed.
+    async fn bring_up(
+        &self,
+        config: &Rc<CloneConfig>,
+        events: &Arc<CloneEvents>,
+        give_up: &Latch,
+    ) -> Result<Option<Rc<RunningClone>>> {
         let rate = config.hydration_rate.map(HydrationRate::new).transpose()?;
         let priority = Priority::new(u64::from(config.priority))?;
         let prepared = async { prepare::prepare(&self.context, config, self.context.mesh.shards()).await.map(Some) };
         // Nothing is changed on disk yet, so a stop just gives up: a source may be slow to answer.
         let stopped = async {
-            self.stopping.opened().await;
+            futures_lite::future::or(self.stopping.opened(), give_up.opened()).await;
             Ok(None)
         };
         let Some(prepared) = futures_lite::future::or(prepared, stopped).await? else { return Ok(None) };
@@ -237,10 +261,15 @@ impl Daemon {
             self.running(name)?;
             bail!(NotSupported, "this daemon is for clone '{name}' alone: end it with 'hydrant stop {name}'");
         }
+        let was_starting = self.give_up(name).await;
         let running = {
             let mut entries = self.entries.borrow_mut();
-            let Some((name, entry)) = name.parse().ok().and_then(|name: CloneName| entries.remove_entry(&name)) else {
-                return Err(self.no_clone_in(name, &entries));
+            let found = name.parse().ok().and_then(|name: CloneName| entries.remove_entry(&name));
+            let (name, entry) = match found {
+                Some(found) => found,
+                // It was starting, and has been given up.
+                None if was_starting => return Ok(()),
+                None => return Err(self.no_clone_in(name, &entries)),
             };
             match entry {
                 Entry::Failed(..) => {
@@ -251,9 +280,9 @@ impl Daemon {
                     entries.insert(name, Entry::Removing(running.clone()));
                     running
                 }
-                Entry::Starting(config) => {
-                    entries.insert(name.clone(), Entry::Starting(config));
-                    bail!(InUse, "clone '{name}' is starting: try again");
+                starting @ Entry::Starting(..) => {
+                    entries.insert(name.clone(), starting);
+                    bail!(InUse, "clone '{name}' is starting again: try again");
                 }
                 Entry::Removing(running) => {
                     entries.insert(name.clone(), Entry::Removing(running));
@@ -279,7 +308,26 @@ impl Daemon {
         let ended = running.end(&self.context, &self.listeners, deadline).await;
         self.tell_removed(&name);
         self.forget(&name);
-        ended
+        ended.map_err(|error| error.within(format!("clone '{name}': removed; its last commit failed")))
+    }
+
+    /// Gives the start of a clone up, as long as it has changed nothing, and waits until it has ended one way or the
+    /// other. Returns whether it was starting.
+    async fn give_up(&self, name: &str) -> bool {
+        let starting = |latch: Option<&Rc<Latch>>| {
+            let entries = self.entries.borrow();
+            let found = name.parse().ok().and_then(|name: CloneName| entries.get(&name));
+            match found {
+                Some(Entry::Starting(_, now)) if latch.is_none_or(|latch| Rc::ptr_eq(latch, now)) => Some(now.clone()),
+                _ => None,
+            }
+        };
+        let Some(latch) = starting(None) else { return false };
+        latch.open();
+        while starting(Some(&latch)).is_some() {
+            self.context.env.sleep(BUSY_POLL).await;
+        }
+        true
     }
 
     fn tell_removed(&self, name: &CloneName) {
@@ -306,7 +354,7 @@ impl Daemon {
         match name.parse().ok().and_then(|name: CloneName| entries.get(&name)) {
             None => Err(self.no_clone_in(name, &entries)),
             Some(Entry::Running(running)) => Ok(running.clone()),
-            Some(Entry::Starting(_)) => bail!(InUse, "clone '{name}' is starting: try again"),
+            Some(Entry::Starting(..)) => bail!(InUse, "clone '{name}' is starting: try again"),
             Some(Entry::Removing(_)) => bail!(Shutdown, "clone '{name}' is being removed"),
             Some(Entry::Failed(_, error)) => {
                 Err(error.clone().within(format!("clone '{name}' does not run, it could not be started")))
@@ -346,7 +394,7 @@ impl Daemon {
     async fn status_of(&self, name: &CloneName) -> Result<Option<Status>> {
         let (running, run_state) = match self.entries.borrow().get(name) {
             None => return Ok(None),
-            Some(Entry::Starting(config)) => return Ok(Some(self.idle_status(config, None))),
+            Some(Entry::Starting(config, _)) => return Ok(Some(self.idle_status(config, None))),
             Some(Entry::Failed(config, error)) => return Ok(Some(self.idle_status(config, Some(error)))),
             Some(Entry::Running(running)) => (running.clone(), CloneRunState::Running),
             Some(Entry::Removing(running)) => (running.clone(), CloneRunState::Removing),
@@ -371,9 +419,10 @@ impl Daemon {
             events: events.all,
             last_event: events.last.map(|event| event.text),
             region_size: config.region_size.map_or(0, |size| size.bytes()),
+            hydration: HydrationStatus { enabled: config.hydration, priority: config.priority, ..Default::default() },
             metadata: MetadataStatus {
                 path: config.metadata.display().to_string(),
-                mode: MetadataMode::Fail,
+                mode: MetadataMode::Unopened,
                 ..Default::default()
             },
             source: SourceStatus { spec: config.source.clone(), state: SourceState::Unopened, ..Default::default() },
@@ -438,7 +487,8 @@ impl Daemon {
         let watched = self.last_asked.get().is_some_and(|asked| asked.elapsed() < WATCHER_WINDOW);
         let since = running.complete_since.get();
         let seen = since.is_some_and(|since| !watched || since.elapsed() >= WATCHER_WINDOW);
-        seen && running.exported.connections() == 0
+        // Who has suspended it is not done with it.
+        seen && running.exported.connections() == 0 && !running.clone.state.is_suspended()
     }
 
     /// Whether a clone that is done keeps the daemon no longer.
@@ -482,14 +532,15 @@ impl Daemon {
         self.listeners.stop(&self.context, deadline).await;
         // Who has begun to change something finishes; then it is ended like the others.
         while self.busy.get() > 0 {
-            self.context.env.sleep(Duration::from_millis(2)).await;
+            self.context.env.sleep(BUSY_POLL).await;
         }
         let ends = self.all_running().into_iter().map(|running| {
             let daemon = self.clone();
             async move {
                 let ended = running.end(&daemon.context, &daemon.listeners, deadline).await;
-                daemon.forget(&running.config.name);
-                ended
+                let name = &running.config.name;
+                daemon.forget(name);
+                ended.map_err(|error| error.within(format!("clone '{name}': stopped; its last commit failed")))
             }
         });
         join_some(ends, AT_A_TIME).await.into_iter().collect()

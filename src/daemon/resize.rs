@@ -1,7 +1,12 @@
 //! Growing a clone that runs: what the daemon makes ready before [`crate::coordinator::Coordinator::grow`] does it.
 //!
 //! Everything that can fail without a change comes first: the source, opened anew, must still be the clone's; then
-//! both devices are made large enough. What was made larger stays so when the rest fails: that does no harm.
+//! both devices are made large enough, the metadata first, with their space. When the rest fails, files are cut back to
+//! the length that they had: what is behind the clone would make the destination more than a copy of its source. Only
+//! when a superblock with the new size may have reached the disk, everything stays as it is.
+//!
+//! Who is killed in between leaves a longer destination. It is not cut back at the next start, which can't know whose
+//! doing that was (a destination may be larger than its clone, as with dm-clone); it is told instead.
 
 use super::activate;
 use super::prepare::{OpenSource, disk_parts, fingerprint_of, open_source};
@@ -9,7 +14,7 @@ use super::running::RunningClone;
 use super::shard_source::SourceRecipe;
 use crate::bail;
 use crate::coordinator::GrowParts;
-use crate::devices::{self, Device};
+use crate::devices::{self, Device, Grown};
 use crate::disk::ring::{DiskParts, RingDisk};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::LocalBoxFuture;
@@ -35,10 +40,38 @@ impl Drop for Resizing<'_> {
 }
 
 /// Makes a device large enough, on a thread of its own: extending a file waits for its file system.
-async fn enlarge(device: &Device, size: u64) -> Result<Device> {
+async fn enlarge(device: &Device, size: u64) -> Result<Enlarged> {
     let mut copy = device.try_clone()?;
-    let grown = Ring::current().blocking(move || devices::grow(&mut copy, size).map(|()| copy)).await;
-    grown.map_err(|error| Error::from_io(error, device.label()))?
+    let enlarge = move || devices::grow(&mut copy, size).map(|grown| Enlarged { device: copy, grown });
+    Ring::current().blocking(enlarge).await.map_err(|error| Error::from_io(error, device.label()))?
+}
+
+/// A device that is large enough, and what was done for that.
+struct Enlarged {
+    device: Device,
+    grown: Option<Grown>,
+}
+
+impl Enlarged {
+    /// Nobody knows of what was added: takes it away.
+    async fn undo(self) {
+        let Self { device, grown: Some(grown) } = self else { return };
+        let label = device.label();
+        match Ring::current().blocking(move || devices::cut_back(&device, grown)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => log::warn!("{error}"),
+            Err(error) => log::warn!("{label} can't be cut back: {error}"),
+        }
+    }
+}
+
+/// What becomes of a clone.
+struct Growing {
+    from_size: u64,
+    geometry: Geometry,
+    fingerprint: SourceFingerprint,
+    /// How much of its source.
+    shown: u64,
 }
 
 impl RunningClone {
@@ -51,6 +84,7 @@ impl RunningClone {
         }
         let _resizing = Resizing(&clone.resizing);
         clone.state.check_mode(true)?;
+        clone.coordinator.check_idle()?;
         let superblock = clone.coordinator.superblock();
         // Behind its zeros a clone takes nothing more from its source.
         let is_padded = superblock.source_len() < superblock.geometry.size();
@@ -77,23 +111,56 @@ impl RunningClone {
             let devices = clone.devices.borrow();
             [devices[0].try_clone()?, devices[1].try_clone()?]
         };
-        let destination = enlarge(&destination, geometry.size()).await?;
-        let metadata = enlarge(&metadata, metadata_size_needed(&geometry)).await?;
+        let metadata_size = metadata_size_needed(&geometry);
+        // What is new of them is written at once, and a failure of that would make the clone read-only.
+        devices::check_free_space_of(&metadata, metadata_size)?;
+        let metadata = enlarge(&metadata, metadata_size).await?;
+        let destination = match enlarge(&destination, geometry.size()).await {
+            Ok(destination) => destination,
+            Err(error) => {
+                metadata.undo().await;
+                return Err(error);
+            }
+        };
+        let growth = Growing { from_size: superblock.geometry.size(), geometry, fingerprint, shown };
+        match self.grow_into(context, growth, source, [&destination.device, &metadata.device]).await {
+            Ok(()) => {
+                *clone.devices.borrow_mut() = [destination.device, metadata.device];
+                Ok(true)
+            }
+            Err(error) => {
+                if clone.coordinator.is_certainly_of(superblock.geometry.size()) {
+                    destination.undo().await;
+                    metadata.undo().await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Both devices are large enough.
+    async fn grow_into(
+        &self,
+        context: &Rc<ShardContext>,
+        Growing { from_size, geometry, fingerprint, shown }: Growing,
+        source: Option<OpenSource>,
+        [destination, metadata]: [&Device; 2],
+    ) -> Result<()> {
+        let clone = &self.clone;
         let watched = source.as_ref().and_then(|s| activate::watch(context, s, &clone.state, &clone.source_counts));
         let parts = GrowParts {
-            from_size: superblock.geometry.size(),
+            from_size,
             geometry,
             source: fingerprint,
-            metadata: Rc::new(RingDisk::new(disk_parts(&metadata)?)),
-            destination: Rc::new(RingDisk::new(disk_parts(&destination)?)),
-            stage: stage(context, clone.state.id, geometry, disk_parts(&destination)?, source, shown),
+            metadata: Rc::new(RingDisk::new(disk_parts(metadata)?)),
+            destination: Rc::new(RingDisk::new(disk_parts(destination)?)),
+            stage: stage(context, clone.state.id, geometry, disk_parts(destination)?, source, shown),
         };
         clone.coordinator.grow(parts).await?;
-        *clone.devices.borrow_mut() = [destination, metadata];
         if watched.is_some() || shown == 0 {
             *clone.nbd_source.borrow_mut() = watched;
         }
-        Ok(true)
+        Ok(())
     }
 
     /// The source as it is now. It must begin with what the clone has of it.

@@ -99,7 +99,7 @@ impl RunningClone {
     }
 
     /// Ends it: clients, then copies in flight, get until `deadline`; one last commit. Nothing of it runs after that,
-    /// whatever is returned.
+    /// whatever is returned: the error is that of the commit.
     pub async fn end(&self, context: &Rc<ShardContext>, listeners: &Listeners, deadline: Duration) -> Result<()> {
         let state = &self.clone.state;
         self.clone.coordinator.begin_stop().await;
@@ -138,7 +138,7 @@ impl RunningClone {
         }
         activate::abandon(context, state.id).await;
         listeners.release(context, &self.exported.listener, &self.exported.name).await;
-        committed.map_err(|error| error.within(format!("clone '{}': the last commit failed", state.name)))
+        committed
     }
 
     /// The counters of all shards together.
@@ -172,6 +172,8 @@ impl RunningClone {
             hydrated_regions: state.hydrated(),
             hydrating_regions: state.hydrating(),
             suspended: state.is_suspended(),
+            suspending: self.clone.coordinator.is_suspending(),
+            resizing: self.clone.resizing.get(),
             hydration: self.hydration(context, &stats, hydration_state),
             features: Features { no_hydration: !state.knobs().enabled, no_discard_passdown: !state.discard_passdown },
             metadata: MetadataStatus {
@@ -207,8 +209,8 @@ impl RunningClone {
                 trim_bytes: stats.trim_bytes,
                 write_zeroes_bytes: stats.write_zeroes_bytes,
                 errors: stats.errors,
-                source_read_bytes: stats.copied_bytes + stats.source_read_bytes,
-                hydrated_bytes: stats.copied_bytes + stats.zero_bytes,
+                source_read_bytes: stats.source_read_bytes,
+                hydrated_bytes: stats.hydrated_bytes,
                 commits: commits.commits,
             },
             shards: u32::from(context.mesh.shards()),
@@ -253,10 +255,12 @@ impl RunningClone {
         let knobs = state.knobs();
         if state.is_complete() {
             HydrationState::Complete
-        } else if !knobs.enabled || knobs.threshold == 0 || state.is_suspended() {
+        } else if !knobs.enabled || knobs.threshold == 0 || state.is_held() {
             HydrationState::Paused
         } else if source == SourceState::Lost {
             HydrationState::SourceLost
+        } else if source == SourceState::Changed {
+            HydrationState::SourceChanged
         } else if stats.hydration_paused > 0 || state.mode() != Mode::ReadWrite {
             HydrationState::Failing
         } else if state.hydrating() > 0 || self.rate.borrow().bytes_per_second() > 0 {
@@ -304,8 +308,14 @@ impl RunningClone {
             status.state = SourceState::Released;
         }
         let source = self.clone.nbd_source.borrow().as_ref().and_then(|source| source.upgrade());
-        if status.state == SourceState::Connected && source.is_some_and(|source| !source.state().is_connected()) {
-            status.state = SourceState::Lost;
+        if status.state == SourceState::Connected
+            && let Some(source) = source.map(|source| source.state())
+        {
+            status.state = match source.is_connected() {
+                _ if source.changed => SourceState::Changed,
+                true => SourceState::Connected,
+                false => SourceState::Lost,
+            };
         }
         status
     }

@@ -101,17 +101,20 @@ pub(super) fn check_distinct_in(sysfs: &Sysfs, places: &[Place]) -> Result<()> {
 }
 
 fn check_pair(sysfs: &Sysfs, a: &Place, b: &Place) -> Result<()> {
-    const ADVICE: &str = "source, destination and metadata must be three different devices";
+    let advice = match a.role == Role::Image || b.role == Role::Image {
+        true => "each must be a device of its own",
+        false => "source, destination and metadata must be three different devices",
+    };
     if a.id == b.id {
         let what = if matches!(a.id, DeviceId::Block { .. }) { "block device" } else { "file" };
-        bail!(InUse, "{} and {} are the same {what}: {ADVICE}", a.label(), b.label());
+        bail!(InUse, "{} and {} are the same {what}: {advice}", a.label(), b.label());
     }
     let (stack_a, stack_b) = (sysfs.stack(&a.id), sysfs.stack(&b.id));
     for (upper, lower, stack) in [(a, b, &stack_a), (b, a, &stack_b)] {
         if stack.contains(&lower.id) {
             bail!(
                 InUse,
-                "{} lies on {} (a partition, loop or mapped device of it): {ADVICE}",
+                "{} lies on {} (a partition, loop or mapped device of it): {advice}",
                 upper.label(),
                 lower.label()
             );
@@ -126,7 +129,7 @@ fn check_pair(sysfs: &Sysfs, a: &Place, b: &Place) -> Result<()> {
             if loop_a != loop_b && overlap {
                 bail!(
                     InUse,
-                    "{} and {} are loop devices over the same part of one file: {ADVICE}",
+                    "{} and {} are loop devices over the same part of one file: {advice}",
                     a.label(),
                     b.label()
                 );

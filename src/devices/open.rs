@@ -5,15 +5,17 @@
 
 use super::distinct::Place;
 use super::sysfs::Sysfs;
-use super::{Device, DeviceId, DeviceKind, Role, Target, holders, label, show, sys};
+use super::{Device, DeviceId, DeviceKind, Role, Target, holders, label, ranges, show, sys};
 use crate::bail;
 use crate::dma_buf::{DMA_ALIGN, DmaBuf};
 use crate::error::{Error, ErrorKind, Result};
+use crate::human;
 use crate::units::{ByteSize, DEVICE_SIZE_MAX};
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// udev takes a short shared lock on a block device while it probes it: try so often...
@@ -69,7 +71,7 @@ pub fn open_input(role: Role, path: &Path) -> Result<Device> {
 pub fn open_target(role: Role, path: &Path) -> Result<Target> {
     let place = Place::look(role, path)?;
     if matches!(place.id, DeviceId::Missing { .. }) {
-        let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let directory = directory_of(path);
         sys::may_create_in(directory).map_err(|e| {
             Error::from_io(
                 e,
@@ -131,6 +133,44 @@ pub fn create(role: Role, path: &Path, size: u64) -> Result<Device> {
     })
 }
 
+/// Refuses a regular file, there or to be created, whose file system has no room for `need` bytes in it: they would be
+/// written until it is full. What the file takes up already counts. Another writer may be faster, so a lack of space is
+/// possible all the same.
+pub fn check_free_space(target: &Target, need: u64) -> Result<()> {
+    match target {
+        Target::Existing(device) => check_free_space_of(device, need),
+        Target::Missing { place } => check_room(&label(place.role, &place.path), directory_of(&place.path), need, need),
+    }
+}
+
+/// As [`check_free_space`], for a device that is open.
+pub fn check_free_space_of(device: &Device, need: u64) -> Result<()> {
+    if device.kind == DeviceKind::Block {
+        return Ok(());
+    }
+    let stat = device.file.metadata().map_err(|e| Error::from_io(e, device.label()))?;
+    // stat(2): in units of 512 bytes, whatever the file system.
+    let has = stat.blocks().saturating_mul(512);
+    check_room(&device.label(), &device.path, need, need.saturating_sub(has))
+}
+
+fn check_room(label: &str, looked: &Path, need: u64, more: u64) -> Result<()> {
+    let free = sys::free_bytes(looked).map_err(|e| Error::from_io(e, format!("{label}: its file system")))?;
+    match free {
+        Some(free) if more > free => bail!(
+            NoSpace,
+            "{label} needs {} ({need} bytes), but only {} ({free} bytes) are free in its file system",
+            human::size(need),
+            human::size(free)
+        ),
+        _ => Ok(()),
+    }
+}
+
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// Gives an existing empty file its size: durable, all a hole. Refuses any other device.
 pub fn set_size(device: &mut Device, size: u64) -> Result<()> {
     check_file_size(device.role, &device.path, size)?;
@@ -153,9 +193,18 @@ pub fn set_size(device: &mut Device, size: u64) -> Result<()> {
     Ok(())
 }
 
-/// Makes a destination or metadata device at least `size` bytes large: a regular file is extended, durably, by a hole; a
-/// block device must be so large by now. Blocks. `device.size` is what it has afterwards, also when this fails.
-pub fn grow(device: &mut Device, size: u64) -> Result<()> {
+/// A regular file that was made longer, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Grown {
+    pub from: u64,
+    pub to: u64,
+}
+
+/// Makes a destination or metadata device at least `size` bytes large: a regular file is extended, durably, a destination by
+/// a hole, metadata with space for all of it where the file system can; a block device must be so large by now. Blocks.
+/// `device.size` is what it has afterwards, also when this fails; then a file has the length that it had. `None`: it was
+/// large enough.
+pub fn grow(device: &mut Device, size: u64) -> Result<Option<Grown>> {
     let context = |device: &Device| format!("{} can't grow to {size} bytes", device.label());
     let has = |device: &Device| match device.kind {
         DeviceKind::Block => sys::block_device_size(&device.file),
@@ -163,15 +212,47 @@ pub fn grow(device: &mut Device, size: u64) -> Result<()> {
     };
     device.size = has(device).map_err(|e| Error::from_io(e, context(device)))?;
     if device.size >= size {
-        return Ok(());
+        return Ok(None);
     }
     if device.kind == DeviceKind::Block {
         bail!(TooSmall, "{}: it has {} bytes, make it larger first", context(device), device.size);
     }
     check_file_size(device.role, &device.path, size)?;
-    let grown = device.file.set_len(size).and_then(|()| device.file.sync_all()).and_then(|()| has(device));
-    device.size = grown.map_err(|e| Error::from_io(e, context(device)))?;
-    Ok(())
+    let from = device.size;
+    let grown = extend(device, size).and_then(|()| device.file.sync_all()).and_then(|()| has(device));
+    match grown {
+        Ok(to) => {
+            device.size = to;
+            Ok(Some(Grown { from, to }))
+        }
+        Err(error) => {
+            // A part of it may have been done.
+            if let Err(error) = device.file.set_len(from) {
+                log::warn!("{} can't be cut back to {from} bytes: {error}", device.label());
+            }
+            Err(Error::from_io(error, context(device)))
+        }
+    }
+}
+
+fn extend(device: &Device, size: u64) -> io::Result<()> {
+    match device.role {
+        Role::Metadata => match sys::allocate(&device.file, size) {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => device.file.set_len(size),
+            done => done,
+        },
+        Role::Source | Role::Destination | Role::Image => device.file.set_len(size),
+    }
+}
+
+/// Undoes what [`grow`] did, unless somebody else has changed the length since. Blocks.
+pub fn cut_back(device: &Device, grown: Grown) -> Result<()> {
+    let context = || format!("{} can't be cut back to {} bytes", device.label(), grown.from);
+    let now = device.file.metadata().map_err(|e| Error::from_io(e, context()))?.len();
+    if now != grown.to {
+        bail!(InUse, "{}: it has {now} now, not {}", context(), grown.to);
+    }
+    device.file.set_len(grown.from).map_err(|e| Error::from_io(e, context()))
 }
 
 fn open(role: Role, path: &Path, options: &OpenOptions) -> Result<File> {
@@ -197,17 +278,17 @@ fn open(role: Role, path: &Path, options: &OpenOptions) -> Result<File> {
 }
 
 /// A wait for a lock of a process that is gone.
-struct WaitForTheGone {
+pub(super) struct WaitForTheGone {
     since: Instant,
 }
 
 impl WaitForTheGone {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { since: Instant::now() }
     }
 
     /// Waits a little; false when it is of no use: the lock is somebody's who lives, or this took too long.
-    fn may_try_again(&self, stat: &Metadata) -> bool {
+    pub(super) fn may_try_again(&self, stat: &Metadata) -> bool {
         let time_max = match holders::are_lock_holders_gone(stat.dev(), stat.ino()) {
             Some(true) => GONE_WAIT_MAX,
             Some(false) => return false,
@@ -282,15 +363,16 @@ fn lock(role: Role, path: &Path, file: &File, stat: &Metadata, exclusive: bool) 
     }
     if exclusive && holders::has_record_lock(file) {
         let by = holders::lock_holder(stat.dev(), stat.ino(), false).filter(|by| !by.starts_with("this process"));
-        let by = by.unwrap_or_else(|| "another process (a virtual machine?)".into());
+        let by = by.unwrap_or_else(|| "another process (a virtual machine, or a clone through a loop device?)".into());
         bail!(InUse, "{} is in use, locked by {by}", label(role, path));
     }
-    Ok(())
+    ranges::lock_whole(role, path, file, stat, exclusive)
 }
 
 fn describe(role: Role, path: &Path, file: File, stat: &Metadata, writable: bool) -> Result<Device> {
     let context = |e| Error::from_io(e, label(role, path));
     check_type(role, path, stat)?;
+    let below = ranges::lock_shown(role, path, &DeviceId::of(stat), writable)?.map(Arc::new);
     let block_device = stat.file_type().is_block_device();
     let kind = if block_device { DeviceKind::Block } else { DeviceKind::File };
     let size = if block_device { sys::block_device_size(&file).map_err(context)? } else { stat.len() };
@@ -320,6 +402,7 @@ fn describe(role: Role, path: &Path, file: File, stat: &Metadata, writable: bool
         direct,
         file,
         buffered: None,
+        below,
         id: DeviceId::of(stat),
         fs_dev: stat.dev(),
     };
@@ -379,8 +462,7 @@ fn check_file_size(role: Role, path: &Path, size: u64) -> Result<()> {
 
 /// Makes the name of a new file durable.
 fn sync_directory(path: &Path) -> io::Result<()> {
-    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    match File::open(directory)?.sync_all() {
+    match File::open(directory_of(path))?.sync_all() {
         // fsync(2): EINVAL when the file system has no such thing for directories.
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
         synced => synced,

@@ -81,6 +81,18 @@ fn check(result: i64) -> io::Result<i64> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
+/// Extends a regular file to `size` bytes, with space for all of it.
+pub(super) fn allocate(file: &File, size: u64) -> io::Result<()> {
+    let len = libc::off_t::try_from(size).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
+    loop {
+        // SAFETY: takes a descriptor that is open while `file` lives, and integers.
+        match check(unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, len) }.into()) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            done => return done.map(drop),
+        }
+    }
+}
+
 /// Size of a block device, in bytes.
 pub(super) fn block_device_size(file: &File) -> io::Result<u64> {
     let mut size = 0u64;
@@ -172,6 +184,26 @@ pub(super) fn has_record_lock(file: &File) -> io::Result<bool> {
     Ok(lock.l_type != libc::F_UNLCK as libc::c_short)
 }
 
+/// Takes a record lock of the open file description (fcntl(2)) without waiting: `Ok(false)` when somebody else's is in
+/// the way. An exclusive one needs a file that is open for writing. Neither `at` nor `at + len` may exceed `i64::MAX + 1`.
+pub(super) fn try_record_lock(file: &File, at: u64, len: u64, exclusive: bool) -> io::Result<bool> {
+    let number = |value: u64| i64::try_from(value).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL));
+    // SAFETY: every field of struct flock is an integer: all zeros is valid; l_pid must be 0 for this kind of lock.
+    let mut lock: libc::flock64 = unsafe { MaybeUninit::zeroed().assume_init() };
+    lock.l_type = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK } as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    (lock.l_start, lock.l_len) = (number(at)?, number(len)?);
+    loop {
+        // SAFETY: F_OFD_SETLK reads one struct flock64 that outlives the call.
+        match check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) }.into()) {
+            Ok(_) => return Ok(true),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => return Ok(false),
+            Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
 /// Switches `O_DIRECT` of an open file on or off: EINVAL when the file system does not support it.
 pub(super) fn set_direct(file: &File, direct: bool) -> io::Result<()> {
     let fd = file.as_raw_fd();
@@ -217,4 +249,17 @@ pub(super) fn may_create_in(directory: &std::path::Path) -> io::Result<()> {
     // SAFETY: the path is a C string that outlives the call.
     let result = unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), libc::W_OK | libc::X_OK, libc::AT_EACCESS) };
     check(result.into()).map(drop)
+}
+
+/// How many bytes the file system that holds `path` has for anybody; `None`: it does not say.
+pub(super) fn free_bytes(path: &std::path::Path) -> io::Result<Option<u64>> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+    let mut found = MaybeUninit::<libc::statvfs64>::zeroed();
+    // SAFETY: the path is a C string, and `found` room for one struct statvfs; both outlive the call.
+    check(unsafe { libc::statvfs64(path.as_ptr(), found.as_mut_ptr()) }.into())?;
+    // SAFETY: the call has filled it, and zeros are a value of it too.
+    let found = unsafe { found.assume_init() };
+    // Of some network file systems everything is 0.
+    Ok((found.f_blocks > 0).then(|| found.f_bavail.saturating_mul(found.f_frsize)))
 }

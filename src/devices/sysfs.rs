@@ -13,6 +13,9 @@ use std::path::{Path, PathBuf};
 /// How deep devices may be stacked before looking further is given up (a loop can't be, but sysfs is input).
 const STACK_DEPTH_MAX: usize = 16;
 
+/// The unit of sysfs, whatever the device's blocks are, in bytes.
+const SECTOR_SIZE: u64 = 512;
+
 /// Where sysfs is.
 #[derive(Clone, Debug)]
 pub(super) struct Sysfs {
@@ -33,6 +36,17 @@ pub(super) struct LoopBacking {
     /// The device of the file system that holds the file.
     pub fs_dev: u64,
     /// The part of the file that the device shows, in bytes; the end is `u64::MAX` when it is not limited.
+    pub start: u64,
+    pub end: u64,
+}
+
+/// What a loop device, or a partition of one, shows of the file at its bottom.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Shown {
+    /// The file's name as the kernel has it.
+    pub path: PathBuf,
+    pub file: DeviceId,
+    /// The part that is shown, in bytes; the end is `u64::MAX` when it is not limited.
     pub start: u64,
     pub end: u64,
 }
@@ -89,6 +103,24 @@ impl Sysfs {
         below
     }
 
+    /// What `id` shows of the file that its loop devices stand on; `None` when it is no loop device or partition of one.
+    pub(super) fn shown_by_loops(&self, id: &DeviceId) -> Option<Shown> {
+        let (mut at, mut part, mut shown) = (id.clone(), (0, u64::MAX), None);
+        for _ in 0..STACK_DEPTH_MAX {
+            let Some(mut node) = self.node(&at) else { break };
+            if let Some(whole) = node.whole() {
+                part = node.partition_bytes().map_or((0, u64::MAX), |partition| within(part, partition));
+                node = whole;
+            }
+            let Some(backing) = node.loop_backing() else { break };
+            let Some(path) = node.attribute("loop/backing_file") else { break };
+            part = within(part, (backing.start, backing.end));
+            shown = Some(Shown { path: path.into(), file: backing.file.clone(), start: part.0, end: part.1 });
+            at = backing.file;
+        }
+        shown
+    }
+
     /// Everything below `id`, itself first. A file ends the search: file systems share their device.
     pub(super) fn stack(&self, id: &DeviceId) -> Vec<DeviceId> {
         self.closure(vec![id.clone()], false)
@@ -121,6 +153,11 @@ impl Sysfs {
         }
         found
     }
+}
+
+/// The part of a window (start and end, in bytes), in bytes of what the window shows a part of.
+fn within(part: (u64, u64), window: (u64, u64)) -> (u64, u64) {
+    (window.0.saturating_add(part.0), window.0.saturating_add(part.1).min(window.1))
 }
 
 impl Node {
@@ -158,6 +195,13 @@ impl Node {
             return None;
         }
         Node::at(self.directory.parent()?)
+    }
+
+    /// Where in its disk this partition starts and ends, in bytes.
+    fn partition_bytes(&self) -> Option<(u64, u64)> {
+        let sectors = |name| self.attribute(name)?.parse::<u64>().ok();
+        let start = sectors("start")?.checked_mul(SECTOR_SIZE)?;
+        Some((start, start.checked_add(sectors("size")?.checked_mul(SECTOR_SIZE)?)?))
     }
 
     /// The partitions of this disk.

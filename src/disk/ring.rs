@@ -15,9 +15,11 @@ use crate::ring::Ring;
 use crate::units::{ByteRange, align_down, is_aligned};
 use bytes::{Buf, Bytes};
 use std::cell::Cell;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// The longest single fallocate(2): bounds how long one occupies a kernel worker.
 const FALLOCATE_BYTES_MAX: u64 = 1 << 30;
@@ -36,6 +38,8 @@ pub struct DiskParts {
     pub size: u64,
     pub block: u32,
     pub is_block_device: bool,
+    /// The lock on what lies under a loop device: kept as long as the disk.
+    pub lock_below: Option<Arc<File>>,
 }
 
 impl DiskParts {
@@ -49,6 +53,7 @@ impl DiskParts {
             size: self.size,
             block: self.block,
             is_block_device: self.is_block_device,
+            lock_below: self.lock_below.clone(),
         })
     }
 }
@@ -65,11 +70,12 @@ pub struct RingDisk {
     is_block_device: bool,
     can_punch: Cell<bool>,
     can_zero_range: Cell<bool>,
+    _lock_below: Option<Arc<File>>,
 }
 
 impl RingDisk {
     pub fn new(parts: DiskParts) -> Self {
-        let DiskParts { name, direct, buffered, size, block, is_block_device } = parts;
+        let DiskParts { name, direct, buffered, size, block, is_block_device, lock_below } = parts;
         assert!(block.is_power_of_two() && block as usize <= DMA_ALIGN);
         let tail = match is_aligned(size, u64::from(block)) {
             true => size,
@@ -88,6 +94,7 @@ impl RingDisk {
             is_block_device,
             can_punch: Cell::new(true),
             can_zero_range: Cell::new(true),
+            _lock_below: lock_below,
         }
     }
 

@@ -226,10 +226,14 @@ pub struct SliceRecorder {
     pub source_read_latency: Recorder,
     pub copy_latency: Recorder,
     pub batch_regions: Recorder,
-    /// Read from the source and stored.
+    /// Of regions that were brought in from the source, its zeros included.
+    pub hydrated_bytes: Cell<u64>,
+    /// Of them, those that were read and stored.
     pub copied_bytes: Cell<u64>,
-    /// Read from the source for clients and not kept.
+    /// Read from the source, for whatever it was and whatever became of it.
     pub source_read_bytes: Cell<u64>,
+    /// Of that, for clients and not kept.
+    pub read_past_bytes: Cell<u64>,
     /// Of hydrated regions, what was not written as data.
     pub zero_bytes: Cell<u64>,
     pub copy_failures: Cell<u64>,
@@ -248,8 +252,10 @@ impl Default for SliceRecorder {
             source_read_latency: Recorder::of_latency(),
             copy_latency: Recorder::of_latency(),
             batch_regions: Recorder::of_size(),
+            hydrated_bytes: Cell::default(),
             copied_bytes: Cell::default(),
             source_read_bytes: Cell::default(),
+            read_past_bytes: Cell::default(),
             zero_bytes: Cell::default(),
             copy_failures: Cell::default(),
         }

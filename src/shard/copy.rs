@@ -82,8 +82,14 @@ impl CloneSlice {
     }
 
     /// The copy is in the destination: marks its regions, and counts what brought them in.
-    pub(super) fn copied(self: &Rc<Self>, copy: &Copy, how: How) {
+    /// `zero_bytes`: how many bytes of it were zeros and not written as data.
+    pub(super) fn copied(self: &Rc<Self>, copy: &Copy, how: How, zero_bytes: u64) {
         self.mark_hydrated(copy.regions, how);
+        // Only here: what a copy that fails has read and written is done again by the next one.
+        let bytes = self.geometry.bytes_of(copy.regions).len();
+        count(&self.counters.hydrated_bytes, bytes);
+        count(&self.counters.copied_bytes, if matches!(how, How::Zeroes) { 0 } else { bytes });
+        count(&self.counters.zero_bytes, zero_bytes);
         self.counters.copy_latency.record_time(self.env.now().saturating_sub(copy.began));
     }
 
@@ -91,8 +97,8 @@ impl CloneSlice {
     pub(super) async fn finish_copy(self: &Rc<Self>, copy: Copy, data: Bytes, how: How) -> Result<()> {
         self.state.check_mode(true)?;
         let bytes = self.geometry.bytes_of(copy.regions());
-        self.store_copied(bytes, data).await?;
-        self.copied(&copy, how);
+        let zero_bytes = self.store_copied(bytes, data).await?;
+        self.copied(&copy, how, zero_bytes);
         Ok(())
     }
 
@@ -100,39 +106,39 @@ impl CloneSlice {
     pub(super) async fn copy(self: &Rc<Self>, copy: Copy, how: How) -> Result<()> {
         self.state.check_mode(true)?;
         let bytes = self.geometry.bytes_of(copy.regions());
-        self.copy_chunks(bytes).await?;
-        self.copied(&copy, how);
+        let zero_bytes = self.copy_chunks(bytes).await?;
+        self.copied(&copy, how, zero_bytes);
         Ok(())
     }
 
-    /// Copies bytes in chunks, some at a time. The bytes are held; no bit is set.
-    pub(super) async fn copy_chunks(&self, bytes: ByteRange) -> Result<()> {
+    /// Copies bytes in chunks, some at a time. The bytes are held; no bit is set. Returns how many were zeros.
+    pub(super) async fn copy_chunks(&self, bytes: ByteRange) -> Result<u64> {
         if bytes.len() <= COPY_UNIT_BYTES {
             return self.copy_chunk(bytes).await;
         }
         let chunks = std::cell::RefCell::new(bytes.split_at_multiples(COPY_UNIT_BYTES));
         let worker = || async {
+            let mut zero_bytes = 0;
             loop {
                 let next = chunks.borrow_mut().next();
-                let Some(chunk) = next else { return Ok(()) };
-                self.copy_chunk(chunk).await?;
+                let Some(chunk) = next else { return Ok(zero_bytes) };
+                zero_bytes += self.copy_chunk(chunk).await?;
             }
         };
-        let workers = (0..CHUNKS_AT_A_TIME).map(|_| Box::pin(worker()) as LocalBoxFuture<'_, Result<()>>).collect();
-        join_all(workers).await.into_iter().collect()
+        let workers = (0..CHUNKS_AT_A_TIME).map(|_| Box::pin(worker()) as LocalBoxFuture<'_, Result<u64>>).collect();
+        join_all(workers).await.into_iter().sum()
     }
 
-    async fn copy_chunk(&self, bytes: ByteRange) -> Result<()> {
+    async fn copy_chunk(&self, bytes: ByteRange) -> Result<u64> {
         let _memory = self.copies.acquire(bytes.len()).await;
         let data = self.read_source(bytes).await?;
         self.store_copied(bytes, data.into()).await
     }
 
-    /// Writes copied data; zeros become holes.
-    async fn store_copied(&self, bytes: ByteRange, data: Bytes) -> Result<()> {
+    /// Writes copied data; zeros become holes. Returns how many bytes were zeros.
+    async fn store_copied(&self, bytes: ByteRange, data: Bytes) -> Result<u64> {
         debug_assert_eq!(bytes.len(), data.len() as u64);
-        count(&self.counters.copied_bytes, bytes.len());
-        let mut at = 0;
+        let (mut at, mut zero_bytes) = (0, 0);
         while at < data.len() {
             let grain_end = |from: usize| data.len().min((from / ZERO_GRAIN_BYTES + 1) * ZERO_GRAIN_BYTES);
             let mut end = grain_end(at);
@@ -142,17 +148,19 @@ impl CloneSlice {
             }
             let piece = ByteRange::new(bytes.start() + at as u64, (end - at) as u64).expect("not empty");
             match zero {
-                true => self.store_zeros(piece).await?,
+                true => {
+                    self.store_zeros(piece).await?;
+                    zero_bytes += piece.len();
+                }
                 false => self.write_held(piece, data.slice(at..end), false).await?,
             }
             at = end;
         }
-        Ok(())
+        Ok(zero_bytes)
     }
 
     /// The source reads zeros here. Whatever the destination held must go.
     pub(super) async fn store_zeros(&self, bytes: ByteRange) -> Result<()> {
-        count(&self.counters.zero_bytes, bytes.len());
         self.zero_held(bytes, ZeroFlags::UNMAP).await
     }
 

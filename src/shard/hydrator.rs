@@ -207,8 +207,9 @@ impl CloneSlice {
             return self.copy(copy, How::Background).await;
         }
         self.state.check_mode(true)?;
-        self.store_zeros(self.geometry.bytes_of(batch)).await?;
-        self.copied(&copy, How::Zeroes);
+        let bytes = self.geometry.bytes_of(batch);
+        self.store_zeros(bytes).await?;
+        self.copied(&copy, How::Zeroes, bytes.len());
         Ok(())
     }
 

@@ -65,8 +65,10 @@ stats! {
     reads, read_bytes, writes, write_bytes, trims, trim_bytes, write_zeroes, write_zeroes_bytes,
     /// Requests that failed, of any kind.
     errors,
-    /// Bytes read from the source for hydration, and for clients without keeping them.
-    copied_bytes, source_read_bytes,
+    /// Bytes of regions that were brought in from the source, its zeros included; and of those that were copied.
+    hydrated_bytes, copied_bytes,
+    /// Bytes read from the source, also by copies that failed later; and of them those for clients, not kept.
+    source_read_bytes, read_past_bytes,
     /// Bytes of hydrated regions that were zeros or holes and were not written as data.
     zero_bytes,
     /// Regions hydrated by discarding them: never copied.
@@ -210,8 +212,10 @@ impl CloneSlice {
             write_zeroes: io.write_zeroes.requests,
             write_zeroes_bytes: io.write_zeroes.bytes,
             errors: Kind::ALL.iter().map(|kind| io.of(*kind).errors).sum(),
+            hydrated_bytes: counters.hydrated_bytes.get(),
             copied_bytes: counters.copied_bytes.get(),
             source_read_bytes: counters.source_read_bytes.get(),
+            read_past_bytes: counters.read_past_bytes.get(),
             zero_bytes: counters.zero_bytes.get(),
             discarded_regions: counters.hydrated_by().discard,
             copy_failures: counters.copy_failures.get(),
@@ -239,7 +243,10 @@ impl CloneSlice {
             Err(error) => Err(error),
         };
         match &result {
-            Ok(_) => counters.source_read_latency.record_time(self.env.now().saturating_sub(began)),
+            Ok(_) => {
+                count(&counters.source_read_bytes, range.len());
+                counters.source_read_latency.record_time(self.env.now().saturating_sub(began));
+            }
             Err(_) => counters.source_read.error(),
         }
         result
@@ -367,14 +374,14 @@ impl CloneSlice {
         self.wake.notify();
     }
     /// Waits until nothing is in flight: neither copies nor client requests nor commits. For a clone that is stopping or
-    /// suspended, so that nothing new begins; gives up when it is neither any more.
+    /// held, so that nothing new begins; gives up when it is neither any more.
     pub async fn drain(&self) {
         self.wake.notify();
         let is_busy =
             || self.copies.copies_in_flight() > 0 || !self.locks.is_empty() || self.commits_in_flight.get() > 0;
         // At the end nobody waits for an answer that begins nothing any more.
         let is_asking = || self.launching.get() && !self.state.is_stopping();
-        while (is_busy() || is_asking()) && (self.state.is_stopping() || self.state.is_suspended()) {
+        while (is_busy() || is_asking()) && (self.state.is_stopping() || self.state.is_held()) {
             self.env.sleep(Duration::from_millis(1)).await;
         }
     }

@@ -103,6 +103,8 @@ pub struct SourceState {
     pub reconnects: u64,
     /// Why a connection was last lost or not made.
     pub last_error: Option<Error>,
+    /// The server came back with another source: nothing is read from it any more.
+    pub changed: bool,
 }
 
 impl SourceState {

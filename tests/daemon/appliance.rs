@@ -279,7 +279,6 @@ fn a_stop_while_clones_start_gives_up() {
     let mut daemon = Daemon::serve(&bench, &(slow + &quick));
     daemon.wait_status_of("quick", "hydrated", |status| status.is_complete());
     assert_eq!(daemon.status_of("slow").state, CloneRunState::Starting);
-    assert!(daemon.refused(&["remove", "slow"]).contains("is starting"));
     daemon.signal("TERM");
     let (status, log) = daemon.end_within(Duration::from_secs(20));
     assert!(status.success() && log.contains("'slow': stopped before it was started"), "{log}");
@@ -334,4 +333,58 @@ fn clones_that_come_and_go_leave_the_others_alone() {
     assert_eq!(daemon.status_of("base").io.errors, 0);
     daemon.wait_status_of("base", "hydrated", |status| status.is_complete());
     daemon.stop();
+}
+
+#[test]
+fn a_start_that_takes_long_can_be_given_up() {
+    need!("nbdkit");
+    let bench = Bench::new();
+    let server = Nbdkit::start(&bench, "pattern 16M");
+    server.freeze(true);
+    let slow = |name: &str| {
+        format!(
+            "[[clone]]\nname = \"{name}\"\nsource = \"{}\"\ndestination = \"{name}.img\"\nmetadata = \"{name}.meta\"\n",
+            server.uri()
+        )
+    };
+    let daemon = Daemon::serve(&bench, &slow("slow"));
+    assert_eq!(daemon.status_of("slow").state, CloneRunState::Starting);
+    let refused = daemon.refused(&["status", "slow", "--dm"]);
+    assert!(refused.contains("is starting"), "{refused}");
+    daemon.done(&["remove", "slow"]);
+    assert_eq!(daemon.done(&["list"]).lines().count(), 1);
+    // The name is free, and who created it is told.
+    fs::write(bench.path("slow.toml"), slow("slow")).unwrap();
+    let mut create = daemon.hydrant(&["create", bench.path("slow.toml").to_str().unwrap()]);
+    let create = create.stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let start = Instant::now();
+    while daemon.done(&["list"]).lines().count() == 1 {
+        assert!(start.elapsed() < Duration::from_secs(20), "it never starts");
+    }
+    daemon.done(&["remove", "slow"]);
+    let output = create.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("given up"), "{said}");
+    assert!(!bench.path("slow.img").exists() && !bench.path("slow.meta").exists());
+    server.freeze(false);
+    daemon.done(&["create", bench.path("slow.toml").to_str().unwrap()]);
+    daemon.stop();
+}
+
+#[test]
+fn a_suspended_clone_keeps_its_daemon() {
+    let bench = Bench::new();
+    let source = bench.random("source", MIB);
+    let mut daemon = Daemon::serve(&bench, &clone_table("a", &source, "on_hydrated = \"exit\"\nno_hydration = true"));
+    daemon.wait_status_of("a", "running", is_running);
+    // Complete, and suspended before anybody looks.
+    nbdsh(&daemon.uri_of("a"), "h = connect(); h.zero(1 << 20, 0)");
+    daemon.done(&["suspend", "a"]);
+    daemon.wait_status_of("a", "complete", |status| status.is_complete());
+    // Longer than the daemon waits for those who watch.
+    std::thread::sleep(Duration::from_secs(3));
+    daemon.done(&["resume", "a"]);
+    let (status, log) = daemon.end_within(Duration::from_secs(20));
+    assert!(status.success(), "{log}");
 }

@@ -103,7 +103,8 @@ fn a_half_hydrated_clone_of_the_kernel_is_gone_on_with() {
 
         let daemon = bench.clone_of(&source).start();
         daemon.wait_hydrated();
-        daemon.stop();
+        let log = daemon.stop();
+        assert!(!log.contains("its source has"), "{name}: nothing of it is left out: {log}");
         assert_same(&destination, &expected);
         assert_eq!(dump(&bench, "@meta")["state"], json!("complete"), "{name}");
     }
@@ -233,6 +234,8 @@ fn what_dm_clone_can_not_have_is_refused() {
     meta_refused(&bench, "export-dm @many @image", "4294967296 regions of 4KiB, dm-clone takes at most 2147483648");
     bench.hole("meta", 8192);
     meta_refused(&bench, "export-dm @meta @image", "never formatted");
+    let said = meta_refused(&bench, "export-dm @meta @meta", "are the same file: each must be a device of its own");
+    assert!(!said.contains("source"), "{said}");
     meta_refused(&bench, "export-dm @missing @image", "No such file");
 }
 

@@ -345,6 +345,39 @@ fn a_closed_pipe_ends_quietly() {
     daemon.stop();
 }
 
+/// The connection to a source is given up at the end: no news.
+#[test]
+fn the_end_tells_nothing_of_a_source_that_does_not_answer() {
+    need!("nbdkit");
+    let bench = Bench::new();
+    let server = Nbdkit::start(&bench, "pattern 64M");
+    let config = format!(
+        "[[clone]]\nname = \"vm\"\nsource = \"{}\"\ndestination = \"copy\"\nmetadata = \"meta\"\nhydration_rate = \"4MiB\"\n",
+        server.uri()
+    );
+    let daemon = Daemon::serve(&bench, &config);
+    daemon.wait_status_of("vm", "hydration", |status| status.hydrated_regions > 0);
+    server.freeze(true);
+    daemon.wait_status_of("vm", "copies in flight", |status| status.hydrating_regions > 0);
+    std::thread::sleep(Duration::from_millis(300));
+    daemon.done(&["remove", "vm", "--force"]);
+    std::thread::sleep(Duration::from_millis(500));
+    let events = daemon.done(&["events", "vm", "--json"]);
+    let events: Vec<Event> = events.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let names: Vec<_> = events.iter().map(|event| event.kind.name()).collect();
+    assert_eq!(names, ["created", "hydration_started", "stopped", "removed"], "{events:?}");
+    server.freeze(false);
+    daemon.stop();
+    // The same with the end of the daemon.
+    let daemon = bench.clone_of(server.uri()).destination(bench.path("b")).metadata(bench.path("b.meta")).start();
+    server.freeze(true);
+    daemon.wait_status("copies in flight", |status| status.hydrating_regions > 0);
+    std::thread::sleep(Duration::from_millis(300));
+    let log = daemon.stop();
+    let (_, end) = log.split_once("stopped, ").expect(&log);
+    assert!(!end.contains("lost"), "{log}");
+}
+
 /// One log for all clones of a daemon; it outlives them.
 #[test]
 fn many_clones_have_one_log() {

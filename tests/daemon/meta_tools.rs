@@ -3,7 +3,12 @@
 use super::harness::*;
 use serde_json::{Value, json};
 use std::fs;
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 const REGION: u64 = 64 * KIB;
 
@@ -181,6 +186,63 @@ fn formatted_for_these_devices_others_are_refused() {
     daemon.wait_hydrated();
     daemon.stop();
     assert_same(&bench.copy(), &fs::read(&source).unwrap());
+}
+
+#[test]
+fn metadata_that_have_no_room_are_refused_before_the_first_write() {
+    need!("loop", "losetup", "mkfs.ext4");
+    // The kernel writes to the image when it likes: it is not where changes are looked for.
+    let (bench, image) = (Bench::new(), Bench::new());
+    let fs = FileSystem::ext4(&image.path("fs.img"), 16 * MIB, &bench.path("mnt"));
+    let refused = |words: &str| {
+        let text = meta_refused(&bench, words, "are free in its file system");
+        assert!(text.contains("metadata") && text.contains("mnt/new needs 34.1 MiB (35803136 bytes)"), "{text}");
+    };
+    // 2^28 regions.
+    refused("format --size 1TiB --region-size 4KiB @mnt/new");
+    assert!(!bench.path("mnt/new").exists());
+    meta_ok(&bench, "format --size 1TiB --region-size 4KiB @meta");
+    fs::write(bench.path("dump.json"), meta_ok(&bench, "dump --json @meta")).unwrap();
+    fs::write(bench.path("mnt/new"), "").unwrap();
+    refused("restore @dump.json @mnt/new");
+    assert_eq!(fs::metadata(bench.path("mnt/new")).unwrap().len(), 0);
+    refused("format --force --size 1TiB --region-size 4KiB @mnt/new");
+
+    // The daemon looks too, before it makes the destination.
+    let source = bench.hole("source", 1 << 40);
+    let clone = bench.clone_of(&source).metadata(fs.mount.join("new2")).args("--region-size 4KiB");
+    clone.refused(&["metadata", "needs 34.1 MiB", "are free in its file system"]);
+    assert!(!bench.copy().exists() && !fs.mount.join("new2").exists());
+}
+
+#[test]
+fn a_tool_that_is_ended_leaves_nothing_behind() {
+    let bench = Bench::new();
+    for (signal, number) in [("TERM", 15), ("INT", 2)] {
+        for was_there in [false, true] {
+            let path = bench.path("new");
+            if was_there {
+                fs::write(&path, "").unwrap();
+            }
+            // 2^35 regions: 4.3 GiB of metadata.
+            let mut tool = Command::new(env!("CARGO_BIN_EXE_hydrant"));
+            tool.args(["meta", "format", "--size", "128TiB", "--region-size", "4KiB"]).arg(&path);
+            let mut tool = tool.stderr(Stdio::piped()).spawn().unwrap();
+            let is_written = || fs::metadata(&path).is_ok_and(|stat| stat.blocks() > 8);
+            wait_for("the first blocks", Duration::from_secs(60), is_written);
+            run("kill", &[&format!("-{signal}"), &tool.id().to_string()]);
+            let status = tool.wait().unwrap();
+            let mut said = String::new();
+            tool.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+            assert_eq!(status.signal(), Some(number), "{said}");
+            assert!(said.starts_with("writing 4.3 GiB to metadata ") && said.lines().count() == 1, "{said}");
+            match was_there {
+                false => assert!(!path.exists(), "SIG{signal}"),
+                true => assert_eq!(fs::metadata(&path).unwrap().len(), 0, "SIG{signal}"),
+            }
+            let _ = fs::remove_file(&path);
+        }
+    }
 }
 
 #[test]

@@ -272,6 +272,30 @@ fn devices_in_use_by_another_clone() {
     }
 }
 
+/// Two clones that have no path in common, only what is under their loop devices.
+#[test]
+fn data_in_use_by_another_clone_under_a_loop_device() {
+    need!("loop", "losetup");
+    let bench = Bench::new();
+    let (source, backing) = (bench.random("source", MIB), bench.hole("backing", MIB));
+    let (one, two) = (Loop::attach(&backing, 512), Loop::attach(&backing, 512));
+    let words = ["is in use: the same data are used through another device or file"];
+    let daemon = bench.clone_of(&source).destination(&one.path).args("--no-hydration").start();
+    let second = |source: &Path| bench.clone_of(source).name("second").metadata(bench.path("b"));
+    second(&source).destination(&two.path).args("--force").refused(&["destination", words[0]]);
+    second(&backing).destination(bench.path("c")).refused(&["source", words[0]]);
+    second(&two.path).destination(bench.path("c")).refused(&["source", words[0]]);
+    // The source is not to be written, however it is reached.
+    let over_source = Loop::attach(&source, 512);
+    second(&bench.random("e", MIB)).destination(&over_source.path).args("--force").refused(&["destination", words[0]]);
+    // To read it is fine.
+    let third = second(&over_source.path).destination(bench.path("c")).start();
+    third.wait_hydrated();
+    third.stop();
+    daemon.stop();
+    second(&source).destination(&two.path).args("--force").start().stop();
+}
+
 #[test]
 fn mounted_and_held_block_devices() {
     need!("loop", "losetup", "mkfs.ext4");

@@ -2,6 +2,7 @@
 
 use super::harness::*;
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -88,7 +89,10 @@ for i in range(4000):
     h.pwrite(i.to_bytes(512, "little"), 4096 * i)
     assert h.pread(512, 4096 * i) == i.to_bytes(512, "little")
 assert h.get_size() == size
-fails(errno.EINVAL, lambda: h.pread(1, size, flags=0)) if False else None
+# Not for those who know the old size: libnbd is not to check, the daemon is asked.
+h.set_strict_mode(0)
+fails(errno.EINVAL, lambda: h.pread(1, size + (1 << 30)))
+assert h.pread(1, size - 1)
 "#;
         nbdsh(&uri, script)
     });
@@ -173,13 +177,13 @@ fn block_devices_must_be_large_enough_first() {
         run("losetup", &[Path::new("-c"), device]);
     };
     let said = daemon.refused(&["resize", "vm"]);
+    assert!(said.contains("metadata") && said.contains("make it larger first"), "{said}");
+    grow(&metadata, &meta.path, &[0x5a; 8192]);
+    let said = daemon.refused(&["resize", "vm"]);
     let needed = size + 200 * MIB;
     assert!(said.contains("destination") && said.contains(&format!("can't grow to {needed} bytes")), "{said}");
-    grow(&backing, &device.path, &vec![0xee; 201 << 20]);
-    let said = daemon.refused(&["resize", "vm"]);
-    assert!(said.contains("metadata") && said.contains("make it larger first"), "{said}");
     assert_eq!(daemon.status().size, size);
-    grow(&metadata, &meta.path, &[0x5a; 8192]);
+    grow(&backing, &device.path, &vec![0xee; 201 << 20]);
     daemon.done(&["resize", "vm"]);
     let script = format!(
         "h = connect(); assert h.get_size() == {needed}; assert h.pread(24, {}) == b'T' * 24; assert b'\\xee' * 64 not in h.pread(1 << 20, {size})",
@@ -191,6 +195,65 @@ fn block_devices_must_be_large_enough_first() {
     let mut expected = fs::read(&source).unwrap();
     expected[size as usize - 24..size as usize].fill(b'T');
     assert_same(&device.path, &expected);
+}
+
+/// A final copy is one-to-one, whatever failed on the way.
+#[test]
+fn a_growth_without_space_leaves_the_files_as_long_as_they_were() {
+    need!("loop", "losetup", "mkfs.ext4", "nbdsh");
+    for full_of in ["metadata", "destination"] {
+        let bench = Bench::new();
+        let size = 4 * MIB + 777;
+        let source = bench.random("source", size);
+        let fs = FileSystem::ext4(&bench.path("fs.img"), 24 * MIB, &bench.path("mnt"));
+        let there = fs.mount.join("device");
+        let (copy, meta) = match full_of {
+            "metadata" => (bench.copy(), there),
+            _ => (there, bench.meta()),
+        };
+        let daemon = bench.clone_of(&source).destination(&copy).metadata(&meta).args("--region-size 4KiB").start();
+        daemon.wait_hydrated();
+        let lens = || [&copy, &meta].map(|path| fs::metadata(path).unwrap().len());
+        let before = lens();
+        assert_eq!(before[0], size);
+        // Many zones, and the old last region's new bytes.
+        append(&source, &random_bytes(4, 400 * MIB));
+        let filler = fs.mount.join("filler");
+        let mut filling = fs::File::create(&filler).unwrap();
+        let full = (0..).find_map(|_| filling.write_all(&[7; 1024]).err()).unwrap();
+        assert_eq!(full.raw_os_error(), Some(28));
+        let said = daemon.refused(&["resize", "vm"]);
+        assert!(said.contains(full_of) && said.contains("No space left"), "{said}");
+        assert_eq!((lens(), daemon.status().size), (before, size), "{full_of}");
+        assert_eq!(daemon.status().metadata.mode.to_string(), "rw");
+        assert_same(&copy, &fs::read(&source).unwrap()[..size as usize]);
+        // It goes on, and starts again without a word of it.
+        nbdsh(&daemon.uri(), "h = connect(); h.pwrite(h.pread(512, 0), 0); h.flush()");
+        drop(filling);
+        fs::remove_file(&filler).unwrap();
+        daemon.done(&["message", "vm", "disable_hydration"]);
+        daemon.done(&["resize", "vm", "--size", "5MiB"]);
+        assert_eq!(lens()[0], 5 * MIB);
+        let log = daemon.stop();
+        assert!(!log.contains("cut"), "{log}");
+    }
+}
+
+/// Whose doing it was can't be known: nothing is cut off, and it is told.
+#[test]
+fn a_destination_that_is_longer_than_its_clone_is_told_and_left_alone() {
+    let bench = Bench::new();
+    let source = bench.random("source", MIB);
+    let daemon = bench.clone_of(&source).start();
+    daemon.wait_hydrated();
+    assert!(!daemon.stop().contains("not part of it"));
+    append(&bench.copy(), &[9; 5000]);
+    for source in [source.as_path(), Path::new("/nonexistent")] {
+        let daemon = bench.clone_of(source).start();
+        daemon.wait_log("has 1053576 bytes, the clone 1048576: what follows is not part of it");
+        daemon.stop();
+        assert_eq!(fs::metadata(bench.copy()).unwrap().len(), MIB + 5000);
+    }
 }
 
 /// Again and again, at any moment of a growth: what starts is the old clone or the new one, with what was flushed.

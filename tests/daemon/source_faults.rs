@@ -209,6 +209,10 @@ fn a_source_that_comes_back_smaller_is_refused() {
     nbdsh(&daemon.uri(), "h = connect(); fails(errno.EIO, lambda: h.pread(1, 14 << 20))");
     let status = daemon.status();
     assert!(!status.is_complete() && status.hydrated_regions < 256);
+    assert_eq!((status.source.state, status.hydration.state), (SourceState::Changed, HydrationState::SourceChanged));
+    let output = daemon.hydrant(&["status"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("changed: nothing more is read from it; when the right one is back, remove and"), "{text}");
     daemon.stop();
     bench.clone_of(server.uri()).refused(&["16MiB", "15MiB"]);
 }

@@ -229,3 +229,53 @@ assert h.pread(65536, 2 * 65536) == open(@SOURCE@, "rb").read()[2 * 65536:3 * 65
     assert!(second.iter().all(|byte| *byte == b'2') || second == &expected[65536..2 * 65536]);
     assert!(found[2 * 65536..] == expected[2 * 65536..]);
 }
+
+#[test]
+fn a_growth_whose_metadata_have_no_room_is_refused_and_changes_nothing() {
+    need!("loop", "losetup", "mkfs.ext4");
+    let bench = Bench::new();
+    let source = bench.hole("source", 64 * MIB);
+    let fs = FileSystem::ext4(&bench.path("fs.img"), 16 * MIB, &bench.path("mnt"));
+    let clone = bench.clone_of(&source).metadata(fs.mount.join("meta"));
+    let daemon = clone.args("--region-size 4KiB --no-hydration").start();
+    fs::File::options().write(true).open(&source).unwrap().set_len(1 << 40).unwrap();
+    let said = daemon.refused(&["resize", "vm"]);
+    assert!(said.contains("needs 34.1 MiB") && said.contains("are free in its file system"), "{said}");
+    let status = daemon.status();
+    assert_eq!((status.size, status.metadata.mode.to_string().as_str()), (64 * MIB, "rw"));
+    assert_eq!(fs::metadata(bench.copy()).unwrap().len(), 64 * MIB);
+    // A little more has room.
+    daemon.done(&["resize", "vm", "--size", "1GiB"]);
+    daemon.stop();
+}
+
+#[test]
+fn a_read_only_clone_that_is_removed_says_what_was_not_committed() {
+    need!("loop", "losetup", "prlimit", "nbdsh");
+    let bench = Bench::new();
+    let source = bench.random("source", 4 * MIB);
+    let destination = Loop::attach(&bench.hole("backing", 4 * MIB), 512);
+    let path = |name: &str| bench.path(name).display().to_string();
+    let config = format!(
+        "[[clone]]\nname = \"vm\"\nsource = \"{}\"\ndestination = \"{}\"\nmetadata = \"{}\"\nno_hydration = true\n",
+        source.display(),
+        destination.path.display(),
+        path("meta")
+    );
+    let daemon = Daemon::serve(&bench, &config);
+    daemon.wait_status_of("vm", "running", |status| status.nr_regions > 0);
+    nbdsh(&daemon.uri_of("vm"), "h = connect(); h.pwrite(b'1' * 65536, 0); h.flush()");
+    run("prlimit", &["--pid", &daemon.pid().to_string(), "--fsize=8192"]);
+    nbdsh(
+        &daemon.uri_of("vm"),
+        "h = connect(); h.pwrite(b'2' * 65536, 65536)\ntry:\n  h.flush()\nexcept nbd.Error: pass",
+    );
+    assert_eq!(daemon.status_of("vm").metadata.mode.to_string(), "ro");
+    let refused = daemon.refused(&["remove", "vm"]);
+    assert!(refused.starts_with("clone 'vm': removed; its last commit failed: "), "{refused}");
+    assert_eq!(daemon.done(&["list"]).lines().count(), 1, "a header only");
+    let events = daemon.done(&["events", "--json"]);
+    let stopped = events.lines().find(|line| line.contains("\"stopped\""));
+    assert!(stopped.is_some_and(|line| line.contains("stopped without its last commit: ")), "{events}");
+    assert!(events.lines().last().unwrap().contains("\"removed\""), "{events}");
+}

@@ -109,6 +109,77 @@ fn a_suspend_that_waits_for_its_source_gives_up_in_time() {
     daemon.stop();
 }
 
+/// Who asked is gone; what the suspend waits for never comes.
+#[test]
+fn resume_gives_up_a_suspend_that_waits_and_nothing_queues_behind_it() {
+    need!("nbdkit", "nbdsh");
+    let bench = Bench::new();
+    let server = Nbdkit::start(&bench, "pattern 16M");
+    let daemon = bench.clone_of(server.uri()).args("--hydration-rate 4MiB").start();
+    nbdsh(&daemon.uri(), "connect().pwrite(b'x' * 65536, 0)");
+    server.freeze(true);
+    daemon.wait_status("a copy that waits", |status| status.hydrating_regions > 0);
+    std::thread::sleep(Duration::from_millis(300));
+    let mut gone = daemon.hydrant(&["suspend", "vm", "--timeout", "3600"]).spawn().unwrap();
+    daemon.wait_status("suspending", |status| status.suspending);
+    gone.kill().unwrap();
+    gone.wait().unwrap();
+    // The devices are not to be copied yet.
+    let status = daemon.status();
+    assert!(status.suspending && !status.suspended, "{status:#?}");
+    let text = daemon.done(&["status", "vm"]);
+    assert!(text.contains("suspending   waits") && !text.contains("committed"), "{text}");
+    let uri = daemon.uri();
+    let held = std::thread::spawn(move || nbdsh(&uri, "assert connect().pread(65536, 0) == b'x' * 65536"));
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(!held.is_finished());
+    let began = Instant::now();
+    for refused in [&["suspend", "vm"][..], &["resize", "vm"], &["resize", "vm", "--size", "20MiB", "--zeros"]] {
+        let said = daemon.refused(refused);
+        assert!(said.contains("clone 'vm' is being suspended") && said.contains("resume"), "{said}");
+    }
+    daemon.done(&["resume", "vm"]);
+    held.join().unwrap();
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    let status = daemon.status();
+    assert!(!status.suspending && !status.suspended && status.size == 16 << 20, "{status:#?}");
+    daemon.wait_log("clone 'vm' goes on, it was not suspended: given up: it was resumed meanwhile");
+    assert!(!daemon.done(&["events", "vm"]).contains("suspended"));
+    server.freeze(false);
+    daemon.done(&["suspend", "vm"]);
+    assert!(daemon.status().suspended && !daemon.status().suspending);
+    daemon.done(&["resume", "vm"]);
+    daemon.wait_hydrated();
+    daemon.stop();
+}
+
+/// A flush is a request like others; a growth needs no resume, and leaves the clone suspended.
+#[test]
+fn a_suspended_clone_holds_flushes_and_can_grow() {
+    need!("nbdsh");
+    let bench = Bench::new();
+    let source = bench.random("source", 4 * MIB);
+    let daemon = bench.clone_of(&source).args("--no-hydration").start();
+    nbdsh(&daemon.uri(), "connect().pwrite(b'x' * 65536, 0)");
+    daemon.done(&["suspend", "vm"]);
+    let uri = daemon.uri();
+    let flush = std::thread::spawn(move || nbdsh(&uri, "h = connect(); h.flush(); print('flushed')"));
+    daemon.wait_status("a client", |status| status.nbd.connections == 1);
+    std::thread::sleep(Duration::from_millis(500));
+    let before = daemon.status();
+    assert!(!flush.is_finished());
+    daemon.done(&["resize", "vm", "--size", "6MiB"]);
+    let grown = daemon.status();
+    assert!(grown.suspended && !grown.resizing && grown.size == 6 * MIB, "{grown:#?}");
+    assert_eq!((grown.io.flushes, grown.io.commits), (before.io.flushes, before.io.commits));
+    assert!(!flush.is_finished());
+    daemon.done(&["resume", "vm"]);
+    assert_eq!(flush.join().unwrap(), "flushed\n");
+    let script = "h = connect(); assert h.get_size() == 6 << 20; assert h.pread(1 << 20, 5 << 20) == bytes(1 << 20)";
+    nbdsh(&daemon.uri(), script);
+    daemon.stop();
+}
+
 #[test]
 fn the_end_of_a_suspended_clone_fails_what_is_held() {
     need!("nbdsh");

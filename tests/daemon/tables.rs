@@ -141,6 +141,26 @@ fn metadata_of_another_table() {
     Daemon::serve(&bench, &config(&line(2000, 16))).wait_log("serving NBD");
 }
 
+/// A line holds for one length, as in dm-clone: after a resize the old one is refused, and what fits is said.
+#[test]
+fn the_line_of_a_clone_that_has_grown() {
+    let bench = Bench::new();
+    let [metadata, destination, source] = devices(&bench);
+    let line = |len: u64| format!("0 {len} clone {metadata} {destination} {source} 16 1 no_hydration");
+    let config = |line: &str| format!("[[clone]]\nname = 'vm'\ntable = '{line}'\n");
+    let daemon = Daemon::serve(&bench, &config(&line(1024)));
+    daemon.wait_log("serving NBD");
+    daemon.done(&["resize", "vm", "--size", "1MiB"]);
+    assert!(daemon.done(&["table", "vm"]).starts_with("0 2048 clone "));
+    daemon.stop();
+    let output = output(&bench, &line(1024));
+    let error = String::from_utf8_lossy(&output.stderr);
+    let last = error.lines().last().unwrap();
+    assert!(last.starts_with("hydrant: Region and/or target size don't match the ones in metadata: "), "{error}");
+    assert!(last.ends_with("the table has 512KiB, the clone has grown to 1MiB: LEN 2048 fits"), "{error}");
+    Daemon::serve(&bench, &config(&line(2048))).wait_log("serving NBD");
+}
+
 /// A line as dm-clone takes it, on block devices by their numbers: what it says holds, and `table` repeats it.
 #[test]
 fn a_line_of_block_devices() {

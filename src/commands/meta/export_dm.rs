@@ -59,7 +59,7 @@ pub fn run(args: &ExportDmArgs, out: &mut dyn Write) -> Result<()> {
     let label = format!("image {}", args.image.display());
     let layout = Layout::new(target, size)
         .map_err(|what| Error::new(ErrorKind::TooSmall, format!("{label} is too small: {what}")))?;
-    let output = planned.open(size)?;
+    let output = planned.open(size, layout.nr_used() * BLOCK_SIZE as u64)?;
     write(&output.disk, &layout, &bits)?;
     output.keep();
     writeln!(

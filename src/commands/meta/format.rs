@@ -39,7 +39,7 @@ pub fn run(args: &FormatArgs, out: &mut dyn Write) -> Result<()> {
     planned.check_size(needed, &format!("for {} regions", geometry.nr_regions()))?;
 
     let destination_id = destination.as_ref().map_or(DESTINATION_NONE_YET, |device| device.fingerprint_id());
-    let output = planned.open(needed)?;
+    let output = planned.open(needed, needed)?;
     let superblock = new_superblock(geometry, fingerprint, destination_id);
     block_on(Store::format(output.disk.clone(), superblock)).map_err(within(&args.path))?;
     output.keep();

@@ -62,7 +62,7 @@ pub fn run(args: &ImportDmArgs, out: &mut dyn Write) -> Result<()> {
         superblock.state = CloneState::Complete;
     }
     let state = superblock.state;
-    let output = planned.open(needed)?;
+    let output = planned.open(needed, needed)?;
     let mut filler = ZoneFiller::new(geometry, read.bits.runs());
     let created = Store::create(output.disk.clone(), superblock, |zone, words| {
         filler.fill(zone, words);

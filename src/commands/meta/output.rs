@@ -1,10 +1,12 @@
 //! What the metadata tools write to, and the source they look at: checked and locked before anything is changed.
 
+use super::undo::{Step, Undo};
 use crate::bail;
 use crate::devices::{self, Device, Place, Role, Target};
 use crate::disk::blocking::BlockingDisk;
 use crate::environment;
 use crate::error::{Error, ErrorKind, Result};
+use crate::human;
 use crate::meta::codec::SourceFingerprint;
 use crate::shard::copy_pool::IO_MEMORY_DEFAULT;
 use crate::shard::pool::{self, PoolOptions};
@@ -14,9 +16,13 @@ use crate::source::nbd::{NbdSource, NbdSourceOptions};
 use crate::source::uri::{NbdUri, SourceSpec};
 use futures_lite::future::block_on;
 use std::ffi::OsStr;
+use std::io::{Write, stderr};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
+
+/// So many bytes take a while; the user is told.
+const WRITTEN_TO_TELL_OF: u64 = 256 << 20;
 
 /// Something to be written, checked; [`Planned::open`] makes the first change.
 pub struct Planned {
@@ -59,40 +65,38 @@ impl Planned {
         }
     }
 
-    /// Creates or sizes it where that is to be done. Everything else must have been checked before.
-    pub fn open(self, size: u64) -> Result<Output> {
+    /// Creates or sizes it where that is to be done. Everything else must have been checked before. `written`: how many
+    /// of its bytes will be written; there must be room for them, and when it takes a while they are told of.
+    pub fn open(self, size: u64, written: u64) -> Result<Output> {
+        devices::check_free_space(&self.target, written)?;
         let Planned { role, path, target } = self;
-        let (device, created) = match target {
-            Target::Missing { .. } => (devices::create(role, &path, size)?, true),
-            Target::Existing(mut device) => {
-                if device.size == 0 {
-                    devices::set_size(&mut device, size)?;
-                }
-                (device, false)
+        if written >= WRITTEN_TO_TELL_OF {
+            // Not the result; and nobody may be there to hear it.
+            let _ = writeln!(stderr(), "writing {} to {role} {} ...", human::size(written), path.display());
+        }
+        let (device, undo) = Undo::around(|| match target {
+            Target::Missing { .. } => Ok((devices::create(role, &path, size)?, Some(Step::Remove(path)))),
+            Target::Existing(mut device) if device.size == 0 => {
+                devices::set_size(&mut device, size)?;
+                let same = device.file.try_clone().map_err(|error| Error::from_io(error, device.label()))?;
+                Ok((device, Some(Step::Empty(same))))
             }
-        };
-        Ok(Output { disk: Rc::new(BlockingDisk::new(device)), created: created.then_some(path) })
+            Target::Existing(device) => Ok((device, None)),
+        })?;
+        Ok(Output { disk: Rc::new(BlockingDisk::new(device)), undo })
     }
 }
 
-/// Something being written, locked; a file that was created is removed again unless it is [kept](Output::keep).
+/// Something being written, locked; what was made of it is taken back unless it is [kept](Output::keep).
 pub struct Output {
     pub disk: Rc<BlockingDisk>,
-    created: Option<PathBuf>,
+    undo: Undo,
 }
 
 impl Output {
     /// Everything that was to be written was.
-    pub fn keep(mut self) {
-        self.created = None;
-    }
-}
-
-impl Drop for Output {
-    fn drop(&mut self) {
-        if let Some(path) = &self.created {
-            let _ = std::fs::remove_file(path);
-        }
+    pub fn keep(self) {
+        self.undo.forget();
     }
 }
 

@@ -42,7 +42,7 @@ pub fn run(args: &RestoreArgs, out: &mut dyn Write) -> Result<()> {
     let needed = metadata_size_needed(&geometry);
     planned.check_size(needed, &format!("for {} regions", geometry.nr_regions()))?;
 
-    let output = planned.open(needed)?;
+    let output = planned.open(needed, needed)?;
     let hydrated: u64 = dump.runs.iter().map(|(first, last)| last - first + 1).sum();
     let mut filler = ZoneFiller::new(geometry, dump.runs.iter().copied());
     let created = Store::create(output.disk.clone(), dump.superblock, |zone, words| {

@@ -46,7 +46,7 @@ fn json_names_are_pinned() {
     let json = serde_json::to_value(Status { last_event: Some("x".into()), ..fresh() }).unwrap();
     let mut names = Vec::new();
     collect_names("", &json, &mut names);
-    let pinned = "name state error suspended size region_size nr_regions hydrated_regions hydrating_regions hydration.enabled \
+    let pinned = "name state error suspended suspending resizing size region_size nr_regions hydrated_regions hydrating_regions hydration.enabled \
          hydration.threshold hydration.batch_size hydration.threshold_effective hydration.batch_size_effective \
          hydration.state hydration.failed_regions hydration.rate hydration.total_rate hydration.priority \
          hydration.bytes_per_second hydration.eta_seconds \
@@ -105,17 +105,21 @@ fn messages() {
         ("", "empty message"),
         ("start", "'start'"),
         ("enable_hydration now", "'now'"),
-        ("hydration_threshold", "needs a number"),
+        ("hydration_threshold", "needs a number, from 0 to 4294967295"),
         ("hydration_threshold 4294967296", "'4294967296'"),
         ("hydration_threshold -1", "'-1'"),
         ("hydration_threshold +1", "'+1'"),
         ("hydration_threshold 0x10", "'0x10'"),
         ("hydration_threshold 1 2", "'2'"),
         ("hydration_batch_size x\u{7}", r"'x\u{7}'"),
-        ("hydration_rate", "needs a number"),
+        ("hydration_rate", "needs a size in bytes per second, from 4KiB on, or 0 for no bound"),
+        ("hydration_rate 1MiB 2", "takes one size in bytes per second: '2' is too much"),
         ("hydration_rate 1000", "disable_hydration"),
         ("hydration_rate 1MB", "'1MB' is not a size"),
         ("hydration_rate 99999999999999999999", "too large"),
+        ("priority", "needs a number, from 1 to 1000"),
+        ("priority high", "'high' is not a number from 1 to 1000"),
+        ("priority 99999999999", "'99999999999' is not a number from 1 to 1000"),
         ("priority 0", "1 to 1000"),
         ("priority 1001", "message priority"),
     ];

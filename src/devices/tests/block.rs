@@ -116,6 +116,80 @@ fn loop_device_over_another_device() {
     drop(target);
 }
 
+/// Clones that have no device in common, but the data under them.
+#[test]
+fn loop_devices_of_several_clones() {
+    if !can("loop_devices_of_several_clones", &["losetup"]) {
+        return;
+    }
+    let directory = TempDir::new().unwrap();
+    let backing = file(&directory, "backing", 4 * MIB);
+    let (one, two) = (Loop::attach(&backing, &[]), Loop::attach(&backing, &[]));
+    let on_two = Loop::attach(&two.path, &[]);
+    let shared = ["used through another device or file by", "it is being written"];
+    let overwritten = ["used through another device or file by", "it would be overwritten"];
+
+    let target = existing(Role::Destination, &one.path);
+    let duplicate = target.try_clone().unwrap();
+    drop(target);
+    refused(open_target(Role::Metadata, &on_two.path), ErrorKind::InUse, &overwritten);
+    for path in [&two.path, &on_two.path, &backing] {
+        refused(open_source(path), ErrorKind::InUse, &shared);
+        refused(open_input(Role::Image, path), ErrorKind::InUse, &[]);
+    }
+    // What is done with the descriptor alone needs the lock on the file as well.
+    let (descriptor, lock) = (duplicate.file.try_clone().unwrap(), duplicate.lock_below().unwrap());
+    drop((duplicate, descriptor));
+    refused(open_source(&two.path), ErrorKind::InUse, &shared);
+    drop(lock);
+
+    // A source may be read by many, in whatever way, and written by none.
+    for path in [&backing, &two.path, &on_two.path] {
+        let source = open_source(path).unwrap();
+        drop([open_source(&one.path).unwrap(), open_source(&backing).unwrap(), open_source(&on_two.path).unwrap()]);
+        refused(open_target(Role::Destination, &one.path), ErrorKind::InUse, &overwritten);
+        drop(source);
+        existing(Role::Destination, &one.path);
+    }
+    // A file that is gone is nobody's: warned of, and gone on with.
+    fs::remove_file(&backing).unwrap();
+    existing(Role::Destination, &one.path);
+}
+
+#[test]
+fn loop_devices_over_parts_of_one_file() {
+    if !can("loop_devices_over_parts_of_one_file", &["losetup", "addpart"]) {
+        return;
+    }
+    let directory = TempDir::new().unwrap();
+    let backing = file(&directory, "backing", 64 * MIB);
+    let device = Loop::attach(&backing, &["-P", "--offset", &MIB.to_string()]);
+    run("addpart", &[device.name(), "1", "2048", "40960"]);
+    run("addpart", &[device.name(), "2", "43008", "40960"]);
+    let drop_partitions = [Undo::new(&["delpart", device.name(), "1"]), Undo::new(&["delpart", device.name(), "2"])];
+    let (one, two) = (PathBuf::from(format!("{}p1", device.name())), PathBuf::from(format!("{}p2", device.name())));
+    let target = existing(Role::Destination, &one);
+    existing(Role::Destination, &two);
+    open_source(&two).unwrap();
+    // The first partition is from 2 to 22 MiB of the file.
+    let window = |start: u64, size: u64| {
+        Loop::attach(&backing, &["--offset", &start.to_string(), "--sizelimit", &size.to_string()])
+    };
+    for (start, size, free) in [
+        (0, 2 * MIB, true),
+        (0, 2 * MIB + 512, false),
+        (10 * MIB, MIB, false),
+        (22 * MIB - 512, MIB, false),
+        (22 * MIB, MIB, true),
+    ] {
+        let part = window(start, size);
+        assert_eq!(open_source(&part.path).is_ok(), free, "source {start}+{size}");
+        assert_eq!(open_target(Role::Destination, &part.path).is_ok(), free, "destination {start}+{size}");
+    }
+    refused(open_source(&device.path), ErrorKind::InUse, &["it is being written"]);
+    drop((target, drop_partitions));
+}
+
 #[test]
 fn loop_device_read_only() {
     if !can("loop_device_read_only", &["losetup"]) {

@@ -129,9 +129,10 @@ pub fn verify(block: &Block, kind: Kind, number: u64) -> Result<(), Refused> {
     let (stored, computed) = (u32_at(block, 0), checksum(block, kind));
     let name = kind.name();
     if stored != computed {
+        let article = if matches!(kind, Kind::Array) { "an" } else { "a" };
         let what = match crate::dma_buf::is_zero(block) {
-            true => format!("all zero, it should be a {name}"),
-            false => format!("checksum is {stored:#010x}, its bytes give {computed:#010x} for a {name}"),
+            true => format!("all zero, it should be {article} {name}"),
+            false => format!("checksum is {stored:#010x}, its bytes give {computed:#010x} for {article} {name}"),
         };
         return Err(Refused::damaged(number, what));
     }

@@ -8,7 +8,7 @@
 use super::super::copy::COPY_UNIT_BYTES;
 use super::super::inflight::Hold;
 use super::super::plan::{ChangeRoute, plan_change};
-use super::{CloneSlice, PARTS_AT_A_TIME, Trip, count};
+use super::{CloneSlice, PARTS_AT_A_TIME, Trip};
 use crate::clone_state::Mode;
 use crate::disk::ZeroFlags;
 use crate::dma_buf::DmaBuf;
@@ -229,19 +229,18 @@ impl CloneSlice {
             Change::Zeroes(_) | Change::Trim(_) => Route::WriteZeroesPartialRegion,
         };
         if bytes.len() > COPY_UNIT_BYTES {
-            self.copy_chunks(bytes).await?;
+            let zero_bytes = self.copy_chunks(bytes).await?;
             match change {
                 Change::Data(data) => self.write_held(range, data, false).await?,
                 Change::Zeroes(flags) | Change::Trim(flags) => self.zero_held(range, flags).await?,
             }
             self.counters.part(route, range.len());
-            self.copied(&copy, How::PartialWrite);
+            self.copied(&copy, How::PartialWrite, zero_bytes);
             return Ok(());
         }
         // Merged in memory, so that one write does both.
         let _memory = self.copies.acquire(bytes.len()).await;
         let mut buf = self.read_source(bytes).await?;
-        count(&self.counters.copied_bytes, bytes.len());
         let at = (range.start() - bytes.start()) as usize;
         let changed = &mut buf[at..at + range.len() as usize];
         match change {
@@ -250,7 +249,7 @@ impl CloneSlice {
         }
         self.write_held(bytes, buf.into(), false).await?;
         self.counters.part(route, range.len());
-        self.copied(&copy, How::PartialWrite);
+        self.copied(&copy, How::PartialWrite, 0);
         Ok(())
     }
 }

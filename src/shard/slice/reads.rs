@@ -109,12 +109,12 @@ impl CloneSlice {
     /// the front of the hydration queue. Must be called right after their bit was seen unset, without waiting.
     async fn read_past(&self, regions: RegionRange, wanted: ByteRange) -> Result<Vec<Bytes>> {
         debug_assert_eq!(self.uniform(regions), Some(false));
-        count(&self.counters.source_read_bytes, wanted.len());
         self.state.budget().charge(wanted.len(), self.env.now());
         self.sched.borrow_mut().prioritise(regions.first());
         self.wake.notify();
         match self.read_source(wanted).await {
             Ok(data) => {
+                count(&self.counters.read_past_bytes, wanted.len());
                 self.counters.part(Route::ReadSourcePast, wanted.len());
                 Ok(vec![data.into()])
             }

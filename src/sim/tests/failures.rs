@@ -267,3 +267,26 @@ fn a_fua_write_that_fails_in_its_flush_makes_read_only() {
         assert!(clone.flush().await.is_err());
     });
 }
+
+#[test]
+fn copies_that_fail_are_not_counted_as_hydrated() {
+    let setup = Setup { hydration: true, ..setup() };
+    // Half of it zeros, which are not written as data.
+    let data = [content(32 * REGION), vec![0; 32 * REGION as usize]].concat();
+    scenario_of(&setup, data, 0..10, |clone| async move {
+        clone.devices.destination.set_fault(|op| op.is_change().then_some(libc::ENOSPC));
+        clone.sim.sleep(Duration::from_secs(600)).await;
+        assert!(clone.read(REGION, 100).await.is_ok());
+        assert_eq!(clone.write(2 * REGION, &[1; 100]).await.unwrap_err().kind(), ErrorKind::NoSpace);
+        clone.sim.sleep(Duration::from_secs(1)).await;
+        let stats = clone.stats();
+        assert_eq!(clone.state.hydrated(), 0);
+        assert_eq!((stats.hydrated_bytes, stats.copied_bytes, stats.zero_bytes), (0, 0, 0));
+        assert!(stats.source_read_bytes >= 2 * REGION, "{stats:?}");
+        clone.devices.destination.clear_fault();
+        clone.completed().await;
+        let stats = clone.stats();
+        assert_eq!((stats.hydrated_bytes, stats.zero_bytes), (64 * REGION, 32 * REGION));
+        assert!(stats.copied_bytes <= 64 * REGION && stats.source_read_bytes > stats.copied_bytes, "{stats:?}");
+    });
+}

@@ -258,7 +258,7 @@ fn a_request_of_many_pieces_runs_some_at_a_time() {
         (0..2048).step_by(2).for_each(|region| expected[region * 4096..(region + 1) * 4096].fill(7));
         assert!(found == expected);
         assert!(clone.devices.destination.running_max() <= 160, "{}", clone.devices.destination.running_max());
-        assert_eq!(clone.stats().source_read_bytes, 0, "what was read was kept");
+        assert_eq!(clone.stats().read_past_bytes, 0, "what was read was kept");
     });
 }
 

@@ -108,7 +108,8 @@ fn a_read_of_a_large_region_goes_past_it() {
     scenario(&setup, |clone| async move {
         let found = routes_of(&clone, Request::Read(range(5, 100))).await;
         assert_eq!(found, [(Route::ReadSourcePast, 1, 100)]);
-        assert_eq!(clone.stats().source_read_bytes, 100);
+        assert_eq!((clone.stats().source_read_bytes, clone.stats().read_past_bytes), (100, 100));
+        assert_eq!(clone.stats().hydrated_bytes, 0);
     });
 }
 
@@ -122,6 +123,7 @@ fn holes_of_the_source_are_told_from_what_is_copied() {
         let hydration = &slices(&clone)[0].hydration;
         assert_eq!((hydration.by.zeroes, hydration.by.background), (20, 12));
         assert_eq!((hydration.zero_bytes, hydration.copied_bytes), (20 * REGION, 12 * REGION));
+        assert_eq!((clone.stats().hydrated_bytes, clone.stats().source_read_bytes), (32 * REGION, 12 * REGION));
     });
 }
 
@@ -255,7 +257,8 @@ fn check_accounts(clone: &SimClone) {
     assert_eq!(sum(clone, |slice| slice.hydration.source_read.requests), reads.len() as u64);
     let bytes: u64 = reads.iter().map(|range| range.len()).sum();
     assert_eq!(sum(clone, |slice| slice.hydration.source_read.bytes), bytes);
-    assert_eq!(clone.stats().copied_bytes + clone.stats().source_read_bytes, bytes);
+    let stats = clone.stats();
+    assert_eq!((stats.source_read_bytes, stats.copied_bytes + stats.read_past_bytes), (bytes, bytes));
 
     let commits = clone.coordinator.metrics().commits;
     let times = commits.latency_us.unwrap();

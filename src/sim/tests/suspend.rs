@@ -6,6 +6,7 @@ use super::super::seeds;
 use super::{Seed, content, result, scenario, start};
 use crate::clone_state::Mode;
 use crate::error::ErrorKind;
+use crate::meta::growth::Wanted;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -135,6 +136,48 @@ fn a_suspend_that_takes_too_long_is_undone() {
         result(&clone, &write).await;
         clone.suspend().await.unwrap();
         clone.resume().await.unwrap();
+        clone.completed().await;
+    });
+}
+
+/// Who asked for the suspend may be gone for long: resuming helps at once, and nothing queues behind it.
+#[test]
+fn resuming_gives_up_a_suspend_that_waits() {
+    let setup = Setup { threshold: 4, ..setup() };
+    scenario(&setup, |clone| async move {
+        clone.devices.source.held.set(true);
+        clone.sim.sleep(Duration::from_millis(10)).await;
+        let suspending = clone.clone();
+        let suspend = start(&clone, async move { suspending.coordinator.suspend(Duration::from_secs(3600)).await });
+        clone.sim.sleep(Duration::from_millis(5)).await;
+        assert!(clone.coordinator.is_suspending() && clone.state.is_held() && !clone.state.is_suspended());
+        let writer = clone.clone();
+        // Of no region that is being copied.
+        let write = start(&clone, async move { writer.write(60 * REGION, &[9; 4096]).await.unwrap() });
+        let asked = clone.sim.now();
+        clone.devices.source.append(&[1; 5000]);
+        let wanted = Wanted { size: None, zeros: false };
+        for refused in [clone.suspend().await, clone.grow(wanted, 0).await.map(drop)] {
+            let error = refused.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
+            assert!(
+                error.to_string().contains("is being suspended") && error.to_string().contains("resume"),
+                "{error}"
+            );
+        }
+        clone.resume().await.unwrap();
+        result(&clone, &write).await;
+        assert!(clone.sim.now() - asked < Duration::from_millis(100));
+        let error = result(&clone, &suspend).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
+        assert!(error.to_string().contains("was not suspended: given up: it was resumed"), "{error}");
+        assert!(!clone.coordinator.is_suspending() && !clone.state.is_held());
+        clone.devices.source.held.set(false);
+        // The next one is not given up.
+        clone.suspend().await.unwrap();
+        assert!(!clone.coordinator.is_suspending() && clone.state.is_suspended());
+        clone.resume().await.unwrap();
+        assert!(clone.grow(wanted, 0).await.unwrap());
         clone.completed().await;
     });
 }

@@ -275,6 +275,7 @@ impl Client {
             return;
         }
         *self.latched.borrow_mut() = Some(error.clone());
+        self.state.borrow_mut().changed = true;
         let links = self.links.borrow().clone();
         links.iter().for_each(|link| link.end(error.clone()));
         self.stop.notify();
@@ -346,8 +347,16 @@ impl Client {
             state.losses += u64::from(all);
             all
         };
+        // This end goes: the shard's ring ends.
+        let is_ours = cause.os_errno() == Some(libc::ECANCELED);
         match all {
             _ if self.latched.borrow().is_some() => {}
+            _ if is_ours => {
+                log::debug!("source {}: given up: {cause}", self.uri);
+                if all {
+                    self.emit(SourceEvent::Lost(cause));
+                }
+            }
             true => {
                 self.warn(&cause.clone().within(format!("source {}: lost, requests wait", self.uri)));
                 self.emit(SourceEvent::Lost(cause));

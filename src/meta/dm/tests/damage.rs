@@ -226,3 +226,11 @@ fn a_block_that_can_not_be_read_is_named() {
     assert_eq!(error.to_string(), "block 5: can't read 4096 bytes at offset 20480: Input/output error");
     assert_eq!(error.kind(), ErrorKind::Io);
 }
+
+#[test]
+fn a_bad_checksum_names_what_the_block_should_be() {
+    let said = |block: &Block, kind| Error::from(codec::verify(block, kind, 7).unwrap_err()).to_string();
+    assert!(said(&[1; BLOCK_SIZE], Kind::Array).ends_with(" for an array block"));
+    assert!(said(&[1; BLOCK_SIZE], Kind::Node).ends_with(" for a tree node"));
+    assert_eq!(said(&[0; BLOCK_SIZE], Kind::Array), "damaged: block 7: all zero, it should be an array block");
+}

@@ -145,6 +145,7 @@ fn back_with_a_smaller_size() {
         assert_eq!(source.read(range(0, 1)).await.unwrap_err().kind(), ErrorKind::SourceChanged);
         assert_eq!(source.allocation(range(0, 1)).await.unwrap_err().kind(), ErrorKind::SourceChanged);
         assert_eq!(events.borrow().as_str(), "LC");
+        assert!(source.state().changed && !source.state().is_connected());
         source.close().await;
     });
 }
