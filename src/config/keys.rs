@@ -260,6 +260,10 @@ is a size per second.
 * The **runtime directory** is `$XDG_RUNTIME_DIR/hydrant`, or `/run/hydrant` without that variable.
 
 Two clones can't have the same name, the same export at the same address, or a destination or metadata in common.
+
+A clone needs up to 11 **open files** and 4 more for each shard, besides about 10 of the daemon, 7 for each shard and one for \
+each NBD client: 100 clones on 4 shards need about 2800. The daemon raises its limit as far as it may, to the hard one: \
+`ulimit -Hn` shows it, `LimitNOFILE=` sets it in a systemd unit.
 ",
         file_size = ByteSize(file::FILE_SIZE_MAX)
     );

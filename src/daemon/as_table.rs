@@ -56,12 +56,11 @@ pub fn judged(config: &CloneConfig, prepared: Result<Prepared>) -> Result<Prepar
     let prepared = prepared.map_err(in_words)?;
     let is = prepared.geometry.size();
     if !table.is_len_of(is) {
-        // A shorter line may be the one that the clone was made with: see `hydrant resize`.
-        let has = if is > table.size() { "has grown to" } else { "has" };
+        // A shorter line may be the one that the clone was made with, before it grew; nobody knows.
         let fits = is.div_ceil(SECTOR_SIZE);
         let (metadata, is, wanted) = (config.metadata.display(), ByteSize(is), ByteSize(table.size()));
         let text = format!(
-            "{}: metadata {metadata}: the table has {wanted}, the clone {has} {is}: LEN {fits} fits",
+            "{}: metadata {metadata}: the table has {wanted}, the clone has {is}: LEN {fits} fits",
             words::OTHER_GEOMETRY
         );
         return Err(Error::new(ErrorKind::Mismatch, text));

@@ -175,6 +175,28 @@ fn settings_of_the_daemon() {
     assert_same_files(&bench.copy(), &source);
 }
 
+/// Clones need no more open files than docs/config.md says.
+#[test]
+fn open_files() {
+    let bench = Bench::new();
+    let source = bench.random("source", MIB);
+    let (shards, clones) = (2, 5);
+    let mut config = format!("[daemon]\nshards = {shards}\n");
+    for n in 0..clones {
+        let source = source.display();
+        config += &format!("[[clone]]\nname = 'c{n}'\nsource = '{source}'\ndestination = 'd{n}'\nmetadata = 'm{n}'\n");
+        config += "no_hydration = true\n";
+    }
+    let daemon = Daemon::serve(&bench, &config);
+    for n in 0..clones {
+        daemon.wait_log(&format!("clone 'c{n}': serving NBD"));
+    }
+    let open = fs::read_dir(format!("/proc/{}/fd", daemon.status_of("c0").pid)).unwrap().count();
+    let told = 10 + 7 * shards + clones * (11 + 4 * shards);
+    assert!((told / 2..=told).contains(&open), "{open}, at most {told} are told");
+    daemon.stop();
+}
+
 /// Everything is looked at, nothing is changed; the exit status says whether all could be started.
 #[test]
 fn dry_run_of_many() {
