@@ -57,7 +57,7 @@ pub fn judged(config: &CloneConfig, prepared: Result<Prepared>) -> Result<Prepar
     let is = prepared.geometry.size();
     if !table.is_len_of(is) {
         // A shorter line may be the one that the clone was made with: see `hydrant resize`.
-        let has = if is > table.size() { "has grown to" } else { "has" };
+        let has = if is > table.size() { "has, after a resize or from its start," } else { "has" };
         let fits = is.div_ceil(SECTOR_SIZE);
         let (metadata, is, wanted) = (config.metadata.display(), ByteSize(is), ByteSize(table.size()));
         let text = format!(
