@@ -188,6 +188,14 @@ pub enum Target {
 }
 
 impl Target {
+    /// As [`Device::try_clone`].
+    pub fn try_clone(&self) -> Result<Self> {
+        Ok(match self {
+            Target::Missing { place } => Target::Missing { place: place.clone() },
+            Target::Existing(device) => Target::Existing(device.try_clone()?),
+        })
+    }
+
     pub fn place(&self) -> Place {
         match self {
             Target::Missing { place } => place.clone(),

@@ -296,7 +296,8 @@ async fn check_new(config: &CloneConfig, geometry: &Geometry, destination: &Targ
         refuse_contents(config, device).await?;
     }
     // All of them are written before the clone is served; the destination may be filled as it goes on.
-    devices::check_free_space(metadata, metadata_size_needed(geometry))?;
+    let (looked_at, needed) = (metadata.try_clone()?, metadata_size_needed(geometry));
+    beside_clients(move || devices::check_free_space(&looked_at, needed)).await?;
     check_new_destination(config, geometry, destination).await
 }
 

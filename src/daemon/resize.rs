@@ -9,7 +9,7 @@
 //! doing that was (a destination may be larger than its clone, as with dm-clone); it is told instead.
 
 use super::activate;
-use super::prepare::{OpenSource, disk_parts, fingerprint_of, open_source};
+use super::prepare::{OpenSource, beside_clients, disk_parts, fingerprint_of, open_source};
 use super::running::RunningClone;
 use super::shard_source::SourceRecipe;
 use crate::bail;
@@ -111,9 +111,9 @@ impl RunningClone {
             let devices = clone.devices.borrow();
             [devices[0].try_clone()?, devices[1].try_clone()?]
         };
-        let metadata_size = metadata_size_needed(&geometry);
+        let (copy, metadata_size) = (metadata.try_clone()?, metadata_size_needed(&geometry));
         // What is new of them is written at once, and a failure of that would make the clone read-only.
-        devices::check_free_space_of(&metadata, metadata_size)?;
+        beside_clients(move || devices::check_free_space_of(&copy, metadata_size)).await?;
         let metadata = enlarge(&metadata, metadata_size).await?;
         let destination = match enlarge(&destination, geometry.size()).await {
             Ok(destination) => destination,
