@@ -62,7 +62,7 @@ impl RuntimeDir {
         self.0.join(format!("{name}.{CONTROL_SUFFIX}"))
     }
 
-    /// Whether `socket` lies directly in the directory, so that [`Self::create`] is needed for it.
+    /// Whether `socket` lies directly in the directory, so that `create` is needed for it.
     pub fn holds(&self, socket: &Path) -> bool {
         socket.parent() == Some(&self.0)
     }
