@@ -65,6 +65,22 @@ pub mod oneshot {
 pub mod latch;
 pub use oneshot::channel as oneshot;
 
+/// Counts something that goes on, while it lives.
+pub struct Raised<'a>(&'a Cell<u64>);
+
+impl<'a> Raised<'a> {
+    pub fn new(count: &'a Cell<u64>) -> Self {
+        count.set(count.get() + 1);
+        Self(count)
+    }
+}
+
+impl Drop for Raised<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
+
 /// Permits, given out in order of asking.
 pub struct Semaphore {
     total: u64,

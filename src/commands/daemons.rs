@@ -7,7 +7,7 @@ use crate::cli::ControlArgs;
 use crate::config::CloneName;
 use crate::control::api::Status;
 use crate::control::client::{self, Client};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::runtime_dir::RuntimeDir;
 use std::path::PathBuf;
 
@@ -46,13 +46,18 @@ pub fn daemons(control: &ControlArgs) -> Result<Vec<(String, Client)>> {
     Ok(all(&RuntimeDir::of_user())?.into_iter().map(|(name, path)| (name, Client::new(path))).collect())
 }
 
+fn nobody(dir: &RuntimeDir) -> Error {
+    let text = format!("no daemon is listening in {}; give NAME or --control", dir.path().display());
+    Error::new(ErrorKind::NotFound, text)
+}
+
 /// All daemons that run here, at least one.
 pub fn running() -> Result<Vec<Client>> {
     let dir = RuntimeDir::of_user();
     let clients = all(&dir)?.into_iter().map(|(_, path)| Client::new(path));
     let running: Vec<_> = clients.filter(Client::is_there).collect();
     if running.is_empty() {
-        bail!(NotFound, "no daemon is listening in {}; give NAME or --control", dir.path().display());
+        return Err(nobody(&dir));
     }
     Ok(running)
 }
@@ -64,7 +69,7 @@ pub fn only_one() -> Result<Client> {
     running.retain(|(_, path)| Client::new(path).status_of_all().is_ok());
     match running.as_slice() {
         [(_, path)] => Ok(Client::new(path)),
-        [] => bail!(NotFound, "no daemon is listening in {}; give NAME or --control", dir.path().display()),
+        [] => Err(nobody(&dir)),
         several => {
             let names: Vec<_> = several.iter().map(|(name, _)| name.as_str()).collect();
             bail!(Usage, "several daemons run ({}): say which one is meant, by NAME or --control", names.join(", "))
@@ -100,7 +105,7 @@ pub fn find(name: Option<&CloneName>, control: &ControlArgs) -> Result<Vec<(Clie
         }
     }
     if daemons == 0 {
-        bail!(NotFound, "no daemon is listening in {}; give NAME or --control", dir.path().display());
+        return Err(nobody(&dir));
     }
     Ok(found)
 }

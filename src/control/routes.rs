@@ -42,9 +42,6 @@ const RESIZE_TIME_MAX: Duration = Duration::from_secs(150);
 /// What suspending gets beside the time it may wait.
 const SUSPEND_TIME_MORE: Duration = Duration::from_secs(5);
 
-/// How the answer begins when that time is over.
-const NOT_YET: &str = "not in force after";
-
 /// Answers requests, one at a time or many.
 pub struct Routes {
     pub controlled: Rc<dyn Controlled>,
@@ -96,15 +93,9 @@ impl Routes {
             Route::Create => match read_clone(request.into_body()).await {
                 Ok(spec) => {
                     let name = spec.name.as_ref().map(|name| name.to_string()).unwrap_or_default();
-                    let created = self.controlled.create(spec);
-                    let served = self.carry_out(format!("clone '{name}': create"), created, MESSAGE_TIME_MAX).await;
-                    served.map_err(|error| match error.kind() {
-                        ErrorKind::Limit if error.to_string().starts_with(NOT_YET) => {
-                            let text = format!("{error}: see 'hydrant list'; 'hydrant remove {name}' gives it up");
-                            Error::new(ErrorKind::Limit, text)
-                        }
-                        _ => error,
-                    })
+                    let advice = format!(": see 'hydrant list'; 'hydrant remove {name}' gives it up");
+                    let log_as = format!("clone '{name}': create");
+                    self.carry_out_or(log_as, self.controlled.create(spec), MESSAGE_TIME_MAX, &advice).await
                 }
                 Err(refused) => return refused,
             },
@@ -190,6 +181,17 @@ impl Routes {
         work: LocalBoxFuture<'static, Result<()>>,
         time_max: Duration,
     ) -> Result<Response<Full<Bytes>>> {
+        self.carry_out_or(log_as, work, time_max, "").await
+    }
+
+    /// The same; who is told that it takes too long is told `advice` as well.
+    async fn carry_out_or(
+        &self,
+        log_as: String,
+        work: LocalBoxFuture<'static, Result<()>>,
+        time_max: Duration,
+        advice: &str,
+    ) -> Result<Response<Full<Bytes>>> {
         let (done, waiting) = oneshot();
         self.env.spawn(Box::pin(async move {
             let result = work.await;
@@ -204,7 +206,7 @@ impl Routes {
         let timed_out = async {
             self.env.sleep(time_max).await;
             let seconds = time_max.as_secs();
-            let text = format!("{NOT_YET} {seconds} s; it is still being carried out");
+            let text = format!("not in force after {seconds} s; it is still being carried out{advice}");
             Err(Error::new(ErrorKind::Limit, text))
         };
         or(answered, timed_out).await.map(|()| json(StatusCode::OK, &serde_json::json!({})))

@@ -19,7 +19,7 @@ use crate::events::EventKind;
 use crate::hydration_budget::HydrationBudget;
 use crate::hydration_share::{HydrationRate, Priority};
 use crate::local::latch::Latch;
-use crate::local::{Notify, join_some};
+use crate::local::{Notify, Raised, join_some};
 use crate::shard::Mesh;
 use crate::shard::pool::ShardContext;
 use crate::units::CloneId;
@@ -89,7 +89,7 @@ pub struct Daemon {
     /// Opened when it does.
     stopping: Latch,
     /// Starts and removals that are going on.
-    busy: Cell<usize>,
+    busy: Cell<u64>,
     /// When somebody last asked how it goes.
     pub last_asked: Cell<Option<Instant>>,
 }
@@ -146,7 +146,7 @@ impl Daemon {
         let daemon = self.clone();
         Box::pin(async move {
             let Claim { replaces_failed, events, give_up } = claimed?;
-            let _busy = Busy::new(&daemon.busy);
+            let _busy = Raised::new(&daemon.busy);
             let begun = daemon.context.env.now();
             let started = daemon.bring_up(&config, &events, &give_up).await;
             // Who asked for it has been told that it goes on: how it ended is to be found.
@@ -290,7 +290,7 @@ impl Daemon {
                 }
             }
         };
-        let _busy = Busy::new(&self.busy);
+        let _busy = Raised::new(&self.busy);
         let name = running.config.name.clone();
         // Nobody new comes in while it is decided.
         running.exported.set_hidden(&self.context, true).await;
@@ -544,21 +544,5 @@ impl Daemon {
             }
         });
         join_some(ends, AT_A_TIME).await.into_iter().collect()
-    }
-}
-
-/// Counts something that is going on, while it lives.
-struct Busy<'a>(&'a Cell<usize>);
-
-impl<'a> Busy<'a> {
-    fn new(count: &'a Cell<usize>) -> Self {
-        count.set(count.get() + 1);
-        Self(count)
-    }
-}
-
-impl Drop for Busy<'_> {
-    fn drop(&mut self) {
-        self.0.set(self.0.get() - 1);
     }
 }

@@ -6,7 +6,7 @@
 //! the frontends let in: a client's limits of requests and bytes in flight count those as well.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::local::Notify;
+use crate::local::{Notify, Raised};
 use std::cell::Cell;
 use std::rc::Rc;
 
@@ -29,7 +29,8 @@ impl Gate {
     /// Passes, once the gate is open. Fails with Shutdown when the clone is gone, or goes while this waits.
     pub async fn enter(self: &Rc<Self>) -> Result<Pass> {
         while self.closed.get() && !self.shut.get() {
-            let _waiting = Waiting::new(&self.waiting);
+            // Also when the wait is given up.
+            let _waiting = Raised::new(&self.waiting);
             self.changed.notified().await;
         }
         if self.shut.get() {
@@ -65,22 +66,6 @@ impl Gate {
     /// Requests that wait at the gate now.
     pub fn waiting(&self) -> u64 {
         self.waiting.get()
-    }
-}
-
-/// Counts a wait, also when it is given up.
-struct Waiting<'a>(&'a Cell<u64>);
-
-impl<'a> Waiting<'a> {
-    fn new(count: &'a Cell<u64>) -> Self {
-        count.set(count.get() + 1);
-        Self(count)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.set(self.0.get() - 1);
     }
 }
 
