@@ -121,6 +121,7 @@ fn what_the_user_may_not_is_said() {
         assert!(!bench.copy().exists() && !bench.meta().exists(), "{role}: nothing is left behind");
     }
     // Another user's runtime directory.
+    fs::remove_dir(bench.runtime().join("hydrant")).unwrap();
     chown(bench.runtime(), Some(0), Some(0)).unwrap();
     clone_as(&bench, USER, &[]).refused(&["runtime directory", "Permission denied", "XDG_RUNTIME_DIR"]);
     fs::create_dir(bench.runtime().join("hydrant")).unwrap();
