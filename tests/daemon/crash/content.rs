@@ -106,7 +106,7 @@ impl Content {
         if !self.windows.iter().any(|window| window.contains(&offset)) {
             return Piece::Hole;
         }
-        match mix(offset / PIECE ^ u64::from(self.id) << 32) % 100 {
+        match mix((offset / PIECE) ^ (u64::from(self.id) << 32)) % 100 {
             hole if hole < self.holes_percent => Piece::Hole,
             zeros if zeros < 2 * self.holes_percent => Piece::Zeros,
             _ => Piece::Data,
@@ -123,7 +123,7 @@ impl Content {
         if is_zero {
             return out.fill(0);
         }
-        let at = mix(atom ^ u64::from(value.0) << 40) as usize % (TABLE - ATOM as usize);
+        let at = mix(atom ^ (u64::from(value.0) << 40)) as usize % (TABLE - ATOM as usize);
         out.copy_from_slice(&table()[at..at + out.len()]);
         let mut head = [0; 16];
         head[..4].copy_from_slice(&self.id.to_le_bytes());
@@ -142,7 +142,7 @@ impl Content {
             return format!("{bytes:02x?}");
         }
         let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
-        let (id, value, atom) = (word(0), Value(word(4)), u64::from(word(8)) | u64::from(word(12)) << 32);
+        let (id, value, atom) = (word(0), Value(word(4)), u64::from(word(8)) | (u64::from(word(12)) << 32));
         let mut expected = vec![0; bytes.len()];
         self.fill(atom, value, &mut expected);
         match (id == self.id, expected == bytes) {

@@ -276,7 +276,7 @@ mod tests {
     const REGION: u64 = 4096;
 
     fn model() -> Model {
-        let content = Content { id: 7, windows: vec![0..8 * REGION], holes_percent: 0 };
+        let content = Content { id: 7, windows: std::iter::once(0..8 * REGION).collect(), holes_percent: 0 };
         Model::new(content, 8 * REGION, REGION)
     }
 
