@@ -48,14 +48,16 @@ pub struct Habits {
 
 impl Habits {
     pub fn random(random: &mut Random) -> Self {
+        // Flushes hide what FUA does, and the other way round: often there is only one of them.
+        let (flushes, fua) = random.pick(&[(0, 0), (0, 3), (0, 25), (1, 0), (3, 0), (10, 0), (4, 2), (10, 20)]);
         Self {
             connections: random.between(1..4),
             depth: random.between(1..9) as usize,
             writes: random.between(20..70),
             zeroes: random.between(0..12),
             trims: random.between(0..8),
-            flushes: random.pick(&[0, 1, 4, 10]),
-            fua: random.pick(&[0, 2, 20]),
+            flushes,
+            fua,
             pause: Duration::from_micros(random.pick(&[0, 0, 300, 2000])),
         }
     }

@@ -8,8 +8,10 @@
 //! SIGKILL does not lose the page cache: what a power cut loses is not tested here.
 
 mod client;
+mod clients;
 mod content;
 mod load;
+mod meta_tools;
 mod model;
 mod report;
 mod scenario;

@@ -72,10 +72,11 @@ struct LifeOptions {
 
 impl LifeOptions {
     fn random(random: &mut Random) -> Self {
-        let hydration = match random.below(5) {
-            0 => Hydration::Off,
-            1 => Hydration::Threshold(random.between(1..32)),
-            2 => Hydration::Rate(random.pick(&[1, 4, 32]) << 20),
+        // Mostly slow: what is hydrated is not as interesting any more.
+        let hydration = match random.below(8) {
+            0..3 => Hydration::Off,
+            3..5 => Hydration::Threshold(random.pick(&[1, 1, 2, 16])),
+            5..7 => Hydration::Rate(random.pick(&[256, 1024, 4096]) << 10),
             _ => Hydration::On,
         };
         Self { shards: random.between(1..5), hydration, passdown: random.chance(70) }
@@ -287,6 +288,10 @@ impl Clone {
         let what = self.describe();
         let mut model = self.model.lock().unwrap();
         self.formatted = true;
+        if self.growing {
+            // New regions have everything still to do.
+            self.complete = false;
+        }
         if bits.size != model.size {
             assert!(self.growing && bits.size == self.source_size, "{what}: it has {} bytes", bits.size);
             model.grow(bits.size);
@@ -496,7 +501,7 @@ impl Scenario {
     fn habits(&mut self, doing: Doing) -> Habits {
         let mut habits = Habits::random(&mut self.random);
         match doing {
-            Doing::Commit => habits.flushes = habits.flushes.max(10),
+            Doing::Commit => (habits.flushes, habits.fua) = self.random.pick(&[(10, 0), (0, 25), (2, 0), (0, 3)]),
             Doing::Completion => {
                 habits.pause = Duration::from_millis(4);
                 habits.depth = habits.depth.min(3);
