@@ -9,10 +9,12 @@
 
 mod client;
 mod clients;
+mod clone;
 mod content;
 mod load;
 mod meta_tools;
 mod model;
+mod options;
 mod report;
 mod scenario;
 

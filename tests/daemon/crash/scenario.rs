@@ -1,316 +1,26 @@
 //! One round: some clones in one daemon, used, killed and started again several times, hydrated and compared at the end.
 
-use super::client::{Connection, Verb};
-use super::content::{ATOM, Content, Random};
+use super::client::Connection;
+use super::clone::Clone;
+use super::content::{ATOM, Random};
 use super::load::{Habits, Load};
-use super::model::Model;
+use super::options::{Doing, Hydration, LifeOptions};
 use super::report::Report;
 use crate::harness::*;
-use crate::load::ZONE;
 use hydrant::control::api::Status;
 use hydrant::meta::growth::Wanted;
-use serde_json::Value as Json;
 use std::fs::{self, File};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// From spawning a daemon until it serves.
 const START_TIME_MAX: Duration = Duration::from_secs(30);
 /// From the kill until every client has an error.
 const FREED_TIME_MAX: Duration = Duration::from_secs(5);
-/// From the kill until nothing is locked any more.
-const UNLOCKED_TIME_MAX: Duration = Duration::from_secs(10);
-
-/// What the daemon is doing when it is killed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Doing {
-    /// Starting; the first time of all it formats.
-    Start,
-    Load,
-    Commit,
-    Completion,
-    Resize,
-    Suspend,
-    Shutdown,
-}
-
-impl Doing {
-    fn name(self, is_new: bool) -> &'static str {
-        match self {
-            Self::Start if is_new => "format",
-            Self::Start => "start",
-            Self::Load => "load",
-            Self::Commit => "commit",
-            Self::Completion => "completion",
-            Self::Resize => "resize",
-            Self::Suspend => "suspend",
-            Self::Shutdown => "shutdown",
-        }
-    }
-}
-
-/// How the copy goes in one life.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Hydration {
-    On,
-    Off,
-    Threshold(u64),
-    Rate(u64),
-}
-
-/// Options that may change between lives.
-#[derive(Clone, Copy, Debug)]
-struct LifeOptions {
-    shards: u64,
-    hydration: Hydration,
-    passdown: bool,
-}
-
-impl LifeOptions {
-    fn random(random: &mut Random) -> Self {
-        // Mostly slow: what is hydrated is not as interesting any more.
-        let hydration = match random.below(8) {
-            0..3 => Hydration::Off,
-            3..5 => Hydration::Threshold(random.pick(&[1, 1, 2, 16])),
-            5..7 => Hydration::Rate(random.pick(&[256, 1024, 4096]) << 10),
-            _ => Hydration::On,
-        };
-        Self { shards: random.between(1..5), hydration, passdown: random.chance(70) }
-    }
-
-    /// As arguments of `hydrant clone`.
-    fn args(&self) -> String {
-        let mut args = format!("--shards {}", self.shards);
-        match self.hydration {
-            Hydration::On => {}
-            Hydration::Off => args += " --no-hydration",
-            Hydration::Threshold(regions) => args += &format!(" --hydration-threshold {regions}"),
-            Hydration::Rate(bytes) => args += &format!(" --hydration-rate {bytes}"),
-        }
-        if !self.passdown {
-            args += " --no-discard-passdown";
-        }
-        args
-    }
-
-    /// As keys of a `[[clone]]`.
-    fn keys(&self) -> String {
-        let hydration = match self.hydration {
-            Hydration::On => String::new(),
-            Hydration::Off => "no_hydration = true\n".into(),
-            Hydration::Threshold(regions) => format!("hydration_threshold = {regions}\n"),
-            Hydration::Rate(bytes) => format!("hydration_rate = {bytes}\n"),
-        };
-        format!("{hydration}no_discard_passdown = {}\n", !self.passdown)
-    }
-}
-
-/// What a clone's metadata say.
-struct Bits {
-    size: u64,
-    /// Runs of hydrated regions, first and last.
-    runs: Vec<(u64, u64)>,
-    complete: bool,
-}
-
-impl Bits {
-    fn has(&self, region: u64) -> bool {
-        let after = self.runs.partition_point(|(first, _)| *first <= region);
-        after > 0 && region <= self.runs[after - 1].1
-    }
-    fn count(&self) -> u64 {
-        self.runs.iter().map(|(first, last)| last - first + 1).sum()
-    }
-}
-
-/// Around the borders of zones, and where the clone ends now and later.
-fn around_zones(size: u64, size_max: u64) -> Vec<Range<u64>> {
-    let borders = (0..=size / ZONE).map(|nr| (nr * ZONE).saturating_sub(MIB)..(nr * ZONE + MIB).min(size_max));
-    let mut windows: Vec<Range<u64>> = Vec::new();
-    let end = size.saturating_sub(MIB) / ATOM * ATOM..size_max;
-    for window in borders.chain(std::iter::once(end)) {
-        match windows.last_mut() {
-            Some(last) if last.end >= window.start => last.end = window.end,
-            _ => windows.push(window),
-        }
-    }
-    windows
-}
-
-/// One clone, with its own directories.
-struct Clone {
-    name: String,
-    bench: Bench,
-    source: PathBuf,
-    server: Option<(Nbdkit, String)>,
-    model: Arc<Mutex<Model>>,
-    region: u64,
-    /// What the source has by now.
-    source_size: u64,
-    size_max: u64,
-    /// By the metadata that were last seen.
-    hydrated: u64,
-    complete: bool,
-    formatted: bool,
-    /// A growth was begun, and may have been interrupted.
-    growing: bool,
-}
-
-impl Clone {
-    fn new(name: &str, random: &mut Random) -> Self {
-        let bench = Bench::new();
-        let many_zones = random.chance(20);
-        let can_grow = random.chance(30);
-        let region = match many_zones {
-            true => 4096,
-            false => random.pick(&[4, 4, 8, 16, 64, 64, 64, 128, 512, 1024, 2048]) << 10,
-        };
-        let body = match many_zones {
-            true => ZONE * random.between(1..3) + random.below(3 * MIB),
-            false => region.max(random.between(MIB..10 * MIB)) + random.below(region),
-        };
-        let size = match random.below(4) {
-            _ if can_grow => body / ATOM * ATOM,
-            0 => body / 4096 * 4096,
-            _ => body,
-        };
-        let size_max = if can_grow { size + random.between(1..5) * MIB } else { size };
-        let windows = if many_zones { around_zones(size, size_max) } else { std::iter::once(0..size_max).collect() };
-        let content = Content { id: random.next() as u32, windows, holes_percent: random.pick(&[0, 15, 45]) };
-        let source = bench.path("source");
-        content.write_source(&source, 0, size);
-        let server = random.chance(50).then(|| {
-            let delay = random.pick(&["", "", "rdelay=1ms", "rdelay=8ms"]);
-            let filter = if delay.is_empty() { "" } else { "--filter=delay" };
-            let args = format!("-r {filter} file {} {delay}", source.display());
-            (Nbdkit::start(&bench, &args), args)
-        });
-        let model = Arc::new(Mutex::new(Model::new(content, size, region)));
-        Self {
-            name: name.into(),
-            bench,
-            source,
-            server,
-            model,
-            region,
-            source_size: size,
-            size_max,
-            hydrated: 0,
-            complete: false,
-            formatted: false,
-            growing: false,
-        }
-    }
-
-    fn describe(&self) -> String {
-        let size = self.model.lock().unwrap_or_else(PoisonError::into_inner).size;
-        let from = self.server.as_ref().map_or("a file", |(_, args)| args.as_str());
-        format!("{}: {size} bytes in regions of {} from {from}, up to {} bytes", self.name, self.region, self.size_max)
-    }
-
-    fn source_address(&self) -> String {
-        match &self.server {
-            Some((server, _)) => server.uri(),
-            None => self.source.display().to_string(),
-        }
-    }
-
-    fn table(&self, options: &LifeOptions) -> String {
-        format!(
-            "[[clone]]\nname = \"{}\"\nsource = \"{}\"\ndestination = \"{}\"\nmetadata = \"{}\"\nregion_size = {}\n{}",
-            self.name,
-            self.source_address(),
-            self.bench.copy().display(),
-            self.bench.meta().display(),
-            self.region,
-            options.keys()
-        )
-    }
-
-    /// Reads all windows through the daemon.
-    fn read_all(&self, connection: &mut Connection) -> Result<(), String> {
-        let windows = self.model.lock().unwrap().content.windows.clone();
-        for window in windows {
-            let mut at = window.start;
-            while at < window.end.min(connection.size) {
-                let end = (at + MIB).min(window.end).min(connection.size);
-                let reading = self.model.lock().unwrap().reading(at..end);
-                let mut bytes = vec![0; (end - at) as usize];
-                connection.ask(Verb::READ, at, &mut bytes).map_err(|error| format!("READ at {at}: {error}"))?;
-                self.model.lock().unwrap().read(reading, &bytes)?;
-                at = end;
-            }
-        }
-        Ok(())
-    }
-
-    /// What its metadata say; `None` when they were never made.
-    fn bits(&self) -> Option<Bits> {
-        let meta = self.bench.meta();
-        let (status, text) = run_for_status(
-            env!("CARGO_BIN_EXE_hydrant"),
-            &["meta".as_ref(), "dump".as_ref(), "--json".as_ref(), meta.as_os_str()],
-        );
-        if status != 0 {
-            let never = ["No such file or directory", "never formatted"];
-            assert!(
-                !self.formatted && never.iter().any(|words| text.contains(words)),
-                "{}: its metadata can't be read: {text}",
-                self.describe()
-            );
-            return None;
-        }
-        let json: Json = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
-        let number = |value: &Json| value.as_u64().expect("a number");
-        let runs = json["hydrated"].as_array().expect("an array");
-        Some(Bits {
-            size: number(&json["size"]),
-            runs: runs.iter().map(|run| (number(&run[0]), number(&run[1]))).collect(),
-            complete: json["state"] == "complete",
-        })
-    }
-
-    /// Nobody uses it: compares its files with the model. Returns how long they stayed locked.
-    fn settle(&mut self) -> Duration {
-        let began = Instant::now();
-        for path in [self.bench.copy(), self.bench.meta()] {
-            if path.exists() {
-                let seconds = UNLOCKED_TIME_MAX.as_secs().to_string();
-                run("flock", &["-x".as_ref(), "-w".as_ref(), seconds.as_ref(), path.as_os_str(), "true".as_ref()]);
-            }
-        }
-        let unlocked = began.elapsed();
-        let Some(bits) = self.bits() else { return unlocked };
-        let what = self.describe();
-        let mut model = self.model.lock().unwrap();
-        self.formatted = true;
-        if self.growing {
-            // New regions have everything still to do.
-            self.complete = false;
-        }
-        if bits.size != model.size {
-            assert!(self.growing && bits.size == self.source_size, "{what}: it has {} bytes", bits.size);
-            model.grow(bits.size);
-        }
-        assert!(bits.count() >= self.hydrated, "{what}: {} regions after {}", bits.count(), self.hydrated);
-        assert!(bits.complete || !self.complete, "{what}: it was complete");
-        assert!(
-            !bits.complete || bits.count() == model.size.div_ceil(self.region),
-            "{what}: complete without all bits"
-        );
-        (self.hydrated, self.complete) = (bits.count(), bits.complete);
-        let copy = File::open(self.bench.copy()).unwrap_or_else(|error| panic!("{what}: its destination: {error}"));
-        let read = |at: u64, out: &mut [u8]| {
-            copy.read_exact_at(out, at).unwrap_or_else(|error| panic!("its destination at {at}: {error}"));
-        };
-        model.settle(|region| bits.has(region), read).unwrap_or_else(|error| panic!("{what}: {error}"));
-        unlocked
-    }
-}
 
 /// A round.
 pub struct Scenario {
@@ -432,7 +142,14 @@ impl Scenario {
                 report.killed(name);
                 daemon = self.spawn(&options);
             }
-            self.pause(0..60_000);
+            if self.is_new && self.random.chance(60) {
+                // The format itself takes a few milliseconds only.
+                let (metadata, began) = (self.clones[0].bench.meta(), Instant::now());
+                while !metadata.exists() && began.elapsed() < START_TIME_MAX {}
+                self.pause(0..12_000);
+            } else {
+                self.pause(0..60_000);
+            }
             daemon.kill9();
             report.killed(name);
             self.after_kill(report);
@@ -477,7 +194,6 @@ impl Scenario {
             assert_eq!(doing, Doing::Shutdown, "{log}");
             report.late += 1;
         } else {
-            use std::os::unix::process::ExitStatusExt;
             assert_eq!(status.signal(), Some(9), "{log}");
             report.killed(name);
         }
