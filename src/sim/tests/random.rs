@@ -366,13 +366,16 @@ fn simulate(seed: u64, failures: bool) -> u64 {
     let lives = lives + u64::from(failures);
     let growths = Growths::default();
     let mut size = setup.size;
+    let mut was_killed = false;
     for life in 0..lives {
         heal(&devices);
         let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
         size = settle_growth(&clone, &oracle, &growths, size);
         if life > 0 && sim.draw(|rng| rng.one_in(2)) {
             sim.block_on(read_all(&clone, &oracle));
-            oracle.settle();
+            if !was_killed {
+                oracle.settle();
+            }
         }
         let last = life + 1 == lives;
         let plagued = failures && !last;
@@ -411,7 +414,8 @@ fn simulate(seed: u64, failures: bool) -> u64 {
             if !was_complete {
                 clone.check_events();
             }
-            devices = devices.crash(&sim);
+            was_killed = sim.draw(|rng| rng.one_in(3));
+            devices = if was_killed { devices.kill(&sim) } else { devices.crash(&sim) };
             oracle.crash();
         } else {
             sim.block_on(async {
@@ -435,6 +439,7 @@ fn simulate(seed: u64, failures: bool) -> u64 {
                 clone.check_events();
             }
             // The daemon has ended, and then the power fails as well.
+            was_killed = false;
             devices = devices.crash(&sim);
             oracle.crash();
         }
