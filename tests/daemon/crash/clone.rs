@@ -72,12 +72,14 @@ impl Clone {
     pub fn new(name: &str, random: &mut Random) -> Self {
         let bench = Bench::new();
         let many_zones = random.chance(20);
-        let can_grow = random.chance(30);
+        let can_grow = random.chance(40);
         let region = match many_zones {
             true => 4096,
             false => random.pick(&[4, 4, 8, 16, 64, 64, 64, 128, 512, 1024, 2048]) << 10,
         };
         let body = match many_zones {
+            // Growing, it gets another zone.
+            true if can_grow => ZONE * random.between(1..3) - random.below(2 * MIB),
             true => ZONE * random.between(1..3) + random.below(3 * MIB),
             false => region.max(random.between(MIB..10 * MIB)) + random.below(region),
         };
@@ -180,6 +182,13 @@ impl Clone {
             runs: runs.iter().map(|run| (number(&run[0]), number(&run[1]))).collect(),
             complete: json["state"] == "complete",
         })
+    }
+
+    /// It has its source's size from now on.
+    pub fn grown(&mut self) {
+        self.model.lock().unwrap().grow(self.source_size);
+        // New regions have everything still to do.
+        self.complete = false;
     }
 
     /// Nobody uses it: compares its files with the model. Returns how long they stayed locked.

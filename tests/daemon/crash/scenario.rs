@@ -63,8 +63,8 @@ impl Scenario {
             let doing = match self.random.below(14) {
                 0 => Doing::Start,
                 1..4 if self.is_new => Doing::Start,
-                1..4 if grows => Doing::Resize,
-                4..7 => Doing::Commit,
+                1..5 if grows => Doing::Resize,
+                2..7 => Doing::Commit,
                 7 => Doing::Completion,
                 8 | 9 => Doing::Suspend,
                 10 | 11 => Doing::Shutdown,
@@ -170,7 +170,7 @@ impl Scenario {
             if clone.growing && clone.source_size > size {
                 // A growth that was interrupted is repeated.
                 daemon.done(&["resize", &clone.name]);
-                clone.model.lock().unwrap().grow(clone.source_size);
+                clone.grown();
                 report.growths += 1;
             }
             clone.growing = false;
@@ -297,7 +297,7 @@ impl Scenario {
                 clone.growing = true;
                 report.growths += 1;
                 let (client, name) = (daemon.client(), clone.name.parse().unwrap());
-                let model = clone.model.clone();
+                let (model, copy) = (clone.model.clone(), clone.bench.copy());
                 let asked = std::thread::spawn(move || {
                     let before = model.lock().unwrap().flushing();
                     if client.resize(&name, Wanted::default()).is_ok() {
@@ -307,7 +307,15 @@ impl Scenario {
                         model.grow(size);
                     }
                 });
-                self.pause(0..70_000);
+                if self.random.chance(60) {
+                    // Both files are made longer first; what counts comes then.
+                    let began = Instant::now();
+                    let len = || fs::metadata(&copy).map_or(0, |stat| stat.len());
+                    while len() < size && began.elapsed() < Duration::from_secs(2) {}
+                    self.pause(0..15_000);
+                } else {
+                    self.pause(0..70_000);
+                }
                 return Some(asked);
             }
             Doing::Shutdown => {
@@ -334,7 +342,7 @@ impl Scenario {
             drop(Self::connect(&daemon, &clone.name));
             if clone.growing && clone.source_size > clone.model.lock().unwrap().size {
                 daemon.done(&["resize", &clone.name]);
-                clone.model.lock().unwrap().grow(clone.source_size);
+                clone.grown();
             }
             let connect = || Self::connect(&daemon, &clone.name);
             loads.push(Load::start(connect, &clone.model, &habits, &mut self.random, &report.counts, &never));
