@@ -4,6 +4,7 @@ use super::client::{Connection, Verb};
 use super::content::{ATOM, Content, Random};
 use super::model::Model;
 use super::options::LifeOptions;
+use super::place::Place;
 use crate::harness::*;
 use crate::load::ZONE;
 use serde_json::Value as Json;
@@ -52,7 +53,9 @@ fn around_zones(size: u64, size_max: u64) -> Vec<Range<u64>> {
 /// One clone, with its own directories.
 pub struct Clone {
     pub name: String,
-    pub bench: Bench,
+    /// Keeps its files.
+    _bench: Bench,
+    pub place: Place,
     pub source: PathBuf,
     pub server: Option<(Nbdkit, String)>,
     pub model: Arc<Mutex<Model>>,
@@ -99,10 +102,12 @@ impl Clone {
             let args = format!("-r {filter} file {} {delay}", source.display());
             (Nbdkit::start(&bench, &args), args)
         });
+        let place = Place::random(&bench, size_max, !can_grow, random);
         let model = Arc::new(Mutex::new(Model::new(content, size, region)));
         Self {
             name: name.into(),
-            bench,
+            _bench: bench,
+            place,
             source,
             server,
             model,
@@ -119,7 +124,8 @@ impl Clone {
     pub fn describe(&self) -> String {
         let size = self.model.lock().unwrap_or_else(PoisonError::into_inner).size;
         let from = self.server.as_ref().map_or("a file", |(_, args)| args.as_str());
-        format!("{}: {size} bytes in regions of {} from {from}, up to {} bytes", self.name, self.region, self.size_max)
+        let (name, region, place, size_max) = (&self.name, self.region, self.place.kind, self.size_max);
+        format!("{name}: {size} bytes in regions of {region} from {from} to {place}, up to {size_max} bytes")
     }
 
     pub fn source_address(&self) -> String {
@@ -134,8 +140,8 @@ impl Clone {
             "[[clone]]\nname = \"{}\"\nsource = \"{}\"\ndestination = \"{}\"\nmetadata = \"{}\"\nregion_size = {}\n{}",
             self.name,
             self.source_address(),
-            self.bench.copy().display(),
-            self.bench.meta().display(),
+            self.place.destination.display(),
+            self.place.metadata.display(),
             self.region,
             options.keys()
         )
@@ -160,7 +166,7 @@ impl Clone {
 
     /// What its metadata say; `None` when they were never made.
     fn bits(&self) -> Option<Bits> {
-        let meta = self.bench.meta();
+        let meta = &self.place.metadata;
         let (status, text) = run_for_status(
             env!("CARGO_BIN_EXE_hydrant"),
             &["meta".as_ref(), "dump".as_ref(), "--json".as_ref(), meta.as_os_str()],
@@ -194,7 +200,7 @@ impl Clone {
     /// Nobody uses it: compares its files with the model. Returns how long they stayed locked.
     pub fn settle(&mut self) -> Duration {
         let began = Instant::now();
-        for path in [self.bench.copy(), self.bench.meta()] {
+        for path in [&self.place.destination, &self.place.metadata] {
             if path.exists() {
                 let seconds = UNLOCKED_TIME_MAX.as_secs().to_string();
                 run("flock", &["-x".as_ref(), "-w".as_ref(), seconds.as_ref(), path.as_os_str(), "true".as_ref()]);
@@ -220,7 +226,7 @@ impl Clone {
             "{what}: complete without all bits"
         );
         (self.hydrated, self.complete) = (bits.count(), bits.complete);
-        let copy = File::open(self.bench.copy()).unwrap_or_else(|error| panic!("{what}: its destination: {error}"));
+        let copy = File::open(&self.place.bytes).unwrap_or_else(|error| panic!("{what}: its destination: {error}"));
         let read = |at: u64, out: &mut [u8]| {
             copy.read_exact_at(out, at).unwrap_or_else(|error| panic!("its destination at {at}: {error}"));
         };

@@ -15,6 +15,7 @@ mod load;
 mod meta_tools;
 mod model;
 mod options;
+mod place;
 mod report;
 mod scenario;
 
