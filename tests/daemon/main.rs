@@ -9,6 +9,7 @@ mod appliance;
 mod clones;
 mod configs;
 mod control;
+mod crash;
 mod discard;
 mod dm_clone;
 mod dm_clone_kernel;
