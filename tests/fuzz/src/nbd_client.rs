@@ -130,7 +130,13 @@ async fn ask(source: NbdSource, is_built: bool) {
             lost.notified().await;
         }
     };
-    or(async { join_all(asked).await; }, ended).await;
+    or(
+        async {
+            join_all(asked).await;
+        },
+        ended,
+    )
+    .await;
 }
 
 /// A server's stream from decisions of the fuzzer.
