@@ -36,14 +36,15 @@ const HASTE: u32 = 200;
 const ANSWER_MAX: usize = 1 << 20;
 
 thread_local! {
-    /// The socket of this thread's server.
+    /// The socket of the executor's server.
     static SERVER: RefCell<Option<PathBuf>> = const { RefCell::new(None) };
 }
 
 pub fn target(data: &[u8]) {
-    executor::run(|env| async move {
+    let data = data.to_vec();
+    executor::run(move |env| async move {
         let path = SERVER.with_borrow_mut(|server| server.get_or_insert_with(|| start(env)).clone());
-        let answer = ask(&path, data).await;
+        let answer = ask(&path, &data).await;
         is_well_formed(&answer);
         // Whatever that was, the next one is answered.
         let answer = ask(&path, b"GET /v1/clones/a/table HTTP/1.1\r\nHost: x\r\n\r\n").await;

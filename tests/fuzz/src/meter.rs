@@ -63,9 +63,28 @@ unsafe impl GlobalAlloc for Counting {
 
 /// Runs `work` and counts what it allocates on this thread.
 pub fn measure<T>(work: impl FnOnce() -> T) -> (T, Usage) {
-    USAGE.set(Some(Usage::default()));
+    begin();
     let result = work();
-    (result, USAGE.take().unwrap_or_default())
+    (result, end())
+}
+
+/// From here on it is counted, on this thread.
+pub fn begin() {
+    USAGE.set(Some(Usage::default()));
+}
+
+/// What was counted since [`begin`].
+pub fn end() -> Usage {
+    USAGE.take().unwrap_or_default()
+}
+
+/// Counts what another thread allocated for this one.
+pub fn charge(usage: Usage) {
+    if let Some(mut own) = USAGE.get() {
+        own.peak = own.peak.max(own.live + usage.peak);
+        own.largest = own.largest.max(usage.largest);
+        USAGE.set(Some(own));
+    }
 }
 
 /// The most memory that an input may cost: a part that any input may cost, and one for each of its bytes.

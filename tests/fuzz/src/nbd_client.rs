@@ -3,7 +3,8 @@
 //! The first byte says how the server's stream comes about: as it is in the input, or a handshake and replies to the
 //! requests that the client is going to send, right in most places. Then the stream ends. Properties:
 //! * connecting ends, with an error in one line or a source whose size a device can have;
-//! * a read gives as many bytes as were asked for, and of a built stream only those that were sent for their place;
+//! * a read gives as many bytes as were asked for, and of a stream that tells no lies about its data, only those that were sent for
+//!   their place;
 //! * what is told of the allocation begins where it was asked, and ends where it may.
 
 use super::executor;
@@ -33,6 +34,8 @@ const CONTEXT: u32 = 42;
 const REQUESTS_MAX: usize = 1 << 20;
 /// How far a stream that is built grows, in bytes.
 const STREAM_MAX: usize = 1 << 20;
+/// How much data a reply is built with, at most, in bytes.
+const CONTENT_MAX: u64 = 300_000;
 /// What the client asks for, in this order; the first request has cookie 1.
 const READS: [(u64, u64); 3] = [(5000, 1000), (65536, 262_144), (0, 1)];
 
@@ -44,11 +47,11 @@ fn truth(offset: u64) -> u8 {
 pub fn target(data: &[u8]) {
     let mut input = Input(data);
     let how = input.u8();
-    let stream = if how & 1 == 0 { input.0.to_vec() } else { server(&mut input) };
-    executor::run(|env| converse(env, stream, how & 1 == 1));
+    let (stream, is_true) = if how & 1 == 0 { (input.0.to_vec(), false) } else { server(&mut input) };
+    executor::run(move |env| converse(env, stream, is_true));
 }
 
-async fn converse(env: Rc<dyn Env>, stream: Vec<u8>, is_built: bool) {
+async fn converse(env: Rc<dyn Env>, stream: Vec<u8>, is_true: bool) {
     // A socket of its own for each input: nothing of the last one can arrive here.
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("s");
@@ -76,13 +79,13 @@ async fn converse(env: Rc<dyn Env>, stream: Vec<u8>, is_built: bool) {
     };
     let uri = NbdUri { address: NbdAddress::Unix(path), export: "disk".into() };
     match NbdSource::connect(uri, options, env).await {
-        Ok(source) => ask(source, is_built).await,
+        Ok(source) => ask(source, is_true).await,
         Err(error) => one_line("connect", &error.to_string()),
     }
     listener.close();
 }
 
-async fn ask(source: NbdSource, is_built: bool) {
+async fn ask(source: NbdSource, is_true: bool) {
     let info = source.info();
     assert!((1..=DEVICE_SIZE_MAX).contains(&source.size()) && source.size() == info.size);
     assert!(info.block_min.is_power_of_two() && info.read_len_max.is_power_of_two());
@@ -106,7 +109,7 @@ async fn ask(source: NbdSource, is_built: bool) {
                 Ok(data) => {
                     assert_eq!(data.len() as u64, range.len());
                     let is_sent = |(at, byte): (u64, &u8)| *byte == truth(at) || *byte == 0;
-                    assert!(!is_built || (range.start()..).zip(&data[..]).all(is_sent), "wrong bytes for {range}");
+                    assert!(!is_true || (range.start()..).zip(&data[..]).all(is_sent), "wrong bytes for {range}");
                 }
                 Err(error) => one_line("read", &error.to_string()),
             }
@@ -139,14 +142,15 @@ async fn ask(source: NbdSource, is_built: bool) {
     .await;
 }
 
-/// A server's stream from decisions of the fuzzer.
-fn server(input: &mut Input<'_>) -> Vec<u8> {
+/// A server's stream from decisions of the fuzzer, and whether all data in it are what they say they are.
+fn server(input: &mut Input<'_>) -> (Vec<u8>, bool) {
     let how = input.u8();
     let mut flags = HandshakeFlags::all();
     flags.set(HandshakeFlags::NO_ZEROES, how & 1 == 0);
     flags.set(HandshakeFlags::FIXED_NEWSTYLE, how & 0x3e != 0x3e);
     let mut out = encode_greeting(flags).to_vec();
     let structured = how & 2 == 0;
+    let mut is_true = true;
     let refusal = || OptionReply::error(OptionReplyType::ERR_UNSUP, "no\nnot that");
     let mut answer = |option: OptionCode, mut replies: Vec<OptionReply>, is_taken: bool, input: &mut Input<'_>| {
         if !is_taken {
@@ -158,6 +162,7 @@ fn server(input: &mut Input<'_>) -> Vec<u8> {
         let at = start + usize::from(input.u8()) % (out.len() - start);
         if lie & 0xf0 == 0xf0 {
             out[at] ^= lie << 3 | 1;
+            is_true = false;
         }
     };
     answer(OptionCode::STRUCTURED_REPLY, vec![OptionReply::Ack], structured, input);
@@ -182,19 +187,20 @@ fn server(input: &mut Input<'_>) -> Vec<u8> {
         out.extend(ExportInfo { size, flags }.encode());
     }
     while !input.is_empty() && out.len() < STREAM_MAX {
-        reply(input, structured, &mut out);
+        is_true &= reply(input, structured, &mut out);
     }
-    out
+    (out, is_true)
 }
 
-/// A reply, or a part of one, to one of the requests.
-fn reply(input: &mut Input<'_>, structured: bool, out: &mut Vec<u8>) {
+/// A reply, or a part of one, to one of the requests; returns whether its data are what they say they are.
+fn reply(input: &mut Input<'_>, structured: bool, out: &mut Vec<u8>) -> bool {
     let kind = input.u8();
     let which = input.u8();
     let request = usize::from(which & 3);
     let cookie = if which & 0xc0 == 0xc0 { input.number(4) } else { request as u64 + 1 };
     // The requests after the reads are for block status.
     let (start, len) = READS.get(request).copied().unwrap_or((0, 1 << 20));
+    let asked = (start, len);
     let done = if which & 4 == 0 { ChunkFlags::DONE } else { ChunkFlags::empty() };
     // All of the request, or a part, or too much.
     let (offset, len) = match which & 0x30 {
@@ -202,12 +208,13 @@ fn reply(input: &mut Input<'_>, structured: bool, out: &mut Vec<u8>) {
         0x10 => (start + len / 8 * u64::from(input.u8() % 9), len / 8),
         _ => (start.wrapping_add(input.number(len)), input.number(len)),
     };
-    let content = |len: u64| (offset..).take(len.min(300_000) as usize).map(truth);
+    let content = |len: u64| (0..len.min(CONTENT_MAX)).map(|i| truth(offset.wrapping_add(i)));
     let errors = [ErrorCode::EIO, ErrorCode::ESHUTDOWN, ErrorCode::EOVERFLOW, ErrorCode(0), ErrorCode(77)];
     match kind & 7 {
         0 | 1 if structured && len > 0 => {
             out.extend(encode_offset_data_head(done, cookie, offset, len.min(u64::from(u32::MAX - 8)) as u32));
             out.extend(content(len));
+            return len <= CONTENT_MAX;
         }
         2 if structured => {
             out.extend(encode_offset_hole_chunk(done, cookie, OffsetHole { offset, len: len as u32 }));
@@ -232,14 +239,21 @@ fn reply(input: &mut Input<'_>, structured: bool, out: &mut Vec<u8>) {
             let len = input.number(12) as u32;
             out.extend(ChunkHeader { flags, kind, cookie, len }.encode());
             out.extend(input.piece());
+            return false;
         }
-        6 => out.extend(input.piece()),
+        6 => {
+            out.extend(input.piece());
+            return false;
+        }
         _ => {
             let error = Some(input.pick(&errors)).filter(|_| kind & 0x80 != 0 || structured && kind & 0x40 == 0);
             out.extend(SimpleReply { error, cookie }.encode());
             if error.is_none() {
                 out.extend(content(len));
+                // It does not say what it is: what was asked for.
+                return (offset, len) == asked && len <= CONTENT_MAX && cookie == request as u64 + 1;
             }
         }
     }
+    true
 }
