@@ -225,6 +225,12 @@ impl CloneSlice {
         }
     }
 
+    /// The bits, for simulations that check them.
+    #[cfg(test)]
+    pub fn map(&self) -> std::cell::Ref<'_, RegionMap> {
+        self.map.borrow()
+    }
+
     /// The source; gone once everything is hydrated.
     pub fn source(&self) -> Result<Rc<dyn Source>> {
         let source = self.source.borrow().clone();

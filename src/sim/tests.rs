@@ -1,6 +1,7 @@
 //! Simulations of the engine: random ones against the oracle, and the scenarios that are known to go wrong.
 
 mod commits;
+mod explore;
 mod failures;
 mod growth;
 mod hydration;
