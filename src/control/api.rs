@@ -207,6 +207,8 @@ pub struct MetadataStatus {
     /// Path of the metadata.
     pub path: String,
     pub mode: MetadataMode,
+    /// Why the mode is not `rw`: what failed, and how; null when it is.
+    pub error: Option<String>,
     /// Size of a metadata block, in bytes.
     pub block_size: u32,
     pub used_blocks: u64,

@@ -13,6 +13,7 @@ mod discard;
 mod dm_clone;
 mod dm_clone_kernel;
 mod events;
+mod faults;
 mod large;
 mod load;
 mod meta_tools;
