@@ -107,6 +107,9 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
         ByteSize(status.region_size)
     )?;
     let mut line = |label: &str, value: String| writeln!(text, "  {label:<12} {value}");
+    for warning in &status.warnings {
+        line("WARNING", warning.clone())?;
+    }
     if status.suspended {
         line("suspended", "I/O and hydration are held, everything is committed".into())?;
     } else if status.suspending {
@@ -370,6 +373,7 @@ mod tests {
             name: "vm1".into(),
             state: CloneRunState::Running,
             error: None,
+            warnings: Vec::new(),
             suspended: false,
             suspending: false,
             resizing: false,
@@ -458,6 +462,8 @@ vm1: 16GiB, 262144 regions of 64KiB
                     remove and create the clone again (or restart)\n";
         assert!(text_of(&changed).contains(line), "{}", text_of(&changed));
         let mut read_only = sample();
+        read_only.warnings = vec!["destination /dev/vg/vm1 was deleted".into()];
+        assert!(text_of(&read_only).contains("64KiB\n  WARNING      destination /dev/vg/vm1 was deleted\n"));
         read_only.metadata.mode = MetadataMode::ReadOnly;
         read_only.metadata.error = Some("destination /dev/vg/vm1: flush: Input/output error".into());
         let lines = "  metadata     /var/lib/vm1.meta, ro; 10 of 16 blocks, generation 17\n               \

@@ -4,6 +4,7 @@
 //! flushed is there and the rest is the source's.
 
 mod destination;
+mod files;
 mod metadata;
 
 use super::harness::*;
