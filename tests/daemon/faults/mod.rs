@@ -5,7 +5,9 @@
 
 mod destination;
 mod files;
+mod filesystems;
 mod metadata;
+mod source;
 
 use super::harness::*;
 

@@ -4,7 +4,7 @@
 //! after one that failed, although later ones succeed again.
 
 use super::Bench;
-use super::tools::{PATH, run_for_status, wait_for};
+use super::tools::{PATH, run, run_for_status, wait_for};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -75,6 +75,7 @@ pub struct FaultyFile {
     /// What is durable.
     pub backing: PathBuf,
     faults: PathBuf,
+    socket: PathBuf,
     server: Child,
     fuse: Child,
 }
@@ -96,13 +97,8 @@ impl FaultyFile {
         wait_for("nbdkit", START_TIME_MAX, || pid_file.exists());
 
         let path = bench.hole(name, 0);
-        // It must not outlive a test that is killed.
-        let mut nbdfuse = Command::new("setpriv");
-        nbdfuse.args(["--pdeathsig", "KILL", "nbdfuse"]).arg(&path).env("PATH", PATH);
-        nbdfuse.arg(format!("nbd+unix:///?socket={}", socket.display()));
-        let fuse = nbdfuse.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        wait_for("nbdfuse", START_TIME_MAX, || fs::metadata(&path).is_ok_and(|stat| stat.len() == size));
-        Self { path, backing, faults, server, fuse }
+        let fuse = mount(&path, &socket);
+        Self { path, backing, faults, socket, server, fuse }
     }
 
     /// From now on `what` (`read`, `write`, `flush`) fails with the errno of this name, everywhere or where `code` says.
@@ -125,6 +121,23 @@ impl FaultyFile {
         let _ = self.fuse.kill();
         let _ = self.fuse.wait();
     }
+
+    /// It is there again, after [`Self::pull`].
+    pub fn plug(&mut self) {
+        run("umount", &[Path::new("-l"), &self.path]);
+        self.fuse = mount(&self.path, &self.socket);
+    }
+}
+
+fn mount(path: &Path, socket: &Path) -> Child {
+    // It must not outlive a test that is killed.
+    let mut nbdfuse = Command::new("setpriv");
+    nbdfuse.args(["--pdeathsig", "KILL", "nbdfuse"]).arg(path).env("PATH", PATH);
+    nbdfuse.arg(format!("nbd+unix:///?socket={}", socket.display()));
+    let fuse = nbdfuse.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    // Empty is the file that it is mounted on.
+    wait_for("nbdfuse", START_TIME_MAX, || fs::metadata(path).is_ok_and(|stat| stat.len() > 0));
+    fuse
 }
 
 impl Drop for FaultyFile {
