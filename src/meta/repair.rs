@@ -13,8 +13,8 @@
 
 use super::check::{ReadBlock, read_copies};
 use super::codec::{
-    BLOCK_SIZE, Block, Classified, CloneState, DecodedZone, SECTORS_PER_BLOCK, SUPERBLOCK_COPIES, Superblock, UNKNOWN_DATA,
-    ZoneCodec, metadata_size_needed, zone_block,
+    BLOCK_SIZE, Block, Classified, CloneState, DecodedZone, SECTORS_PER_BLOCK, SUPERBLOCK_COPIES, Superblock,
+    UNKNOWN_DATA, ZoneCodec, metadata_size_needed, zone_block,
 };
 use super::commit::{COPY_NAMES, Recovery, recover};
 use super::runs::set_bits;
@@ -156,8 +156,13 @@ pub fn survey(read_block: &mut ReadBlock<'_>, device_size: u64, force: bool) -> 
         };
         bad_copies.push((copy, what));
     }
-    let mut survey =
-        Survey { generation: superblock.generation, superblock, copies: bad_copies, damaged: Vec::new(), hydrated_count: 0 };
+    let mut survey = Survey {
+        generation: superblock.generation,
+        superblock,
+        copies: bad_copies,
+        damaged: Vec::new(),
+        hydrated_count: 0,
+    };
     let codec = ZoneCodec::new(&survey.superblock);
     for zone in (0..geometry.nr_zones()).map(ZoneIndex) {
         let first_sector = zone_block(zone) * SECTORS_PER_BLOCK as u64;

@@ -14,6 +14,7 @@ mod discard;
 mod dm_clone;
 mod dm_clone_kernel;
 mod events;
+mod faults;
 mod hostile;
 mod large;
 mod load;

@@ -62,8 +62,15 @@ fn nothing_is_assumed_by_itself() {
     let found = look(&image);
     assert!(!found.is_clean());
     let lines = found.describe();
-    assert!(lines[0].starts_with("sector 17: checksum") && lines[0].ends_with("; regions 128 to 255, bytes 8388608 to 16777215 of the clone"), "{lines:?}");
-    assert_eq!(lines[1], "sector 144: all zero, what was written is lost; regions 16000 to 16127, bytes 1048576000 to 1056964607 of the clone");
+    assert!(
+        lines[0].starts_with("sector 17: checksum")
+            && lines[0].ends_with("; regions 128 to 255, bytes 8388608 to 16777215 of the clone"),
+        "{lines:?}"
+    );
+    assert_eq!(
+        lines[1],
+        "sector 144: all zero, what was written is lost; regions 16000 to 16127, bytes 1048576000 to 1056964607 of the clone"
+    );
     assert!(lines[2].starts_with("sector 151: ") && lines[2].ends_with("; no regions"), "{lines:?}");
     let nobody = "nobody knows which of the";
     refused(&image, &assume(None, &[]), "nobody knows which of the 256 regions of 2 damaged sectors were hydrated");
@@ -147,7 +154,10 @@ fn what_can_not_be_mended_is_said() {
     let mut foreign = whole.clone();
     foreign[4096..4100].copy_from_slice(b"XFSB");
     let said = error(&foreign);
-    assert!(said.starts_with("an xfs file system is in place of superblock copy B") && said.contains("--force"), "{said}");
+    assert!(
+        said.starts_with("an xfs file system is in place of superblock copy B") && said.contains("--force"),
+        "{said}"
+    );
     let decided = survey(&mut reader(&foreign), whole.len() as u64, true).unwrap().decide(&assume(None, &[])).unwrap();
     assert_eq!(decided.superblocks(), [(1, sample().encode())]);
 }

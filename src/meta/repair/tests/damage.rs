@@ -161,7 +161,9 @@ impl Shape {
         put("its block all zero", &|image| image[block.clone()].fill(0));
         put("its block all ones", &|image| image[block.clone()].fill(0xff));
         if !is_copy {
-            put("its block of another clone", &|image| image[block.clone()].copy_from_slice(&self.other[block.clone()]));
+            put("its block of another clone", &|image| {
+                image[block.clone()].copy_from_slice(&self.other[block.clone()])
+            });
         }
         found
     }
@@ -256,7 +258,8 @@ fn judge(shape: &Shape, name: &str, image: &[u8]) {
         bits
     };
     let with_unknown = |hydrated: bool| -> Vec<bool> {
-        let or_unknown = |(region, bit): (usize, &bool)| if unknown.contains(&(region as u64)) { hydrated } else { *bit };
+        let or_unknown =
+            |(region, bit): (usize, &bool)| if unknown.contains(&(region as u64)) { hydrated } else { *bit };
         original.iter().enumerate().map(or_unknown).collect()
     };
     match look(image).decide(&Assumptions::default()) {
