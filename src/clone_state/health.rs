@@ -216,7 +216,8 @@ impl CloneState {
     pub fn only_bad_regions_left(&self, shard: ShardIndex, now: Duration) {
         let mut health = self.health();
         let bad = health.bad.count();
-        if bad == 0 || !self.may_hydrate() || self.is_all_hydrated() {
+        // As long as anything is copied, by another shard, there may be more of them soon: it tells of all.
+        if bad == 0 || self.hydrating() > 0 || !self.may_hydrate() || self.is_all_hydrated() {
             return;
         }
         health.failing.insert(shard);

@@ -40,6 +40,7 @@ impl CloneSlice {
                 failures: counters.copy_failures.get(),
                 failed_regions: sched.failed_regions(),
                 paused: self.is_hydration_paused(),
+                stopped: self.state.is_hydration_stopped(),
             },
             memory: self.memory(),
         }
