@@ -233,6 +233,19 @@ mod tests {
     }
 
     #[test]
+    fn the_document_has_the_numbers() {
+        let text = include_str!("../docs/copy-failures.md").replace('\n', " ");
+        let words = [
+            format!("After each {FAILURES_PER_PAUSE} of them"),
+            format!("({FAILURES_MAX_DEFAULT}, if nothing is said; 0 is never)"),
+            format!("all of the first {BAD_RUNS_LISTED_MAX} runs"),
+        ];
+        for words in words {
+            assert!(text.contains(&words), "{words}");
+        }
+    }
+
+    #[test]
     fn words_are_bounded() {
         let geometry = Geometry::new(100 * 4096 - 100, RegionSize::new(4096).unwrap(), 64).unwrap();
         let mut bad = BadRegions::default();
