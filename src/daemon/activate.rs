@@ -174,7 +174,7 @@ pub async fn activate(
             batch_size: config.hydration_batch_size.map_or(AUTOMATIC, u64::from),
         },
     );
-    let state = Arc::new(state.with_budget(budget));
+    let state = Arc::new(state.with_budget(budget).with_hydration_failures_max(config.hydration_failures_max));
     let complete = store.superblock().state == codec::CloneState::Complete;
     let source_counts = Rc::<SourceCounts>::default();
     let nbd_source = source.as_ref().and_then(|source| watch(context, source, fingerprint, &state, &source_counts));

@@ -352,13 +352,15 @@ impl SimClone {
         for (at, event) in events.iter().enumerate() {
             let before = &events[..at];
             match event.kind {
-                HydrationStarted | HydrationPaused | HydrationFailed => {
-                    let summary = event.text.contains("in quick succession");
+                HydrationStarted | HydrationPaused | HydrationFailed | HydrationStopped => {
+                    // It is told again how many regions are bad when they get more or less.
+                    let news = before.iter().all(|other| other.text != event.text) && event.kind == HydrationFailed;
+                    let summary = news || event.text.contains("in quick succession");
                     assert!(hydration != Some(event.kind) || summary, "told twice: {events:#?}");
                     let first = hydration.is_none() && event.kind != HydrationStarted;
                     assert!(!first || summary, "nothing had begun: {events:#?}");
                     let of_this_size = before.rsplit(|event| event.kind == Resized).next().unwrap_or_default();
-                    let over = of_this_size.iter().any(|event| event.kind.is_dm());
+                    let over = of_this_size.iter().any(|event| event.kind.is_dm() && event.kind != HydrationStopped);
                     assert!(!over, "it can't hydrate any more: {events:#?}");
                     hydration = Some(event.kind);
                 }
@@ -367,7 +369,7 @@ impl SimClone {
                     let last = last.map_or(Resumed, |event| event.kind);
                     assert_ne!(last, event.kind, "told twice: {events:#?}");
                 }
-                Resized => {}
+                Resized | BadRegionsHealed => {}
                 HydrationCompleted => {
                     hydration = None;
                     let of_this_size = before.rsplit(|event| event.kind == Resized).next().unwrap_or_default();

@@ -6,6 +6,7 @@
 mod harness;
 
 mod appliance;
+mod bad_regions;
 mod clones;
 mod configs;
 mod control;
