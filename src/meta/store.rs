@@ -225,10 +225,13 @@ impl Store {
         }
     }
 
-    /// The second half of [`Self::open`], for a caller that compares the superblock with its devices first.
+    /// The second half of [`Self::open`], for a caller that compares the superblock with its devices first. Flushes: bits
+    /// that count must be durable, and a process that was killed in a commit may have left some in a volatile cache.
     pub async fn load(disk: Rc<dyn Disk>, recovered: Recovered) -> Result<Opened> {
         let Recovered { superblock, notes, copy_stale, .. } = recovered;
         check_size(&*disk, &superblock)?;
+        // Before they are read: what a flush that fails drops is not seen then.
+        disk.flush().await?;
         let (geometry, mut generation) = (superblock.geometry, superblock.generation);
         let complete = superblock.state == CloneState::Complete;
         let store = Store::new(disk, superblock);

@@ -255,6 +255,46 @@ impl SimDisk {
         image
     }
 
+    /// The disk as the next process finds it after this one was killed: the cache goes on. What was in flight has
+    /// ended, each of its sectors written or not.
+    pub fn after_kill(&self) -> Rc<Self> {
+        let mut old = self.state.borrow_mut();
+        let mut state = State {
+            live: std::mem::take(&mut old.live),
+            durable: std::mem::take(&mut old.durable),
+            cached: std::mem::take(&mut old.cached),
+            next: old.next,
+            ..State::default()
+        };
+        // What a failed flush has dropped is not there for the next process: its reads go to the device, not to the pages
+        // that this one's flush has left clean.
+        state.live.clone_from(&state.durable);
+        for (sector, versions) in &state.cached {
+            let Some(last) = versions.last() else { continue };
+            state.live[sector * SECTOR..sector * SECTOR + last.data.len()].copy_from_slice(&last.data);
+        }
+        for (write, Flight { offset, data, applied }) in std::mem::take(&mut old.in_flight) {
+            for part in sectors(offset as usize, data.len()).split_off(applied) {
+                if self.sim.draw(|rng| rng.one_in(2)) {
+                    let at = part.start - offset as usize;
+                    state.apply(write, part.start, &data[at..at + part.len()]);
+                }
+            }
+            state.in_flight.insert(write, Flight { offset, data, applied });
+            state.complete(write);
+        }
+        Rc::new(Self {
+            sim: self.sim.clone(),
+            name: self.name,
+            // It may have grown through another handle.
+            info: DiskInfo { size: state.live.len() as u64, ..self.info },
+            state: Rc::new(RefCell::new(state)),
+            latency_us: self.latency_us.clone(),
+            stalls: self.stalls.clone(),
+            can_zero: self.can_zero.clone(),
+        })
+    }
+
     fn check(&self, range: ByteRange) {
         let (block, size) = (u64::from(self.info.block), self.info.size);
         assert!(range.start().is_multiple_of(block) && range.end() <= size, "{range:?} of {size}, block {block}");

@@ -402,10 +402,11 @@ pub fn simulate(seed: u64, failures: bool) -> Outcome {
     let lives = lives + u64::from(failures);
     let growths = Growths::default();
     let mut size = setup.size;
+    let mut was_killed = false;
     for life in 0..lives {
         let last = life + 1 == lives;
         heal(&devices);
-        if failures && life > 0 && sim.draw(|rng| rng.one_in(3)) {
+        if failures && life > 0 && !was_killed && sim.draw(|rng| rng.one_in(3)) {
             rot_metadata(&sim, &setup, &devices);
         }
         let excused = if failures && !last { plague(&sim, &devices) } else { Vec::new() };
@@ -414,7 +415,11 @@ pub fn simulate(seed: u64, failures: bool) -> Outcome {
         let clone = start(&sim, &setup, &mut devices, &*excuses);
         let laws = Laws::watch(&clone, &oracle);
         size = settle_growth(&clone, &oracle, &growths, size);
-        if life > 0 && sim.draw(|rng| rng.one_in(2)) && sim.block_on(read_all(&clone, &oracle, &*excuses)) {
+        if life > 0
+            && sim.draw(|rng| rng.one_in(2))
+            && sim.block_on(read_all(&clone, &oracle, &*excuses))
+            && !was_killed
+        {
             oracle.settle();
         }
         let clients = sim.draw(|rng| rng.between(1, 6)) as u32;
@@ -444,7 +449,8 @@ pub fn simulate(seed: u64, failures: bool) -> Outcome {
                 sim.run_for(polls.next());
             }
             sim.run_for(Duration::from_micros(after));
-            sim.count(Group::End, "crash");
+            was_killed = sim.draw(|rng| rng.one_in(3));
+            sim.count(Group::End, if was_killed { "kill" } else { "crash" });
         } else {
             sim.block_on(async {
                 let mut polls = Polls(Duration::from_millis(1));
@@ -467,11 +473,12 @@ pub fn simulate(seed: u64, failures: bool) -> Outcome {
             });
             sim.count(Group::End, "stop");
             // The daemon has ended, and then the power fails as well.
+            was_killed = false;
         }
         if !was_complete {
             clone.check_events();
         }
-        devices = devices.crash(&sim);
+        devices = if was_killed { devices.kill(&sim) } else { devices.crash(&sim) };
         oracle.crash();
         size = load.size.get();
         setup.shards = sim.draw(|rng| rng.between(1, 4)) as u16;
