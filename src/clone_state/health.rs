@@ -40,6 +40,8 @@ pub(super) struct Health {
     failing: BTreeSet<ShardIndex>,
     source: Condition<SourceHealth>,
     source_text: String,
+    /// Why the metadata mode is not `rw`.
+    pub(super) mode_reason: Option<String>,
 }
 
 impl Default for Health {
@@ -50,6 +52,7 @@ impl Default for Health {
             failing: BTreeSet::new(),
             source: Condition::new(SourceHealth::Found),
             source_text: String::new(),
+            mode_reason: None,
         }
     }
 }

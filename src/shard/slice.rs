@@ -281,7 +281,9 @@ impl CloneSlice {
 
     pub(super) fn log_failure(&self, error: &Error) {
         if let Some(line) = self.failures.borrow_mut().line(self.env.now(), error) {
-            log::warn!("clone '{}': {line}", self.state.name);
+            // Some errors name the clone themselves.
+            let name = format!("clone '{}': ", self.state.name);
+            log::warn!("{name}{}", line.strip_prefix(&name).unwrap_or(&line));
         }
     }
 
