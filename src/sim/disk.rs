@@ -288,8 +288,6 @@ impl SimDisk {
             name: self.name,
             // It may have grown through another handle.
             info: DiskInfo { size: state.live.len() as u64, ..self.info },
-            name: self.name,
-            stalls: Rc::default(),
             state: Rc::new(RefCell::new(state)),
             latency_us: self.latency_us.clone(),
             stalls: self.stalls.clone(),
