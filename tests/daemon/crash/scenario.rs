@@ -217,6 +217,17 @@ impl Scenario {
         for (server, args) in self.clones.iter_mut().filter_map(|clone| clone.server.as_mut()).filter(|_| kill_source) {
             server.again(args);
         }
+        if self.random.chance(30) {
+            // At once, while the kernel still puts away what was in flight. Nobody uses it, so that no bit changes.
+            options.hydration = Hydration::Off;
+            let daemon = self.spawn(&options);
+            if self.random.chance(50) {
+                self.clones.iter().for_each(|clone| drop(Self::connect(&daemon, &clone.name)));
+            }
+            self.pause(0..40_000);
+            daemon.kill9();
+            report.killed(Doing::Start.name(false));
+        }
         self.after_kill(report);
     }
 
