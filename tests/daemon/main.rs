@@ -6,6 +6,7 @@
 mod harness;
 
 mod appliance;
+mod bad_regions;
 mod clones;
 mod configs;
 mod control;
@@ -14,6 +15,8 @@ mod discard;
 mod dm_clone;
 mod dm_clone_kernel;
 mod events;
+mod faults;
+mod hostile;
 mod large;
 mod load;
 mod meta_tools;
