@@ -9,9 +9,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::CloneEvents;
 use crate::events::EventKind;
 use crate::hydration_budget::BudgetMember;
+use crate::hydration_failures::FAILURES_MAX_DEFAULT;
 use crate::units::{CloneId, Geometry, ShardIndex};
 use health::Health;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::*};
+pub use health::{CopyFailure, FailureReport, LastFailure};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::*};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -66,6 +68,12 @@ pub struct CloneState {
     enabled: AtomicBool,
     threshold: AtomicU64,
     batch_size: AtomicU64,
+    /// So many failures in a row stop hydration; 0 is none.
+    failures_max: AtomicU32,
+    /// They did: no background copy begins.
+    hydration_stopped: AtomicBool,
+    /// Background copies have failed since the last one succeeded: spares the lock.
+    is_failing: AtomicBool,
     complete: AtomicBool,
     stopping: AtomicBool,
     held: AtomicBool,
@@ -105,6 +113,9 @@ impl CloneState {
             enabled: AtomicBool::new(knobs.enabled),
             threshold: AtomicU64::new(knobs.threshold),
             batch_size: AtomicU64::new(knobs.batch_size),
+            failures_max: AtomicU32::new(FAILURES_MAX_DEFAULT),
+            hydration_stopped: AtomicBool::new(false),
+            is_failing: AtomicBool::new(false),
             complete: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             held: AtomicBool::new(false),
@@ -141,6 +152,11 @@ impl CloneState {
     /// Shares its hydration bandwidth with the other clones of the budget, from the start to the end of this state.
     pub fn with_budget(self, budget: BudgetMember) -> Self {
         Self { budget, ..self }
+    }
+
+    /// Stops hydration after so many failures in a row; 0 never does. [`FAILURES_MAX_DEFAULT`] when nothing is said.
+    pub fn with_hydration_failures_max(self, failures: u32) -> Self {
+        Self { failures_max: AtomicU32::new(failures), ..self }
     }
 
     /// Its part of the hydration bandwidth: priority and rates.
@@ -222,7 +238,9 @@ impl CloneState {
     /// `now` is the environment's time.
     pub fn set_hydration_enabled(&self, enabled: bool, now: Duration) {
         self.enabled.store(enabled, Release);
-        if !enabled {
+        if enabled {
+            self.hydration_goes_on(now);
+        } else {
             self.hydration_paused("disable_hydration", now);
         }
     }
@@ -233,10 +251,21 @@ impl CloneState {
             self.hydration_paused("hydration_threshold 0", now);
         }
     }
+    /// In force for the next failure. One that has stopped already is not started by it.
+    pub fn set_hydration_failures_max(&self, failures: u32) {
+        self.failures_max.store(failures, Release);
+    }
+    pub fn hydration_failures_max(&self) -> u32 {
+        self.failures_max.load(Acquire)
+    }
+    /// Stopped after failures, until [`Self::set_hydration_enabled`].
+    pub fn is_hydration_stopped(&self) -> bool {
+        self.hydration_stopped.load(Acquire)
+    }
     /// Whether copies may be started in the background at all.
     pub fn may_hydrate(&self) -> bool {
         let knobs = self.knobs();
-        let goes_on = !self.is_stopping() && !self.is_held();
+        let goes_on = !self.is_stopping() && !self.is_held() && !self.is_hydration_stopped();
         knobs.enabled && knobs.threshold > 0 && self.mode() == Mode::ReadWrite && goes_on
     }
     pub fn set_hydration_batch_size(&self, regions: u64) {
@@ -249,6 +278,8 @@ impl CloneState {
     }
     pub fn set_complete(&self) {
         self.complete.store(true, Release);
+        // Clients may have overwritten what could not be copied.
+        self.hydration_stopped.store(false, Release);
         self.events.set_complete();
     }
     pub fn is_stopping(&self) -> bool {

@@ -129,9 +129,9 @@ pub async fn activate(
     let (metadata, created_metadata) = open(Role::Metadata, &config.metadata, metadata, metadata_size).await?;
     let (store, zones, generation) = match found {
         FoundMetadata::Ours(opened) => {
-            opened.notes.iter().for_each(|note| log::warn!("{}: {note}", metadata.label()));
-            if opened.copy_stale {
-                opened.store.mend().await.map_err(|error| error.within(metadata.label()))?;
+            // What is wrong with a superblock copy was told when it was found.
+            if let Some(told) = opened.store.mend().await.map_err(|error| error.within(metadata.label()))? {
+                log::warn!("{}: {told}", metadata.label());
             }
             let (superblock, mut generation) = (opened.store.superblock(), opened.generation);
             if superblock.lacks_devices() && superblock.state == codec::CloneState::Active {
@@ -176,7 +176,7 @@ pub async fn activate(
             batch_size: config.hydration_batch_size.map_or(AUTOMATIC, u64::from),
         },
     );
-    let state = Arc::new(state.with_budget(budget));
+    let state = Arc::new(state.with_budget(budget).with_hydration_failures_max(config.hydration_failures_max));
     let complete = store.superblock().state == codec::CloneState::Complete;
     let source_counts = Rc::<SourceCounts>::default();
     let nbd_source = source.as_ref().and_then(|source| watch(context, source, fingerprint, &state, &source_counts));

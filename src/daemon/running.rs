@@ -8,8 +8,8 @@ use super::rate::Rate;
 use crate::clone_state::{AUTOMATIC, Mode};
 use crate::config::CloneConfig;
 use crate::control::api::{
-    CloneRunState, Features, HydrationState, HydrationStatus, IoCounters, Message, MetadataMode, MetadataStatus,
-    NbdStatus, SourceState, SourceStatus, Status,
+    CloneRunState, CopyFailureStatus, FailedRange, Features, HydrationState, HydrationStatus, IoCounters, Message,
+    MetadataMode, MetadataStatus, NbdStatus, SourceState, SourceStatus, Status,
 };
 use crate::dm_table;
 use crate::error::{Error, ErrorKind, Result};
@@ -21,7 +21,7 @@ use crate::shard::pool::ShardContext;
 use crate::shard::slice::SliceStats;
 use crate::shard::{Mesh, ShardReply, ShardRequest};
 use crate::source::uri::SourceSpec;
-use crate::units::{CloneId, ShardIndex};
+use crate::units::{CloneId, RegionRange, ShardIndex};
 use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::rc::Rc;
@@ -163,8 +163,9 @@ impl RunningClone {
         let (state, config) = (&self.clone.state, &self.config);
         let geometry = &state.geometry();
         let source = self.source();
-        let hydration_state = self.hydration_state(&stats, source.state);
+        // Before what they tell of: who has seen an event's number has seen what it says, or more.
         let events = state.events().count();
+        let hydration_state = self.hydration_state(&stats, source.state);
         let commits = self.clone.coordinator.stats();
         Ok(Status {
             name: state.name.clone(),
@@ -179,8 +180,12 @@ impl RunningClone {
             suspended: state.is_suspended(),
             suspending: self.clone.coordinator.is_suspending(),
             resizing: self.clone.resizing.get(),
-            hydration: self.hydration(context, &stats, hydration_state),
-            features: Features { no_hydration: !state.knobs().enabled, no_discard_passdown: !state.discard_passdown },
+            hydration: self.hydration(context, hydration_state),
+            features: Features {
+                // In force again with the same message.
+                no_hydration: !state.knobs().enabled || hydration_state == HydrationState::Stopped,
+                no_discard_passdown: !state.discard_passdown,
+            },
             metadata: MetadataStatus {
                 path: config.metadata.display().to_string(),
                 mode: match state.mode() {
@@ -263,6 +268,8 @@ impl RunningClone {
             HydrationState::Complete
         } else if !knobs.enabled || knobs.threshold == 0 || state.is_held() {
             HydrationState::Paused
+        } else if state.is_hydration_stopped() {
+            HydrationState::Stopped
         } else if source == SourceState::Lost {
             HydrationState::SourceLost
         } else if source == SourceState::Changed {
@@ -279,7 +286,7 @@ impl RunningClone {
         }
     }
 
-    fn hydration(&self, context: &ShardContext, stats: &SliceStats, now: HydrationState) -> HydrationStatus {
+    fn hydration(&self, context: &ShardContext, now: HydrationState) -> HydrationStatus {
         let state = &self.clone.state;
         let (geometry, knobs) = (&state.geometry(), state.knobs());
         let automatic_batch = automatic_batch_regions(geometry);
@@ -289,6 +296,17 @@ impl RunningClone {
         let set = |value: u64| u32::try_from(value).ok();
         let running = matches!(now, HydrationState::Running | HydrationState::Idle);
         let bytes_per_second = if running { self.rate.borrow().bytes_per_second() } else { 0 };
+        let failures = state.failure_report();
+        let failed_range = |run: &RegionRange| {
+            let bytes = geometry.bytes_of(*run);
+            FailedRange {
+                first_region: run.first().0,
+                regions: run.count(),
+                offset: bytes.start(),
+                length: bytes.len(),
+            }
+        };
+        let listed: u64 = failures.bad_runs.iter().map(|run| run.count()).sum();
         let left = (geometry.nr_regions() - state.hydrated()) * geometry.region_size().bytes();
         HydrationStatus {
             enabled: knobs.enabled,
@@ -297,7 +315,12 @@ impl RunningClone {
             threshold_effective: u32::try_from(threshold).unwrap_or(u32::MAX),
             batch_size_effective: u32::try_from(batch.min(threshold.max(1))).unwrap_or(u32::MAX),
             state: now,
-            failed_regions: stats.failed_regions,
+            failures_max: state.hydration_failures_max(),
+            failures_in_a_row: failures.in_a_row,
+            failed_regions: failures.bad_regions,
+            failed_ranges: failures.bad_runs.iter().map(failed_range).collect(),
+            failed_regions_more: failures.bad_regions - listed,
+            last_failure: failures.last.map(|last| CopyFailureStatus { error: last.text, errno: last.errno }),
             rate: state.budget().rate(),
             total_rate: state.budget().total_rate(),
             priority: u32::try_from(state.budget().weight()).unwrap_or(u32::MAX),
@@ -335,6 +358,7 @@ impl RunningClone {
             Message::HydrationThreshold(regions) => state.set_hydration_threshold(u64::from(regions), now),
             Message::HydrationBatchSize(regions) => state.set_hydration_batch_size(u64::from(regions)),
             Message::HydrationRate(rate) => state.budget().set_rate(rate, context.env.now()),
+            Message::HydrationFailuresMax(failures) => state.set_hydration_failures_max(failures),
             Message::Priority(priority) => state.budget().set_priority(priority),
         }
         for shard in 0..context.mesh.shards() {

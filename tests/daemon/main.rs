@@ -6,14 +6,17 @@
 mod harness;
 
 mod appliance;
+mod bad_regions;
 mod clones;
 mod configs;
 mod control;
+mod crash;
 mod discard;
 mod dm_clone;
 mod dm_clone_kernel;
 mod events;
 mod faults;
+mod hostile;
 mod large;
 mod load;
 mod meta_tools;
