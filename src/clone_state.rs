@@ -81,6 +81,7 @@ pub struct CloneState {
     /// Per shard: bits were set since its last snapshot.
     dirty: Box<[AtomicBool]>,
     foreground_in_flight: AtomicU64,
+    flush_errors: AtomicU64,
     /// Environment time of the last client request's end, in microseconds.
     foreground_last_us: AtomicU64,
     events: Arc<CloneEvents>,
@@ -121,6 +122,7 @@ impl CloneState {
             suspended: AtomicBool::new(false),
             dirty: (0..shards).map(|_| AtomicBool::new(false)).collect(),
             foreground_in_flight: AtomicU64::new(0),
+            flush_errors: AtomicU64::new(0),
             foreground_last_us: AtomicU64::new(0),
             events,
             health: Mutex::default(),
@@ -176,9 +178,15 @@ impl CloneState {
             log::error!("clone '{}': metadata mode is now {}: {why}", self.name, to.word());
             let kind = if to == Mode::Failed { EventKind::Failed } else { EventKind::ReadOnly };
             // Under the lock: what is told of the hydration is told before this, or not at all.
-            let _health = self.health();
+            let mut health = self.health();
+            health.mode_reason = Some(why.to_string());
             self.events.record(kind, format!("metadata mode {}: {why}", to.word()));
         }
+    }
+
+    /// Why the mode is not `rw`, in words.
+    pub fn mode_reason(&self) -> Option<String> {
+        self.health().mode_reason.clone()
     }
 
     /// Refuses what may not be done in the present mode. `needs_metadata`: it would set new bits, or promises
@@ -318,6 +326,14 @@ impl CloneState {
     pub fn foreground_ends(&self, now: Duration) {
         self.foreground_last_us.store(now.as_micros() as u64, Relaxed);
         self.foreground_in_flight.fetch_sub(1, Relaxed);
+    }
+    /// Flushes of clients that failed, and commits of FUA writes that concern several slices. What fails in a slice is
+    /// counted there.
+    pub fn flush_errors(&self) -> u64 {
+        self.flush_errors.load(Relaxed)
+    }
+    pub fn flush_failed(&self) {
+        self.flush_errors.fetch_add(1, Relaxed);
     }
     /// Parts of client requests that slices are carrying out now, of all shards.
     pub fn foreground_in_flight(&self) -> u64 {

@@ -2,12 +2,13 @@
 //!
 //! `registry` has the clones by name; `prepare` tries everything that can fail before the first change on disk
 //! (devices, locks, metadata, the source), `activate` makes that change, `running` is a clone at work,
-//! `listeners` are where its clients come from, `control` is who steers it all. The end is: no new connections,
+//! `device_watch` looks after its files, `listeners` are where its clients come from, `control` is who steers it all. The end is: no new connections,
 //! what is in flight is finished, hydration drained, one last commit.
 
 mod activate;
 mod as_table;
 mod control;
+mod device_watch;
 mod listeners;
 mod prepare;
 mod rate;
@@ -163,6 +164,7 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
         }
     }));
     context.env.spawn_background(Box::pin(daemon.clone().watch()));
+    context.env.spawn_background(Box::pin(daemon.clone().watch_devices()));
     context.env.spawn_background(Box::pin(dumper.clone().run()));
     stop.notified().await;
     dumper.stop();

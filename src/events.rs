@@ -72,6 +72,10 @@ kinds! {
     SourceFound "source_found",
     /// It came back as another one: nothing more is read from it.
     SourceChanged "source_changed",
+    /// Destination or metadata were deleted, moved or replaced under the daemon.
+    DeviceLost "device_lost",
+    /// They are at their path again.
+    DeviceFound "device_found",
     /// I/O is held.
     Suspended "suspended",
     /// I/O goes on.
@@ -224,8 +228,9 @@ mod tests {
     #[test]
     fn names_are_pinned() {
         let names: Vec<_> = EventKind::ALL.iter().map(|kind| kind.name()).collect();
-        let pinned = "created start_failed hydration_started hydration_paused hydration_failed \
-                      hydration_stopped bad_regions_healed hydration_completed read_only failed source_lost source_found source_changed suspended resumed resized stopped removed";
+        let pinned = "created start_failed hydration_started hydration_paused hydration_failed hydration_stopped \
+                      bad_regions_healed hydration_completed read_only failed source_lost source_found source_changed \
+                      device_lost device_found suspended resumed resized stopped removed";
         assert_eq!(names.join(" "), pinned);
         for kind in EventKind::ALL {
             let json = serde_json::to_string(kind).unwrap();

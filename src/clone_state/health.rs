@@ -76,6 +76,8 @@ pub(super) struct Health {
     last_failure: Option<LastFailure>,
     source: Condition<SourceHealth>,
     source_text: String,
+    /// Why the metadata mode is not `rw`.
+    pub(super) mode_reason: Option<String>,
 }
 
 impl Default for Health {
@@ -90,6 +92,7 @@ impl Default for Health {
             last_failure: None,
             source: Condition::new(SourceHealth::Found),
             source_text: String::new(),
+            mode_reason: None,
         }
     }
 }

@@ -25,6 +25,10 @@ const RANGES_SHOWN_MAX: usize = 4;
 /// What a source that is another one means, and what to do.
 const SOURCE_CHANGED: &str = "changed: nothing more is read from it; when the right one is back, \
     remove and create the clone again (or restart)";
+/// What the metadata modes mean, and what to do.
+const READ_ONLY: &str = "only what is hydrated can be used, and no flush succeeds; put that right, then stop it and start \
+    the clone again: it has all that was flushed";
+const FAILED: &str = "no I/O is permitted; put that right, then stop it and start the clone again";
 
 pub fn run(args: &StatusArgs, out: &mut dyn Write) -> Result<()> {
     let found = find(args.name.as_ref(), &args.control)?;
@@ -106,6 +110,9 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
         ByteSize(status.region_size)
     )?;
     let mut line = |label: &str, value: String| writeln!(text, "  {label:<12} {value}");
+    for warning in &status.warnings {
+        line("WARNING", warning.clone())?;
+    }
     if status.suspended {
         line("suspended", "I/O and hydration are held, everything is committed".into())?;
     } else if status.suspending {
@@ -135,19 +142,24 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
     }
     line("source", source_words(status))?;
     line("destination", status.destination.clone())?;
-    let mode = match status.metadata.mode {
-        MetadataMode::ReadWrite => "rw",
-        MetadataMode::ReadOnly => "ro: a commit failed, nothing that needs new metadata is accepted",
-        MetadataMode::Fail => "Fail: no I/O is safe",
-        MetadataMode::Unopened => "not open",
-    };
+    let metadata = &status.metadata;
     line(
         "metadata",
         format!(
-            "{}, {mode}; {} of {} blocks, generation {}",
-            status.metadata.path, status.metadata.used_blocks, status.metadata.total_blocks, status.metadata.generation
+            "{}, {}; {} of {} blocks, generation {}",
+            metadata.path, metadata.mode, metadata.used_blocks, metadata.total_blocks, metadata.generation
         ),
     )?;
+    let means = match metadata.mode {
+        MetadataMode::ReadWrite | MetadataMode::Unopened => None,
+        MetadataMode::ReadOnly => Some(READ_ONLY),
+        MetadataMode::Fail => Some(FAILED),
+    };
+    if let Some(means) = means {
+        let mode = metadata.mode;
+        line("", format!("{mode} because of {}", metadata.error.as_deref().unwrap_or("a commit that failed")))?;
+        line("", means.into())?;
+    }
     line("nbd", format!("{}; {}", nbd_words(status), plural(status.nbd.connections.into(), "client")))?;
     line(
         "I/O",
@@ -399,6 +411,7 @@ mod tests {
             name: "vm1".into(),
             state: CloneRunState::Running,
             error: None,
+            warnings: Vec::new(),
             suspended: false,
             suspending: false,
             resizing: false,
@@ -433,6 +446,7 @@ mod tests {
             metadata: MetadataStatus {
                 path: "/var/lib/vm1.meta".into(),
                 mode: MetadataMode::ReadWrite,
+                error: None,
                 block_size: 4096,
                 used_blocks: 10,
                 total_blocks: 16,
@@ -494,6 +508,16 @@ vm1: 16GiB, 262144 regions of 64KiB
         let line = "  source       nbd://backup/vm1, changed: nothing more is read from it; when the right one is back, \
                     remove and create the clone again (or restart)\n";
         assert!(text_of(&changed).contains(line), "{}", text_of(&changed));
+        let mut read_only = sample();
+        read_only.warnings = vec!["destination /dev/vg/vm1 was deleted".into()];
+        assert!(text_of(&read_only).contains("64KiB\n  WARNING      destination /dev/vg/vm1 was deleted\n"));
+        read_only.metadata.mode = MetadataMode::ReadOnly;
+        read_only.metadata.error = Some("destination /dev/vg/vm1: flush: Input/output error".into());
+        let lines = "  metadata     /var/lib/vm1.meta, ro; 10 of 16 blocks, generation 17\n               \
+                     ro because of destination /dev/vg/vm1: flush: Input/output error\n               \
+                     only what is hydrated can be used, and no flush succeeds; put that right, then stop it and start \
+                     the clone again: it has all that was flushed\n";
+        assert!(text_of(&read_only).contains(lines), "{}", text_of(&read_only));
     }
 
     #[test]

@@ -53,6 +53,8 @@ pub struct Status {
     pub state: CloneRunState,
     /// Why it could not be started; null unless `state` is `failed`.
     pub error: Option<String>,
+    /// What is wrong with its files (deleted, moved, cut off), and what to do about it: a line each.
+    pub warnings: Vec<String>,
     /// Size of the clone, in bytes: that of the source.
     pub size: u64,
     /// In bytes.
@@ -243,6 +245,8 @@ pub struct MetadataStatus {
     /// Path of the metadata.
     pub path: String,
     pub mode: MetadataMode,
+    /// Why the mode is not `rw`: what failed, and how; null when it is.
+    pub error: Option<String>,
     /// Size of a metadata block, in bytes.
     pub block_size: u32,
     pub used_blocks: u64,

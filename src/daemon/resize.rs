@@ -147,7 +147,8 @@ impl RunningClone {
         [destination, metadata]: [&Device; 2],
     ) -> Result<()> {
         let clone = &self.clone;
-        let watched = source.as_ref().and_then(|s| activate::watch(context, s, &clone.state, &clone.source_counts));
+        let watched =
+            source.as_ref().and_then(|s| activate::watch(context, s, fingerprint, &clone.state, &clone.source_counts));
         let parts = GrowParts {
             from_size,
             geometry,

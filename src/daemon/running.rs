@@ -1,6 +1,7 @@
 //! A clone that runs: from what was prepared to its orderly end, and what it tells about itself.
 
 use super::activate::{self, ActiveClone, Shared};
+use super::device_watch::Watched;
 use super::listeners::{Exported, Listeners};
 use super::prepare::Prepared;
 use super::rate::Rate;
@@ -40,6 +41,7 @@ pub struct RunningClone {
     pub started: Instant,
     /// When every region was hydrated, as far as was noticed.
     pub complete_since: Cell<Option<Instant>>,
+    pub watched: Watched,
 }
 
 impl RunningClone {
@@ -70,6 +72,7 @@ impl RunningClone {
             rate: RefCell::default(),
             started: Instant::now(),
             complete_since: Cell::new(None),
+            watched: Watched::default(),
         });
         if let Err(error) = running.serve(context).await {
             // What it says of its end is less than why.
@@ -99,7 +102,7 @@ impl RunningClone {
     }
 
     /// Ends it: clients, then copies in flight, get until `deadline`; one last commit. Nothing of it runs after that,
-    /// whatever is returned: the error is that of the commit.
+    /// whatever is returned: the error is that of the commit, or tells of files that were deleted.
     pub async fn end(&self, context: &Rc<ShardContext>, listeners: &Listeners, deadline: Duration) -> Result<()> {
         let state = &self.clone.state;
         self.clone.coordinator.begin_stop().await;
@@ -136,9 +139,10 @@ impl RunningClone {
                 state.events().record(EventKind::Stopped, format!("stopped without its last commit: {error}"));
             }
         }
+        let kept = self.look_for_the_last_time(context).await;
         activate::abandon(context, state.id).await;
         listeners.release(context, &self.exported.listener, &self.exported.name).await;
-        committed
+        committed.map_err(|error| error.within("its last commit failed")).and(kept)
     }
 
     /// The counters of all shards together.
@@ -167,6 +171,7 @@ impl RunningClone {
             name: state.name.clone(),
             state: CloneRunState::Running,
             error: None,
+            warnings: self.warnings(),
             size: geometry.size(),
             region_size: geometry.region_size().bytes(),
             nr_regions: geometry.nr_regions(),
@@ -188,6 +193,7 @@ impl RunningClone {
                     Mode::ReadOnly => MetadataMode::ReadOnly,
                     Mode::Failed => MetadataMode::Fail,
                 },
+                error: state.mode_reason(),
                 block_size: codec::BLOCK_SIZE as u32,
                 used_blocks: codec::SUPERBLOCK_COPIES + geometry.nr_zones(),
                 total_blocks: self.clone.devices.borrow()[1].size / codec::BLOCK_SIZE as u64,
@@ -213,7 +219,7 @@ impl RunningClone {
                 write_bytes: stats.write_bytes,
                 trim_bytes: stats.trim_bytes,
                 write_zeroes_bytes: stats.write_zeroes_bytes,
-                errors: stats.errors,
+                errors: stats.errors + state.flush_errors(),
                 source_read_bytes: stats.source_read_bytes,
                 hydrated_bytes: stats.hydrated_bytes,
                 commits: commits.commits,

@@ -321,6 +321,11 @@ fn file_allocation(fd: RawFd, range: ByteRange) -> io::Result<Vec<Extent<Allocat
         at = next;
         data = !data;
     }
+    // Behind its end there is neither data nor a hole. Looked at last: it may be cut off at any moment.
+    let end = seek(fd, 0, libc::SEEK_END)?.unwrap_or(0);
+    if end < range.end() {
+        return Err(io::Error::other(format!("the file ends at {end}")));
+    }
     Ok(extents)
 }
 

@@ -230,6 +230,12 @@ impl CloneSlice {
         self.sched.borrow().is_paused() || self.state.hydration_paused_until(self.env.now()).is_some()
     }
 
+    /// The bits, for simulations that check them.
+    #[cfg(test)]
+    pub fn map(&self) -> std::cell::Ref<'_, RegionMap> {
+        self.map.borrow()
+    }
+
     /// The source; gone once everything is hydrated.
     pub fn source(&self) -> Result<Rc<dyn Source>> {
         let source = self.source.borrow().clone();
@@ -280,7 +286,9 @@ impl CloneSlice {
 
     pub(super) fn log_failure(&self, error: &Error) {
         if let Some(line) = self.failures.borrow_mut().line(self.env.now(), error) {
-            log::warn!("clone '{}': {line}", self.state.name);
+            // Some errors name the clone themselves.
+            let name = format!("clone '{}': ", self.state.name);
+            log::warn!("{name}{}", line.strip_prefix(&name).unwrap_or(&line));
         }
     }
 

@@ -89,21 +89,25 @@ impl Devices {
         let metadata = vec![0; metadata_size_needed(&setup.geometry()) as usize];
         Self {
             source: SimSource::new(sim, content),
-            destination: SimDisk::new(sim, old, setup.block),
-            metadata: SimDisk::new(sim, metadata, 512),
+            destination: SimDisk::new(sim, "destination", old, setup.block),
+            metadata: SimDisk::new(sim, "metadata", metadata, 512),
         }
     }
 
     /// The power fails, and is back.
     pub fn crash(&self, sim: &Sim) -> Self {
         sim.kill_all();
-        let again = |disk: &SimDisk| {
-            let new = SimDisk::new(sim, disk.crash_image(), disk.info().block);
-            new.can_zero.set(disk.can_zero.get());
-            new.latency_us.set(disk.latency_us.get());
-            new
-        };
-        Self { source: self.source.clone(), destination: again(&self.destination), metadata: again(&self.metadata) }
+        sim.say(|| "CRASH".into());
+        Self { source: self.source.clone(), destination: self.destination.crashed(), metadata: self.metadata.crashed() }
+    }
+}
+
+impl Devices {
+    /// The daemon is killed, and the power stays: what is in the caches is there for the next one.
+    pub fn kill(&self, sim: &Sim) -> Self {
+        sim.kill_all();
+        let (destination, metadata) = (self.destination.after_kill(), self.metadata.after_kill());
+        Self { source: self.source.clone(), destination, metadata }
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod bad_regions;
 mod commits;
+mod explore;
 mod failures;
 mod growth;
 mod hydration;

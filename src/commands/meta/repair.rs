@@ -22,7 +22,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 fn assumptions(args: &RepairArgs) -> Result<Assumptions> {
-    let mut assume = Assumptions::default();
+    let mut assume = Assumptions { force: args.force, ..Assumptions::default() };
     for arg in &args.assume {
         let before = match arg.sector {
             Some(sector) => assume.by_sector.insert(sector, arg.hydrated),
@@ -56,7 +56,7 @@ pub fn run(args: &RepairArgs, out: &mut dyn Write) -> Result<()> {
     let disk = BlockingDisk::new(open(args)?);
     let mut image = Image::over(disk.device())?;
     let size = image.size();
-    let found = survey(&mut |block| image.block(block), size).map_err(&in_metadata)?;
+    let found = survey(&mut |block| image.block(block), size, args.force).map_err(&in_metadata)?;
     if found.is_clean() {
         return writeln!(out, "clean: there is nothing to repair").map_err(output_failed);
     }
