@@ -225,15 +225,15 @@ impl CloneSlice {
         }
     }
 
-    /// Whether it pauses because of failures, those of this slice or of the clone.
-    pub(super) fn is_hydration_paused(&self) -> bool {
-        self.sched.borrow().is_paused() || self.state.hydration_paused_until(self.env.now()).is_some()
-    }
-
     /// The bits, for simulations that check them.
     #[cfg(test)]
     pub fn map(&self) -> std::cell::Ref<'_, RegionMap> {
         self.map.borrow()
+    }
+
+    /// Whether it pauses because of failures, those of this slice or of the clone.
+    pub(super) fn is_hydration_paused(&self) -> bool {
+        self.sched.borrow().is_paused() || self.state.hydration_paused_until(self.env.now()).is_some()
     }
 
     /// The source; gone once everything is hydrated.

@@ -9,6 +9,7 @@ mod hydration;
 mod metrics;
 mod order;
 mod random;
+mod rot;
 mod shares;
 mod suspend;
 
