@@ -215,6 +215,11 @@ impl Survey {
         self.copies.is_empty() && self.damaged.is_empty() && !self.contradicts_itself()
     }
 
+    /// How many regions are known to be hydrated: of good sectors, and of those whose bits are proven.
+    pub fn hydrated_count(&self) -> u64 {
+        self.hydrated_count
+    }
+
     /// Marked complete, with good sectors that say otherwise.
     fn contradicts_itself(&self) -> bool {
         let lost = self.damaged.iter().filter(|damaged| !damaged.is_proven);

@@ -185,7 +185,16 @@ pub fn rot_metadata(sim: &Sim, setup: &Setup, devices: &Devices) {
         metadata.rot(range, &bytes(range));
         return;
     }
+    // Something known in the place of one copy is not taken for damage: somebody has written there. Garbage is damage, unless
+    // it happens to look like something.
     let copy = ["copy A", "copy B"][block as usize];
+    let is_used = matches!(sim.block_on(probe(&**metadata)).unwrap(), Recovery::Use(_));
+    if in_block == 0 && how == Rot::Garbage && !is_used {
+        let error = refused();
+        assert!(error.kind() == ErrorKind::Damaged && error.to_string().contains(copy), "{error}");
+        metadata.rot(range, &bytes(range));
+        return;
+    }
     if sim.draw(|rng| rng.one_in(3)) && how != Rot::Unreadable {
         // The other copy as well.
         let other = ByteRange::new((1 - block) * BLOCK_SIZE as u64 + 40, 1).unwrap();
