@@ -106,6 +106,7 @@ impl Devices {
     /// The daemon is killed, and the power stays: what is in the caches is there for the next one.
     pub fn kill(&self, sim: &Sim) -> Self {
         sim.kill_all();
+        sim.say(|| "KILL".into());
         let (destination, metadata) = (self.destination.after_kill(), self.metadata.after_kill());
         Self { source: self.source.clone(), destination, metadata }
     }
@@ -352,13 +353,15 @@ impl SimClone {
         for (at, event) in events.iter().enumerate() {
             let before = &events[..at];
             match event.kind {
-                HydrationStarted | HydrationPaused | HydrationFailed => {
-                    let summary = event.text.contains("in quick succession");
+                HydrationStarted | HydrationPaused | HydrationFailed | HydrationStopped => {
+                    // It is told again how many regions are bad when they get more or less.
+                    let news = before.iter().all(|other| other.text != event.text) && event.kind == HydrationFailed;
+                    let summary = news || event.text.contains("in quick succession");
                     assert!(hydration != Some(event.kind) || summary, "told twice: {events:#?}");
                     let first = hydration.is_none() && event.kind != HydrationStarted;
                     assert!(!first || summary, "nothing had begun: {events:#?}");
                     let of_this_size = before.rsplit(|event| event.kind == Resized).next().unwrap_or_default();
-                    let over = of_this_size.iter().any(|event| event.kind.is_dm());
+                    let over = of_this_size.iter().any(|event| event.kind.is_dm() && event.kind != HydrationStopped);
                     assert!(!over, "it can't hydrate any more: {events:#?}");
                     hydration = Some(event.kind);
                 }
@@ -367,7 +370,7 @@ impl SimClone {
                     let last = last.map_or(Resumed, |event| event.kind);
                     assert_ne!(last, event.kind, "told twice: {events:#?}");
                 }
-                Resized => {}
+                Resized | BadRegionsHealed => {}
                 HydrationCompleted => {
                     hydration = None;
                     let of_this_size = before.rsplit(|event| event.kind == Resized).next().unwrap_or_default();

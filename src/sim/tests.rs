@@ -1,5 +1,6 @@
 //! Simulations of the engine: random ones against the oracle, and the scenarios that are known to go wrong.
 
+mod bad_regions;
 mod commits;
 mod explore;
 mod failures;
@@ -8,6 +9,7 @@ mod hydration;
 mod metrics;
 mod order;
 mod random;
+mod rot;
 mod shares;
 mod suspend;
 
