@@ -28,6 +28,7 @@ use crate::error::{Error, Result};
 use crate::local::Notify;
 use crate::metrics::dump::Dumper;
 use crate::ring::Ring;
+use crate::service_manager;
 use crate::shard::Mesh;
 use crate::shard::copy_pool::checked_io_memory;
 use crate::shard::pool::{self, PoolOptions, ShardContext};
@@ -158,6 +159,9 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
         if wanted > 0 && failures == wanted {
             return stop_of_starter.notify();
         }
+        if !starter.is_stopping() {
+            service_manager::ready(&format!("serving {} clones of {wanted}", wanted - failures));
+        }
         if wanted != 1 && !starter.is_stopping() {
             let control = starter.config.control.display();
             log::info!("serving {} clones of {wanted}, control at {control}", wanted - failures);
@@ -167,6 +171,7 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
     context.env.spawn_background(Box::pin(daemon.clone().watch_devices()));
     context.env.spawn_background(Box::pin(dumper.clone().run()));
     stop.notified().await;
+    service_manager::stopping();
     dumper.stop();
     let ended = daemon.end().await;
     server.close().await;

@@ -72,9 +72,9 @@ kinds! {
     SourceFound "source_found",
     /// It came back as another one: nothing more is read from it.
     SourceChanged "source_changed",
-    /// Destination or metadata were deleted, moved or replaced under the daemon.
+    /// A file of the clone was deleted, moved or replaced under the daemon.
     DeviceLost "device_lost",
-    /// They are at their path again.
+    /// It is at its path again.
     DeviceFound "device_found",
     /// I/O is held.
     Suspended "suspended",

@@ -41,6 +41,7 @@ pub mod metrics;
 pub mod net;
 pub mod ring;
 pub mod runtime_dir;
+pub mod service_manager;
 pub mod shard;
 pub mod signatures;
 #[cfg(test)]

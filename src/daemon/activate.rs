@@ -7,7 +7,7 @@ use crate::bail;
 use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs};
 use crate::config::CloneConfig;
 use crate::coordinator::Coordinator;
-use crate::devices::{self, Device, Role, Target};
+use crate::devices::{self, Device, DeviceId, Role, Target};
 use crate::disk::Disk;
 use crate::disk::ring::{DiskParts, RingDisk};
 use crate::environment;
@@ -52,6 +52,8 @@ pub struct ActiveClone {
     pub source_counts: Rc<SourceCounts>,
     /// Destination and metadata: open, so that they stay locked.
     pub devices: RefCell<[Device; 2]>,
+    /// A source that is a file or block device: its path, and what was there.
+    pub source_place: RefCell<Option<(PathBuf, DeviceId)>>,
     /// The clone is being resized: one at a time.
     pub resizing: Cell<bool>,
 }
@@ -178,6 +180,7 @@ pub async fn activate(
     let complete = store.superblock().state == codec::CloneState::Complete;
     let source_counts = Rc::<SourceCounts>::default();
     let nbd_source = source.as_ref().and_then(|source| watch(context, source, fingerprint, &state, &source_counts));
+    let source_place = source.as_ref().and_then(OpenSource::place);
     let source = (!complete).then(|| (source, fingerprint.size.min(geometry.size())));
     attach_slices(context, &state, &geometry, zones, &destination, source).await?;
     if geometry.nr_zones() >= ZONES_WORTH_A_TRIM {
@@ -212,6 +215,7 @@ pub async fn activate(
         nbd_source: RefCell::new(nbd_source),
         source_counts,
         devices: RefCell::new([destination, metadata]),
+        source_place: RefCell::new(source_place),
         resizing: Cell::new(false),
     })
 }

@@ -1,8 +1,8 @@
-//! Watches over destination and metadata of the clones that run: deleted, moved or replaced under the daemon, or cut off.
+//! Watches over the files of the clones that run: deleted, moved or replaced under the daemon, or cut off.
 //!
 //! I/O goes on with what is open, whatever name it has, so nothing fails by itself: what was deleted is there until the
 //! daemon ends, and gone then. It is told at once (event, log, status), the clone does not end by itself any more, and
-//! an end says what was lost. What is cut off has lost data: the clone takes no more I/O (destination), or no more
+//! an end says what was lost. (Of a source only its path is looked at, as long as it is needed.) What is cut off has lost data: the clone takes no more I/O (destination), or no more
 //! changes of its metadata.
 //!
 //! One look at a time, at all clones, on a thread of its own: a file system that hangs costs one thread, and the watch
@@ -13,13 +13,14 @@ use super::registry::Daemon;
 use super::running::RunningClone;
 use crate::clone_state::Mode;
 use crate::devices::presence::{self, Plight};
-use crate::devices::{Device, Role};
+use crate::devices::{Device, DeviceId, Role};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::EventKind;
 use crate::meta::codec::metadata_size_needed;
 use crate::shard::pool::ShardContext;
 use std::cell::{Cell, RefCell};
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -29,10 +30,17 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 const LAST_LOOK_MAX: Duration = Duration::from_secs(1);
 const LOOKING_POLL: Duration = Duration::from_millis(2);
 
-/// What was last seen of a clone's destination and metadata.
+/// Destination, metadata, source.
+const WATCHED: usize = 3;
+const SOURCE: usize = 2;
+
+/// What a look has seen of each; `None`: nothing can be said of it now.
+type Sight = [Option<Option<Plight>>; WATCHED];
+
+/// What was last seen of a clone's files.
 #[derive(Default)]
 pub struct Watched {
-    plights: RefCell<[Option<Plight>; 2]>,
+    plights: RefCell<[Option<Plight>; WATCHED]>,
     /// A look has the devices open.
     looking: Cell<bool>,
 }
@@ -41,17 +49,21 @@ pub struct Watched {
 struct Look {
     devices: [Device; 2],
     used: [u64; 2],
+    source: Option<(PathBuf, DeviceId)>,
 }
 
 impl Look {
-    /// `None`: nothing can be said of that device now.
-    fn see(self) -> [Option<Option<Plight>>; 2] {
+    fn see(self) -> Sight {
         let [destination, metadata] = &self.devices;
         let see = |device: &Device, used| {
             let seen = presence::look(device, used);
             seen.inspect_err(|error| log::debug!("{}: can't be looked at: {error}", device.label())).ok()
         };
-        [see(destination, self.used[0]), see(metadata, self.used[1])]
+        let source = match &self.source {
+            Some((path, id)) => presence::look_at_path(path, id).ok(),
+            None => Some(None),
+        };
+        [see(destination, self.used[0]), see(metadata, self.used[1]), source]
     }
 }
 
@@ -92,10 +104,24 @@ impl RunningClone {
         Ok(Look {
             devices: [devices[0].try_clone()?, devices[1].try_clone()?],
             used: [geometry.size(), metadata_size_needed(&geometry)],
+            source: self.source_place(),
         })
     }
 
-    fn note(&self, seen: [Option<Option<Plight>>; 2]) {
+    /// As long as it is needed.
+    fn source_place(&self) -> Option<(PathBuf, DeviceId)> {
+        self.clone.source_place.borrow().clone().filter(|_| !self.clone.state.is_complete())
+    }
+
+    /// Of destination, metadata or source: how errors name it.
+    fn label_of(&self, index: usize) -> String {
+        match self.clone.devices.borrow().get(index) {
+            Some(device) => device.label(),
+            None => format!("source {}", self.config.source),
+        }
+    }
+
+    fn note(&self, seen: Sight) {
         for (index, plight) in seen.into_iter().enumerate() {
             let Some(plight) = plight else { continue };
             if self.watched.plights.borrow()[index] == plight {
@@ -103,8 +129,9 @@ impl RunningClone {
             }
             self.watched.plights.borrow_mut()[index] = plight.clone();
             let state = &self.clone.state;
-            let label = self.clone.devices.borrow()[index].label();
+            let label = self.label_of(index);
             match plight {
+                None if index == SOURCE && self.source_place().is_none() => {}
                 None => state.events().raise(EventKind::DeviceFound, format!("{label} is at its path again")),
                 Some(Plight::Cut { .. }) => {
                     let mode = if index == 0 { Mode::Failed } else { Mode::ReadOnly };
@@ -122,14 +149,21 @@ impl RunningClone {
 
     /// What is wrong with the files of the clone, and what to do about it; a line each.
     pub fn warnings(&self) -> Vec<String> {
-        (0..2).filter_map(|index| self.words(index)).collect()
+        (0..WATCHED).filter_map(|index| self.words(index)).collect()
     }
 
     fn words(&self, index: usize) -> Option<String> {
         let plight = self.watched.plights.borrow()[index].clone()?;
         let (devices, name) = (self.clone.devices.borrow(), &self.clone.state.name);
-        let device = &devices[index];
-        let label = device.label();
+        let label = self.label_of(index);
+        let Some(device) = devices.get(index) else {
+            self.source_place()?;
+            let there = if plight == (Plight::Moved { replaced: true }) { "another file" } else { "nothing" };
+            return Some(format!(
+                "{label} was deleted or moved, {there} is at its path: the clone goes on with what it has open; let it \
+                 complete, or move it back before it is stopped: without its source it can't go on"
+            ));
+        };
         Some(match plight {
             Plight::Deleted { .. } => format!(
                 "{label} {plight}: what it holds is lost when this daemon ends; to save it: hydrant suspend {name}; cp \

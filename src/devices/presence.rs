@@ -7,6 +7,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 /// What is wrong with an open file or device. Displays as what follows its name in a sentence.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -47,12 +48,24 @@ pub fn look(device: &Device, used: u64) -> io::Result<Option<Plight>> {
         DeviceKind::Block => (sys::block_device_size(&device.file)?, 1),
         DeviceKind::File => (open.len(), open.nlink()),
     };
-    let at_path = match fs::metadata(&device.path) {
-        Ok(stat) => Some(DeviceId::of(&stat)),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => None,
-        Err(error) => return Err(error),
-    };
+    let at_path = leads_to(&device.path)?;
     Ok(judge(&device.id, used, &Seen { size, names, at_path }))
+}
+
+/// Looks whether `path` still leads to what was opened there.
+pub fn look_at_path(path: &Path, id: &DeviceId) -> io::Result<Option<Plight>> {
+    Ok(match leads_to(path)? {
+        Some(found) if found == *id => None,
+        found => Some(Plight::Moved { replaced: found.is_some() }),
+    })
+}
+
+fn leads_to(path: &Path) -> io::Result<Option<DeviceId>> {
+    match fs::metadata(path) {
+        Ok(stat) => Ok(Some(DeviceId::of(&stat))),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// The worst of it. Some file systems count no names: one that its path leads to is not deleted.

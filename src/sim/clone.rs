@@ -106,6 +106,7 @@ impl Devices {
     /// The daemon is killed, and the power stays: what is in the caches is there for the next one.
     pub fn kill(&self, sim: &Sim) -> Self {
         sim.kill_all();
+        sim.say(|| "KILL".into());
         let (destination, metadata) = (self.destination.after_kill(), self.metadata.after_kill());
         Self { source: self.source.clone(), destination, metadata }
     }

@@ -266,6 +266,13 @@ impl SimDisk {
             next: old.next,
             ..State::default()
         };
+        // What a failed flush has dropped is not there for the next process: its reads go to the device, not to the pages
+        // that this one's flush has left clean.
+        state.live.clone_from(&state.durable);
+        for (sector, versions) in &state.cached {
+            let Some(last) = versions.last() else { continue };
+            state.live[sector * SECTOR..sector * SECTOR + last.data.len()].copy_from_slice(&last.data);
+        }
         for (write, Flight { offset, data, applied }) in std::mem::take(&mut old.in_flight) {
             for part in sectors(offset as usize, data.len()).split_off(applied) {
                 if self.sim.draw(|rng| rng.one_in(2)) {
@@ -278,12 +285,12 @@ impl SimDisk {
         }
         Rc::new(Self {
             sim: self.sim.clone(),
+            name: self.name,
             // It may have grown through another handle.
             info: DiskInfo { size: state.live.len() as u64, ..self.info },
-            name: self.name,
-            stalls: Rc::default(),
             state: Rc::new(RefCell::new(state)),
             latency_us: self.latency_us.clone(),
+            stalls: self.stalls.clone(),
             can_zero: self.can_zero.clone(),
         })
     }

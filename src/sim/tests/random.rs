@@ -406,7 +406,7 @@ pub fn simulate(seed: u64, failures: bool) -> Outcome {
     for life in 0..lives {
         let last = life + 1 == lives;
         heal(&devices);
-        if failures && life > 0 && sim.draw(|rng| rng.one_in(3)) {
+        if failures && life > 0 && !was_killed && sim.draw(|rng| rng.one_in(3)) {
             rot_metadata(&sim, &setup, &devices);
         }
         let excused = if failures && !last { plague(&sim, &devices) } else { Vec::new() };

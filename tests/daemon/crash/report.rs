@@ -50,8 +50,8 @@ impl Report {
         self.kills.values().sum()
     }
 
-    /// Prints one line, and writes the same as JSON where HYDRANT_CRASH_REPORT says.
-    pub fn tell(&self, test: &str) {
+    /// Writes it as JSON where HYDRANT_CRASH_REPORT says; with `last` prints one line, too.
+    pub fn tell(&self, last: bool) {
         let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
         let counts = &self.counts;
         let (reads, writes) = (get(&counts.reads), get(&counts.writes));
@@ -59,7 +59,7 @@ impl Report {
         let (trims, zeroes, caches) = (get(&counts.trims), get(&counts.zeroes), get(&counts.caches));
         let requests = reads + writes + trims + zeroes + caches + flushes;
         let phases: Vec<String> = self.kills.iter().map(|(phase, kills)| format!("{phase} {kills}")).collect();
-        println!(
+        let line = format!(
             "crash: {} rounds, {} kills in {:.0} s ({}; {} too late), {} growths, {} source servers killed, {requests} \
              requests, {flushes} flushes, {fua} FUA, {} MiB verified, clients free after {} ms at most, locks after {} ms",
             self.rounds,
@@ -73,9 +73,12 @@ impl Report {
             self.clients_freed_max.as_millis(),
             self.unlocked_max.as_millis(),
         );
+        if last {
+            println!("{line}");
+        }
         let Some(path) = std::env::var_os("HYDRANT_CRASH_REPORT") else { return };
         let report = json!({
-            "test": test, "seconds": self.began.elapsed().as_secs_f64(), "rounds": self.rounds, "lives": self.lives,
+            "seconds": self.began.elapsed().as_secs_f64(), "rounds": self.rounds, "lives": self.lives,
             "kills": self.nr_kills(), "kills_by_phase": self.kills, "kills_too_late": self.late, "growths": self.growths,
             "source_kills": self.source_kills, "requests": requests, "reads": reads, "writes": writes, "trims": trims,
             "write_zeroes": zeroes, "caches": caches, "flushes": flushes, "fua": fua, "bytes_verified": self.bytes_verified,

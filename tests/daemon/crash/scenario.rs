@@ -17,6 +17,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+/// Of all clones of a round, on a busy machine.
+const HYDRATION_TIME_MAX: Duration = Duration::from_secs(90);
 /// From spawning a daemon until it serves.
 const START_TIME_MAX: Duration = Duration::from_secs(30);
 /// From the kill until every client has an error.
@@ -85,14 +87,18 @@ impl Scenario {
         self.history.push(line);
     }
 
-    fn spawn(&mut self, options: &LifeOptions) -> Daemon {
+    /// nbdkit aborts at times when a client is gone in the middle of a delay.
+    fn revive_servers(&mut self) {
         for (server, args) in self.clones.iter_mut().filter_map(|clone| clone.server.as_mut()) {
-            // nbdkit aborts at times when a client is gone in the middle of a delay.
             if !server.is_running() {
                 self.history.push(format!("nbdkit {args} had ended by itself"));
                 server.again(args);
             }
         }
+    }
+
+    fn spawn(&mut self, options: &LifeOptions) -> Daemon {
+        self.revive_servers();
         if self.serve {
             let mut config = format!("[daemon]\nshards = {}\n", options.shards);
             self.clones.iter().for_each(|clone| config += &clone.table(options));
@@ -210,6 +216,17 @@ impl Scenario {
         }
         for (server, args) in self.clones.iter_mut().filter_map(|clone| clone.server.as_mut()).filter(|_| kill_source) {
             server.again(args);
+        }
+        if self.random.chance(30) {
+            // At once, while the kernel still puts away what was in flight. Nobody uses it, so that no bit changes.
+            options.hydration = Hydration::Off;
+            let daemon = self.spawn(&options);
+            if self.random.chance(50) {
+                self.clones.iter().for_each(|clone| drop(Self::connect(&daemon, &clone.name)));
+            }
+            self.pause(0..40_000);
+            daemon.kill9();
+            report.killed(Doing::Start.name(false));
         }
         self.after_kill(report);
     }
@@ -350,8 +367,14 @@ impl Scenario {
         self.pause(10_000..200_000);
         let errors: Vec<String> = loads.into_iter().filter_map(|load| load.end().err()).collect();
         assert!(errors.is_empty(), "{}\n{}", errors.join("\n"), daemon.log());
-        for clone in &self.clones {
-            daemon.wait_status_of(&clone.name, "hydrated", Status::is_complete);
+        let (began, names) = (Instant::now(), self.clones.iter().map(|clone| clone.name.clone()));
+        for name in names.collect::<Vec<_>>() {
+            while !daemon.status_of(&name).is_complete() {
+                let status = || format!("{:#?}\n{}", daemon.status_of(&name), daemon.log());
+                assert!(began.elapsed() < HYDRATION_TIME_MAX, "it is not hydrated: {}", status());
+                self.revive_servers();
+                std::thread::sleep(Duration::from_millis(10));
+            }
         }
         let sockets: Vec<PathBuf> = self.clones.iter().map(|clone| daemon.socket_of(&clone.name)).collect();
         daemon.signal("TERM");

@@ -51,6 +51,28 @@ h.pread(1000, 0)
     assert_same(&bench.copy(), &expected);
 }
 
+/// A source file that is deleted or replaced under the daemon: the clone goes on with what it has open, whatever is at the
+/// path now, and says that it needs it.
+#[test]
+fn a_source_that_is_deleted_or_replaced_is_told_and_cloned_all_the_same() {
+    need!("nbdsh");
+    let bench = Bench::new();
+    let source = bench.random("source", 4 * MIB);
+    let expected = fs::read(&source).unwrap();
+    let command = bench.clone_of(&source).args("--shards 2");
+    let daemon = command.clone().args("--no-hydration").start();
+    fs::remove_file(&source).unwrap();
+    daemon.wait_event("/source was deleted or moved, nothing is at its path: ");
+    fs::write(&source, random_bytes(77, 4 * MIB)).unwrap();
+    daemon.wait_event("/source was deleted or moved, another file is at its path: ");
+    assert!(status_text(&daemon).contains("WARNING      source "), "{}", status_text(&daemon));
+    daemon.message("enable_hydration");
+    daemon.wait_hydrated();
+    assert!(daemon.status().warnings.is_empty(), "it is not needed any more");
+    daemon.stop();
+    assert_same(&bench.copy(), &expected);
+}
+
 /// A destination that is deleted or replaced under the daemon is told at once, by event, log and status, with what to do.
 /// The clone does not end by itself; done as it was told nothing is lost.
 #[test]

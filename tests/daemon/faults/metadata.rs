@@ -12,7 +12,7 @@ fn errors_of_the_metadata_make_the_clone_read_only() {
     for (what, code) in [("write", "EIO"), ("flush", "EIO"), ("write", "ENOSPC")] {
         let bench = Bench::new();
         let source = bench.random("source", 4 * MIB);
-        let disk = FaultyFile::new(&bench, "meta-disk", 1 * MIB);
+        let disk = FaultyFile::new(&bench, "meta-disk", MIB);
         let command = bench.clone_of(&source).metadata(&disk.path);
         let daemon = command.clone().args("--no-hydration").start();
         nbdsh(&daemon.uri(), "h = connect(); h.pwrite(b'1' * 65536, 65536); h.flush()");
@@ -73,7 +73,7 @@ fn metadata_that_can_not_be_read_are_told_at_the_start() {
     need!("fuse");
     let bench = Bench::new();
     let source = bench.random("source", 4 * MIB);
-    let disk = FaultyFile::new(&bench, "meta-disk", 1 * MIB);
+    let disk = FaultyFile::new(&bench, "meta-disk", MIB);
     let command = bench.clone_of(&source).metadata(&disk.path);
     command.start().stop();
     // A superblock; a block of the bitmap.

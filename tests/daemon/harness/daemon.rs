@@ -99,6 +99,11 @@ impl CloneCommand {
         self.wrapper = before.map(OsString::from).to_vec();
         self
     }
+    /// Run by a program and its arguments.
+    pub fn wrapped(mut self, words: &[&str]) -> Self {
+        self.wrapper = words.iter().map(OsString::from).collect();
+        self
+    }
     /// Where io_uring is forbidden.
     pub fn without_io_uring(mut self) -> Self {
         self.wrapper = ["/usr/bin/python3", "-c", WITHOUT_IO_URING].map(OsString::from).to_vec();

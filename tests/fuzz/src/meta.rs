@@ -113,7 +113,7 @@ fn opens_what_is_sound(image: &[u8], report: &Result<Report>) {
 
 fn repairs(image: &mut [u8], before: &Result<Report>, assumed: Option<bool>) {
     let size = image.len() as u64;
-    let found = match survey(&mut |number| read(image, number), size) {
+    let found = match survey(&mut |number| read(image, number), size, assumed.is_some()) {
         Ok(found) => found,
         Err(error) => return one_line("survey", &error.to_string()),
     };

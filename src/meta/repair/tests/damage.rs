@@ -53,7 +53,7 @@ fn shapes() -> Vec<Shape> {
         ("one region", 1, 1, 0, all, false),
         ("one zone", 40, 64, 0, some, false),
         ("one full zone", 30720, 30720, 0, some, false),
-        ("zones of one region", 4, 1, 4096, some, false),
+        ("zones of one region", 2, 1, 4096, some, false),
         ("a short last zone", 2 * 1000 + 130, 1000, 0, some, false),
         ("zones that fill no word", 3 * 70 - 1, 70, 100, some, false),
         ("nothing hydrated", 2000, 1000, 0, none, false),
@@ -81,11 +81,11 @@ fn shapes() -> Vec<Shape> {
     };
     let mut shapes: Vec<Shape> = table.into_iter().map(shape).collect();
     // As growth leaves it: new zones have a newer generation, which is the superblock's.
-    let mut grown = shape(("grown", 3300, 1000, 0, some, false));
+    let mut grown = shape(("grown", 1300, 1000, 0, some, false));
     let codec = ZoneCodec::new(&grown.superblock);
     let mut block = [0; BLOCK_SIZE];
-    codec.encode(ZoneIndex(3), Generation(12), &vec![0; words_per_zone(&grown.superblock.geometry)], &mut block);
-    grown.image[5 * 4096..6 * 4096].copy_from_slice(&block);
+    codec.encode(ZoneIndex(1), Generation(12), &vec![0; words_per_zone(&grown.superblock.geometry)], &mut block);
+    grown.image[3 * 4096..4 * 4096].copy_from_slice(&block);
     shapes.push(grown);
     shapes
 }
@@ -93,6 +93,11 @@ fn shapes() -> Vec<Shape> {
 impl Shape {
     fn sectors(&self) -> usize {
         (self.image.len() - self.tail) / SECTOR_BYTES
+    }
+
+    /// So large that it takes its time.
+    fn is_large(&self) -> bool {
+        self.superblock.geometry.nr_regions() > 10_000
     }
 
     fn codec(&self) -> ZoneCodec {
@@ -125,7 +130,11 @@ impl Shape {
                 found.push((format!("{}: sector {sector}: {name}", self.name), image));
             }
         };
-        for byte in [0, 3, 4, 7, 8, 15, 16, 24, 31, 32, 33, 40, 100, 300, 504, 511] {
+        // All of them for the small shapes, a third at each sector of the others.
+        let flipped = [0, 3, 4, 7, 8, 15, 16, 24, 31, 32, 33, 40, 100, 300, 504, 511].into_iter().enumerate();
+        for (_, byte) in
+            flipped.filter(|(i, _)| self.sectors() == 24 && !self.is_large() || (i + sector).is_multiple_of(3))
+        {
             put(&format!("bit of byte {byte}"), &|image| image[at + byte] ^= 1 << (byte % 8));
         }
         put("two bits", &|image| {
@@ -290,7 +299,7 @@ fn every_sector_in_every_way() {
     let mut judged = 0;
     for shape in &shapes() {
         assert!(report(&shape.image).is_clean() && start(&shape.image).is_ok(), "{}", shape.name);
-        for sector in 0..shape.sectors() {
+        for sector in (0..shape.sectors()).step_by(if shape.is_large() { 5 } else { 1 }) {
             for (name, image) in shape.damages(sector) {
                 judge(shape, &name, &image);
                 judged += 1;

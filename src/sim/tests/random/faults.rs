@@ -6,7 +6,7 @@ use super::super::super::executor::Sim;
 use super::super::super::report::Group;
 use crate::error::ErrorKind;
 use crate::meta::codec::BLOCK_SIZE;
-use crate::meta::commit::Recovery;
+use crate::meta::commit::{OtherState, Recovery};
 use crate::meta::store::{Store, probe};
 use crate::units::ByteRange;
 use std::time::Duration;
@@ -14,8 +14,6 @@ use std::time::Duration;
 /// Longer than any patience of clients, in real life.
 const STALL_MAX: Duration = Duration::from_secs(60);
 const SECTOR: u64 = 512;
-/// The magic of a superblock copy: what does not begin with it is somebody else's.
-const MAGIC_BYTES: u64 = 8;
 
 /// Makes a disk fail now and then. Returns the errors that clients may see of it.
 fn plague_disk(sim: &Sim, disk: &super::super::super::disk::SimDisk, is_metadata: bool) -> Vec<ErrorKind> {
@@ -134,7 +132,7 @@ pub fn rot_metadata(sim: &Sim, setup: &Setup, devices: &Devices) {
     let metadata = &devices.metadata;
     let Recovery::Use(recovered) = sim.block_on(probe(&**metadata)).unwrap() else { return };
     let blocks = 2 + recovered.superblock.geometry.nr_zones();
-    let both_valid = recovered.copy_lost.is_none() && (recovered.copy_stale || recovered.notes.is_empty());
+    let both_valid = recovered.other.is_none_or(|other| other.state == OtherState::Older);
     let block = if both_valid && sim.draw(|rng| rng.one_in(2)) {
         sim.draw(|rng| rng.below(2))
     } else {
@@ -187,14 +185,7 @@ pub fn rot_metadata(sim: &Sim, setup: &Setup, devices: &Devices) {
         metadata.rot(range, &bytes(range));
         return;
     }
-    // Something else in the place of one copy is not taken for damage: somebody has written there.
     let copy = ["copy A", "copy B"][block as usize];
-    if in_block == 0 && (rotten[..MAGIC_BYTES as usize] != *b"hydrant\n") && how != Rot::Zeros {
-        let error = refused();
-        assert!(error.kind() == ErrorKind::Damaged && error.to_string().contains(copy), "{error}");
-        metadata.rot(range, &bytes(range));
-        return;
-    }
     if sim.draw(|rng| rng.one_in(3)) && how != Rot::Unreadable {
         // The other copy as well.
         let other = ByteRange::new((1 - block) * BLOCK_SIZE as u64 + 40, 1).unwrap();
