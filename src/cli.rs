@@ -8,8 +8,8 @@
 mod meta;
 
 use crate::config::{
-    CloneName, HYDRATION_RATE_MAX, HYDRATION_RATE_MIN, NAME_LEN_MAX, OnHydrated, PRIORITY_DEFAULT, PRIORITY_MAX,
-    SHARDS_MAX, SIZE_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT, SOURCE_TIMEOUT_SECONDS_MAX,
+    CloneName, FAILURES_MAX_DEFAULT, HYDRATION_RATE_MAX, HYDRATION_RATE_MIN, NAME_LEN_MAX, OnHydrated,
+    PRIORITY_DEFAULT, PRIORITY_MAX, SHARDS_MAX, SIZE_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT, SOURCE_TIMEOUT_SECONDS_MAX,
 };
 use crate::dm_table::DmTable;
 use crate::io_frontend::nbd::listen::NbdAddress;
@@ -179,6 +179,14 @@ pub struct CloneArgs {
     /// A size, 4KiB to 1TiB. Reads and writes of clients are not limited.
     #[arg(long, value_name = "SIZE", value_parser = parse_hydration_rate)]
     pub hydration_rate: Option<u64>,
+
+    /// So many copies that fail in a row stop the background copy; 0: it never stops
+    ///
+    /// From 0 to 4294967295; in a row means that none has succeeded in between. It backs off before that. Clients are served
+    /// all the same; 'hydrant message NAME enable_hydration' goes on. A source that is gone and a destination that is full
+    /// are waited for and do not count.
+    #[arg(long, value_name = "COUNT", default_value_t = FAILURES_MAX_DEFAULT)]
+    pub hydration_failures_max: u32,
 
     /// Weight of this clone's background copy among others of the daemon, 1 to 1000
     #[arg(long, value_name = "WEIGHT", default_value_t = PRIORITY_DEFAULT,
@@ -437,7 +445,7 @@ pub struct RemoveArgs {
 #[command(long_about = "\
 Sends a message to a running clone and returns when it is in force. dm-clone's:
 
-  enable_hydration        switch the background copy on
+  enable_hydration        switch the background copy on; when it has stopped after failures, try again
   disable_hydration       switch it off; what is in flight is finished
   hydration_threshold N   the most regions being copied at a time; 0 stops the background copy
   hydration_batch_size N  how many adjacent regions are copied together, at most; 0 means 1
@@ -445,6 +453,7 @@ Sends a message to a running clone and returns when it is in force. dm-clone's:
 N is from 0 to 4294967295. Without these two, hydrant finds its own numbers. Hydrant's own:
 
   hydration_rate BYTES    the most bytes per second that are read to hydrate this clone, from 4KiB on; 0 means no bound
+  hydration_failures_max N  so many copies that fail in a row stop the background copy; 0: it never stops
   priority N              its weight beside other clones of the daemon, from 1 to 1000; 100 if nothing is said
 
 Messages last until the daemon ends.")]
@@ -579,12 +588,16 @@ pub struct EventsArgs {
 #[derive(Args, Debug)]
 #[command(long_about = "\
 Waits until the event number of a clone is greater than N, as 'dmsetup wait' does; prints nothing. It counts what dm-clone \
-raises events for: the hydration is completed, the metadata mode is 'ro', the metadata mode is 'Fail'. Look at 'hydrant \
-status' for which of them it was. Does not wait for a clone that is complete, whatever N is. Fails when the clone or \
-its daemon ends.")]
+raises events for: the hydration is completed, the metadata mode is 'ro', the metadata mode is 'Fail'; and that the \
+hydration has stopped after too many failures. Look at 'hydrant status' for which of them it was. Does not wait for a clone \
+that is complete, whatever N is. Fails when the clone or its daemon ends.
+
+With --hydrated it waits until the clone is complete, and fails as soon as it can't become that without help: in the modes \
+'ro' and 'Fail', and when its hydration has stopped after failures.")]
 #[command(after_long_help = "\
 Examples:
-  hydrant wait vm1                 until it is hydrated (or has failed)
+  hydrant wait vm1                 until it is hydrated, has failed or has stopped
+  hydrant wait vm1 --hydrated && echo 'the source is not needed any more'
   hydrant wait vm1 --event 1 --timeout 60 --json")]
 pub struct WaitArgs {
     /// Which clone
@@ -595,6 +608,10 @@ pub struct WaitArgs {
     /// It is 'event_nr' in 'hydrant status NAME --json'.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub event: u64,
+
+    /// Until it is hydrated, whatever else happens; fail when that can't be
+    #[arg(long, conflicts_with = "event")]
+    pub hydrated: bool,
 
     /// Give up after so many seconds [default: never]
     #[arg(long, value_name = "SECONDS")]

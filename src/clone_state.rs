@@ -9,9 +9,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::CloneEvents;
 use crate::events::EventKind;
 use crate::hydration_budget::BudgetMember;
+use crate::hydration_failures::FAILURES_MAX_DEFAULT;
 use crate::units::{CloneId, Geometry, ShardIndex};
 use health::Health;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::*};
+pub use health::{CopyFailure, FailureReport, LastFailure};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::*};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -66,6 +68,12 @@ pub struct CloneState {
     enabled: AtomicBool,
     threshold: AtomicU64,
     batch_size: AtomicU64,
+    /// So many failures in a row stop hydration; 0 is none.
+    failures_max: AtomicU32,
+    /// They did: no background copy begins.
+    hydration_stopped: AtomicBool,
+    /// Background copies have failed since the last one succeeded: spares the lock.
+    is_failing: AtomicBool,
     complete: AtomicBool,
     stopping: AtomicBool,
     held: AtomicBool,
@@ -73,6 +81,7 @@ pub struct CloneState {
     /// Per shard: bits were set since its last snapshot.
     dirty: Box<[AtomicBool]>,
     foreground_in_flight: AtomicU64,
+    flush_errors: AtomicU64,
     /// Environment time of the last client request's end, in microseconds.
     foreground_last_us: AtomicU64,
     events: Arc<CloneEvents>,
@@ -104,12 +113,16 @@ impl CloneState {
             enabled: AtomicBool::new(knobs.enabled),
             threshold: AtomicU64::new(knobs.threshold),
             batch_size: AtomicU64::new(knobs.batch_size),
+            failures_max: AtomicU32::new(FAILURES_MAX_DEFAULT),
+            hydration_stopped: AtomicBool::new(false),
+            is_failing: AtomicBool::new(false),
             complete: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             held: AtomicBool::new(false),
             suspended: AtomicBool::new(false),
             dirty: (0..shards).map(|_| AtomicBool::new(false)).collect(),
             foreground_in_flight: AtomicU64::new(0),
+            flush_errors: AtomicU64::new(0),
             foreground_last_us: AtomicU64::new(0),
             events,
             health: Mutex::default(),
@@ -141,6 +154,11 @@ impl CloneState {
         Self { budget, ..self }
     }
 
+    /// Stops hydration after so many failures in a row; 0 never does. [`FAILURES_MAX_DEFAULT`] when nothing is said.
+    pub fn with_hydration_failures_max(self, failures: u32) -> Self {
+        Self { failures_max: AtomicU32::new(failures), ..self }
+    }
+
     /// Its part of the hydration bandwidth: priority and rates.
     pub fn budget(&self) -> &BudgetMember {
         &self.budget
@@ -160,9 +178,15 @@ impl CloneState {
             log::error!("clone '{}': metadata mode is now {}: {why}", self.name, to.word());
             let kind = if to == Mode::Failed { EventKind::Failed } else { EventKind::ReadOnly };
             // Under the lock: what is told of the hydration is told before this, or not at all.
-            let _health = self.health();
+            let mut health = self.health();
+            health.mode_reason = Some(why.to_string());
             self.events.record(kind, format!("metadata mode {}: {why}", to.word()));
         }
+    }
+
+    /// Why the mode is not `rw`, in words.
+    pub fn mode_reason(&self) -> Option<String> {
+        self.health().mode_reason.clone()
     }
 
     /// Refuses what may not be done in the present mode. `needs_metadata`: it would set new bits, or promises
@@ -214,7 +238,9 @@ impl CloneState {
     /// `now` is the environment's time.
     pub fn set_hydration_enabled(&self, enabled: bool, now: Duration) {
         self.enabled.store(enabled, Release);
-        if !enabled {
+        if enabled {
+            self.hydration_goes_on(now);
+        } else {
             self.hydration_paused("disable_hydration", now);
         }
     }
@@ -225,10 +251,21 @@ impl CloneState {
             self.hydration_paused("hydration_threshold 0", now);
         }
     }
+    /// In force for the next failure. One that has stopped already is not started by it.
+    pub fn set_hydration_failures_max(&self, failures: u32) {
+        self.failures_max.store(failures, Release);
+    }
+    pub fn hydration_failures_max(&self) -> u32 {
+        self.failures_max.load(Acquire)
+    }
+    /// Stopped after failures, until [`Self::set_hydration_enabled`].
+    pub fn is_hydration_stopped(&self) -> bool {
+        self.hydration_stopped.load(Acquire)
+    }
     /// Whether copies may be started in the background at all.
     pub fn may_hydrate(&self) -> bool {
         let knobs = self.knobs();
-        let goes_on = !self.is_stopping() && !self.is_held();
+        let goes_on = !self.is_stopping() && !self.is_held() && !self.is_hydration_stopped();
         knobs.enabled && knobs.threshold > 0 && self.mode() == Mode::ReadWrite && goes_on
     }
     pub fn set_hydration_batch_size(&self, regions: u64) {
@@ -241,6 +278,8 @@ impl CloneState {
     }
     pub fn set_complete(&self) {
         self.complete.store(true, Release);
+        // Clients may have overwritten what could not be copied.
+        self.hydration_stopped.store(false, Release);
         self.events.set_complete();
     }
     pub fn is_stopping(&self) -> bool {
@@ -287,6 +326,14 @@ impl CloneState {
     pub fn foreground_ends(&self, now: Duration) {
         self.foreground_last_us.store(now.as_micros() as u64, Relaxed);
         self.foreground_in_flight.fetch_sub(1, Relaxed);
+    }
+    /// Flushes of clients that failed, and commits of FUA writes that concern several slices. What fails in a slice is
+    /// counted there.
+    pub fn flush_errors(&self) -> u64 {
+        self.flush_errors.load(Relaxed)
+    }
+    pub fn flush_failed(&self) {
+        self.flush_errors.fetch_add(1, Relaxed);
     }
     /// Parts of client requests that slices are carrying out now, of all shards.
     pub fn foreground_in_flight(&self) -> u64 {

@@ -35,6 +35,7 @@ pub const SOURCE_TIMEOUT_SECONDS_DEFAULT: u32 = 60;
 pub const SOURCE_TIMEOUT_SECONDS_MAX: u32 = 86_400;
 
 /// Weight of a clone, when nothing is said.
+pub use crate::hydration_failures::FAILURES_MAX_DEFAULT;
 pub const PRIORITY_DEFAULT: u32 = hydration_share::PRIORITY_DEFAULT as u32;
 /// Largest weight of a clone; the smallest is 1.
 pub const PRIORITY_MAX: u32 = hydration_share::PRIORITY_MAX as u32;
@@ -129,6 +130,8 @@ pub struct CloneConfig {
     pub hydration_batch_size: Option<u32>,
     /// Bytes per second that hydration may read from the source.
     pub hydration_rate: Option<u64>,
+    /// So many failed copies in a row stop hydration; 0 is none.
+    pub hydration_failures_max: u32,
     /// Weight among the clones of the daemon that hydrate, 1 to [`PRIORITY_MAX`].
     pub priority: u32,
     pub on_hydrated: OnHydrated,

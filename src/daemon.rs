@@ -2,12 +2,13 @@
 //!
 //! `registry` has the clones by name; `prepare` tries everything that can fail before the first change on disk
 //! (devices, locks, metadata, the source), `activate` makes that change, `running` is a clone at work,
-//! `listeners` are where its clients come from, `control` is who steers it all. The end is: no new connections,
+//! `device_watch` looks after its files, `listeners` are where its clients come from, `control` is who steers it all. The end is: no new connections,
 //! what is in flight is finished, hydration drained, one last commit.
 
 mod activate;
 mod as_table;
 mod control;
+mod device_watch;
 mod listeners;
 mod prepare;
 mod rate;
@@ -27,6 +28,7 @@ use crate::error::{Error, Result};
 use crate::local::Notify;
 use crate::metrics::dump::Dumper;
 use crate::ring::Ring;
+use crate::service_manager;
 use crate::shard::Mesh;
 use crate::shard::copy_pool::checked_io_memory;
 use crate::shard::pool::{self, PoolOptions, ShardContext};
@@ -157,14 +159,19 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
         if wanted > 0 && failures == wanted {
             return stop_of_starter.notify();
         }
+        if !starter.is_stopping() {
+            service_manager::ready(&format!("serving {} clones of {wanted}", wanted - failures));
+        }
         if wanted != 1 && !starter.is_stopping() {
             let control = starter.config.control.display();
             log::info!("serving {} clones of {wanted}, control at {control}", wanted - failures);
         }
     }));
     context.env.spawn_background(Box::pin(daemon.clone().watch()));
+    context.env.spawn_background(Box::pin(daemon.clone().watch_devices()));
     context.env.spawn_background(Box::pin(dumper.clone().run()));
     stop.notified().await;
+    service_manager::stopping();
     dumper.stop();
     let ended = daemon.end().await;
     server.close().await;

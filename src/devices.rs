@@ -20,6 +20,7 @@ mod distinct;
 mod holders;
 mod identity;
 mod open;
+pub mod presence;
 mod ranges;
 mod sys;
 mod sysfs;

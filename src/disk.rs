@@ -8,6 +8,7 @@
 
 pub mod blocking;
 pub mod ring;
+pub mod transfer;
 
 use crate::dma_buf::DmaBuf;
 use crate::error::Result;

@@ -146,8 +146,11 @@ impl DmTable {
 
     /// The same with relative paths of devices taken from `base`. Fails when that is needed and is not UTF-8.
     pub fn relative_to(&mut self, base: &Path) -> Result<(), String> {
-        for word in [&mut self.metadata, &mut self.destination, &mut self.source] {
-            if is_device_number(word) || word.contains("://") {
+        // Only the source may be a URI.
+        let source_is_uri = self.source.contains("://");
+        let words = [(&mut self.metadata, false), (&mut self.destination, false), (&mut self.source, source_is_uri)];
+        for (word, is_uri) in words {
+            if is_device_number(word) || is_uri {
                 continue;
             }
             let joined = base.join(&*word);

@@ -132,6 +132,11 @@ pub fn check_nofile(shards: u16) -> Result<()> {
     Ok(())
 }
 
+/// How many files this process may have open now; `None` when the kernel does not tell.
+pub fn open_files_max() -> Option<u64> {
+    limits(libc::RLIMIT_NOFILE).ok().map(|(soft, _)| soft)
+}
+
 /// Makes a write beyond the limit of a file's size (`ulimit -f`) fail with EFBIG, as an error like any other,
 /// instead of ending the process by a signal.
 pub fn ignore_file_size_signal() {

@@ -142,10 +142,23 @@ struct Inner {
     source: Option<Error>,
 }
 
+/// The text without control characters, which are escaped: names and contents come from anywhere, and an error is one
+/// line, in the log and on the terminal.
+fn plain(text: String) -> String {
+    if !text.contains(char::is_control) {
+        return text;
+    }
+    let mut plain = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
+        if c.is_control() { plain.extend(c.escape_debug()) } else { plain.push(c) }
+    }
+    plain
+}
+
 impl Error {
     /// `context` says what failed and where: "destination /dev/nvme0n1: 12 bytes at offset 5".
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
-        Self(Arc::new(Inner { kind, context: context.into(), errno: None, source: None }))
+        Self(Arc::new(Inner { kind, context: plain(context.into()), errno: None, source: None }))
     }
 
     /// An error of the operating system; its errno decides the kind.
@@ -159,7 +172,7 @@ impl Error {
             libc::EOPNOTSUPP | libc::ENOSYS => ErrorKind::NotSupported,
             _ => ErrorKind::Io,
         };
-        Self(Arc::new(Inner { kind, context: context.into(), errno: Some(errno), source: None }))
+        Self(Arc::new(Inner { kind, context: plain(context.into()), errno: Some(errno), source: None }))
     }
 
     /// An error of an I/O on data (a read, write, flush): whatever the errno, it is the device's failure, except
@@ -170,7 +183,7 @@ impl Error {
             libc::EOPNOTSUPP | libc::ENOSYS => ErrorKind::NotSupported,
             _ => ErrorKind::Io,
         };
-        Self(Arc::new(Inner { kind, context: context.into(), errno: Some(errno), source: None }))
+        Self(Arc::new(Inner { kind, context: plain(context.into()), errno: Some(errno), source: None }))
     }
 
     /// A `std::io::Error` met while doing what `context` says.
@@ -184,7 +197,7 @@ impl Error {
     /// The same kind and errno, with an outer context: `clone 'vm1': <this>`. One that its text begins with already (a
     /// disk names itself, damage that is found on it does not) is not said twice.
     pub fn within(self, context: impl Into<String>) -> Self {
-        let (kind, errno, context) = (self.0.kind, self.0.errno, context.into());
+        let (kind, errno, context) = (self.0.kind, self.0.errno, plain(context.into()));
         if self.to_string().strip_prefix(&context).is_some_and(|rest| rest.starts_with(": ")) {
             return self;
         }
@@ -240,6 +253,16 @@ macro_rules! bail {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_is_one_plain_line() {
+        let path = "/x\n[ERROR] all is lost\u{1b}[2J\u{7f}ä";
+        let plain = r"/x\n[ERROR] all is lost\u{1b}[2J\u{7f}ä";
+        assert_eq!(Error::new(ErrorKind::Io, path).to_string(), plain);
+        assert_eq!(Error::os(libc::EIO, path).to_string(), format!("{plain}: Input/output error"));
+        assert_eq!(Error::io(libc::EIO, path).within(path).to_string(), format!("{plain}: Input/output error"));
+        assert_eq!(Error::new(ErrorKind::Io, "a").within(path).to_string(), format!("{plain}: a"));
+    }
 
     #[test]
     fn a_context_is_said_once() {

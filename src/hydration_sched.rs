@@ -3,8 +3,13 @@
 //! Pure: the map, the time and what is busy are arguments. A cursor walks the shard's unhydrated regions and hands
 //! out batches of adjacent ones; regions that a client waits for go first. A batch that fails is split into single
 //! regions, so that one bad sector keeps only its own region back; each of those is tried again after a delay that
-//! doubles. When many batches fail in a row, or the destination is full or the source is gone, everything pauses,
-//! again with a doubling delay.
+//! doubles. When the destination is full or the source is gone, everything pauses, again with a doubling delay.
+//!
+//! What was never tried comes before what is known to be bad: a retry is handed out at most every other time, and where
+//! several batches fail in a row the cursor leaps ahead, twice as far each time, and leaves the splitting for later. So
+//! a bad area of any size does not keep back what lies behind it, and where all fails the tries are spread over all that
+//! is left. When failures add up to a pause or a stop of the whole clone is not decided here but in
+//! [`crate::hydration_failures`].
 
 use crate::units::{RegionIndex, RegionRange};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -14,8 +19,8 @@ use std::time::Duration;
 pub const BACKOFF_MIN: Duration = Duration::from_millis(500);
 /// Longest delay between two tries.
 pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
-/// So many failed batches in a row pause hydration as a whole.
-pub const FAILURES_IN_A_ROW_MAX: u32 = 16;
+/// So many fresh batches that fail in a row are a bad area: the cursor leaps out of it before anything else is tried.
+const BAD_AREA_BATCHES: u32 = 2;
 /// Regions that clients asked for ahead of the background; more are left to the cursor.
 pub const URGENT_MAX: usize = 1024;
 
@@ -50,6 +55,14 @@ struct Failure {
     not_before: Duration,
 }
 
+/// What a failed batch means, see [`HydrationSched::failed`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Failed {
+    /// It was one region of a batch that had failed before, tried alone for the first time: which of them are bad
+    /// is being found out, and that the batch has failed was counted already.
+    pub isolating: bool,
+}
+
 /// The scheduler of one shard's part of one clone.
 #[derive(Debug, Default)]
 pub struct HydrationSched {
@@ -61,12 +74,17 @@ pub struct HydrationSched {
     /// How many of them have failed alone.
     failed_alone: u64,
     batches_in_flight: u64,
-    failures_in_a_row: u32,
+    /// The last batch handed out was a retry: what was never tried is next.
+    after_retry: bool,
+    /// Batches of the cursor that have failed with none of them succeeding in between, and how far the last leap was.
+    fresh_failures: u32,
+    leap: u64,
     pauses_in_a_row: u32,
     paused_until: Option<Duration>,
 }
 
-fn backoff(attempts: u32) -> Duration {
+/// The delay after so many attempts, or pauses, before it.
+pub fn backoff(attempts: u32) -> Duration {
     BACKOFF_MIN.saturating_mul(1 << attempts.min(16)).min(BACKOFF_MAX)
 }
 
@@ -86,30 +104,24 @@ impl HydrationSched {
             self.paused_until = None;
         }
         while let Some(region) = self.urgent.pop_front() {
-            if !map.is_hydrated(region) && !busy(RegionRange::single(region)) {
+            // One that has failed has its own time, however often clients ask for it.
+            let is_held_back = self.failures.contains_key(&region) || busy(RegionRange::single(region));
+            if !map.is_hydrated(region) && !is_held_back {
                 return self.start(RegionRange::single(region));
             }
         }
-        if let Some(region) = self.next_due(map, now, busy) {
+        let fresh_first = self.after_retry || self.fresh_failures >= BAD_AREA_BATCHES;
+        if !fresh_first && let Some(region) = self.next_due(map, now, busy) {
             return self.start(RegionRange::single(region));
         }
-        while let Some(run) = map.next_unhydrated(self.cursor, batch_max.max(1)) {
-            if self.failures.range(run.first()..run.end()).next().is_none() && !busy(run) {
-                self.cursor = run.end();
-                return self.start(run);
-            }
-            let held_back =
-                |region: &RegionIndex| self.failures.contains_key(region) || busy(RegionRange::single(*region));
-            let Some(first) = run.iter().find(|r| !held_back(r)) else {
-                self.cursor = run.end();
-                continue;
-            };
-            let end = run.iter().skip_while(|r| *r <= first).find(held_back).unwrap_or(run.end());
-            self.cursor = end;
-            return self.start(RegionRange::between(first, end).expect("first is before end"));
+        if let Some(batch) = self.next_fresh(map, batch_max.max(1), busy) {
+            self.after_retry = false;
+            return self.start(batch);
         }
-        // The end of a pass. What is left is in flight, held by clients, or failing.
-        self.cursor = RegionIndex(0);
+        if fresh_first && let Some(region) = self.next_due(map, now, busy) {
+            return self.start(RegionRange::single(region));
+        }
+        // What is left is in flight, held by clients, or failing.
         if map.next_unhydrated(RegionIndex(0), 1).is_none() {
             self.all_hydrated();
             return Next::Done;
@@ -121,12 +133,66 @@ impl HydrationSched {
         Next::WaitUntil(self.due.first().map_or(soon, |(earliest, _)| soon.max(*earliest)))
     }
 
+    /// The cursor's next batch of what has not failed and is free: up to the end, and then from the start once more,
+    /// where it may have leapt over some.
+    fn next_fresh(
+        &mut self,
+        map: &impl Unhydrated,
+        batch_max: u64,
+        busy: &dyn Fn(RegionRange) -> bool,
+    ) -> Option<RegionRange> {
+        let start = self.cursor;
+        let found = self.fresh_from(map, batch_max, busy);
+        if found.is_some() {
+            return found;
+        }
+        // The end of a pass.
+        self.cursor = RegionIndex(0);
+        if start == RegionIndex(0) {
+            return None;
+        }
+        let found = self.fresh_from(map, batch_max, busy);
+        if found.is_none() {
+            self.cursor = RegionIndex(0);
+        }
+        found
+    }
+
+    fn fresh_from(
+        &mut self,
+        map: &impl Unhydrated,
+        batch_max: u64,
+        busy: &dyn Fn(RegionRange) -> bool,
+    ) -> Option<RegionRange> {
+        while let Some(run) = map.next_unhydrated(self.cursor, batch_max) {
+            if self.failures.range(run.first()..run.end()).next().is_none() && !busy(run) {
+                self.cursor = run.end();
+                return Some(run);
+            }
+            let held_back =
+                |region: &RegionIndex| self.failures.contains_key(region) || busy(RegionRange::single(*region));
+            let Some(first) = run.iter().find(|r| !held_back(r)) else {
+                self.cursor = run.end();
+                continue;
+            };
+            let end = run.iter().skip_while(|r| *r <= first).find(held_back).unwrap_or(run.end());
+            self.cursor = end;
+            return RegionRange::between(first, end);
+        }
+        None
+    }
+
     /// Nothing is left to do: clients have overwritten what could not be copied.
     pub fn all_hydrated(&mut self) {
         self.failures.clear();
         self.due.clear();
         self.failed_alone = 0;
         self.paused_until = None;
+        self.fresh_works();
+    }
+
+    fn fresh_works(&mut self) {
+        (self.fresh_failures, self.leap) = (0, 0);
     }
 
     /// A region whose delay is over and that nobody holds; it is being tried from now on.
@@ -144,6 +210,7 @@ impl HydrationSched {
             } else if busy(RegionRange::single(region)) {
                 (from, looks) = ((at, RegionIndex(region.0 + 1)), looks + 1);
             } else {
+                self.after_retry = self.failures.get(&region).is_some_and(|failure| failure.attempts > 0);
                 self.set_due(region, NEVER);
                 return Some(region);
             }
@@ -203,15 +270,21 @@ impl HydrationSched {
     /// A batch is hydrated.
     pub fn succeeded(&mut self, batch: RegionRange) {
         self.batches_in_flight -= 1;
-        self.failures_in_a_row = 0;
         self.pauses_in_a_row = 0;
-        self.failed_in(batch).into_iter().for_each(|region| self.forget(region));
+        self.fresh_works();
+        self.hydrated(batch);
     }
 
-    /// A batch could not be copied because of some of its data. Returns whether this paused hydration.
-    pub fn failed(&mut self, batch: RegionRange, now: Duration) -> bool {
+    /// These are hydrated now, whoever did it: what was known of their failures is over.
+    pub fn hydrated(&mut self, regions: RegionRange) {
+        self.failed_in(regions).into_iter().for_each(|region| self.forget(region));
+    }
+
+    /// A batch could not be copied because of some of its data.
+    pub fn failed(&mut self, batch: RegionRange, now: Duration) -> Failed {
         self.batches_in_flight -= 1;
         let single = batch.count() == 1;
+        let known = self.failures.get(&batch.first()).map(|failure| failure.attempts);
         for region in batch.iter() {
             let failure = self.failures.entry(region).or_insert(Failure { attempts: 0, not_before: NEVER });
             let due = if single { now + backoff(failure.attempts) } else { now };
@@ -219,12 +292,14 @@ impl HydrationSched {
             failure.attempts = failure.attempts.saturating_add(u32::from(single));
             self.set_due(region, due);
         }
-        self.failures_in_a_row += 1;
-        if self.failures_in_a_row < FAILURES_IN_A_ROW_MAX {
-            return false;
+        if known.is_none() {
+            self.fresh_failures = self.fresh_failures.saturating_add(1);
+            if self.fresh_failures >= BAD_AREA_BATCHES {
+                self.leap = self.leap.saturating_mul(2).max(batch.count());
+                self.cursor = RegionIndex(self.cursor.max(batch.end()).0.saturating_add(self.leap));
+            }
         }
-        self.pause(now);
-        true
+        Failed { isolating: single && known == Some(0) }
     }
 
     /// A batch could not be copied for a reason that holds for all (no space, the source is gone).
@@ -236,9 +311,8 @@ impl HydrationSched {
     }
 
     fn pause(&mut self, now: Duration) {
-        self.failures_in_a_row = 0;
         self.paused_until = Some(now + backoff(self.pauses_in_a_row));
-        self.pauses_in_a_row += 1;
+        self.pauses_in_a_row = self.pauses_in_a_row.saturating_add(1);
     }
 
     /// Tries at once what is held back (after the user said so, or the source came back).
@@ -313,19 +387,86 @@ mod tests {
     }
 
     #[test]
-    fn a_clients_region_goes_first_and_many_failures_pause() {
+    fn a_clients_region_goes_first_but_not_when_it_failed() {
         let map = Bits(vec![false; 1000]);
         let mut sched = HydrationSched::default();
+        let single = RegionRange::single(RegionIndex(500));
         sched.prioritise(RegionIndex(500));
-        let first = sched.next(&map, Duration::ZERO, 4, &|_| false);
-        assert_eq!(first, Next::Batch(RegionRange::single(RegionIndex(500))));
-        for i in 1..=FAILURES_IN_A_ROW_MAX {
-            let Next::Batch(batch) = sched.next(&map, Duration::ZERO, 4, &|_| false) else { panic!("a batch") };
-            assert_eq!(sched.failed(batch, Duration::ZERO), i == FAILURES_IN_A_ROW_MAX);
-        }
+        assert_eq!(sched.next(&map, Duration::ZERO, 4, &|_| false), Next::Batch(single));
+        assert_eq!(sched.failed(single, Duration::ZERO), Failed { isolating: false });
+        sched.prioritise(RegionIndex(500));
+        let Next::Batch(batch) = sched.next(&map, Duration::ZERO, 4, &|_| false) else { panic!("a batch") };
+        assert!(!batch.contains(RegionIndex(500)), "{batch:?}");
+    }
+
+    #[test]
+    fn what_holds_for_all_pauses() {
+        let map = Bits(vec![false; 1000]);
+        let mut sched = HydrationSched::default();
+        let Next::Batch(batch) = sched.next(&map, Duration::ZERO, 4, &|_| false) else { panic!("a batch") };
+        sched.failed_for_all(batch, Duration::ZERO);
         assert_eq!(sched.next(&map, Duration::ZERO, 4, &|_| false), Next::WaitUntil(BACKOFF_MIN));
+        assert_eq!(sched.failed_regions(), 0);
         sched.retry_now();
         assert!(matches!(sched.next(&map, Duration::ZERO, 4, &|_| false), Next::Batch(_)));
+    }
+
+    /// A bad area of any size, wherever it is: all the rest is hydrated after a few failures, before any region is tried
+    /// a second time; then which regions are bad is found out exactly.
+    #[test]
+    fn a_bad_area_keeps_back_nothing_but_itself() {
+        for (first, end) in [(0, 300), (100, 101), (40, 900), (700, 1000), (17, 19), (0, 999)] {
+            let mut map = Bits(vec![false; 1000]);
+            let mut sched = HydrationSched::default();
+            let is_bad = |region: RegionIndex| (first..end).contains(&region.0);
+            let (mut in_a_row, mut in_a_row_max, mut retries) = (0, 0, 0);
+            while map.0.iter().filter(|b| !**b).count() as u64 > end - first {
+                let Next::Batch(batch) = sched.next(&map, Duration::ZERO, 16, &|_| false) else { panic!("a batch") };
+                if batch.iter().any(is_bad) {
+                    retries += u32::from(sched.failures.get(&batch.first()).is_some_and(|f| f.attempts > 0));
+                    let counts = !sched.failed(batch, Duration::ZERO).isolating;
+                    in_a_row += u32::from(counts);
+                    in_a_row_max = in_a_row_max.max(in_a_row);
+                } else {
+                    batch.iter().for_each(|r| map.0[r.0 as usize] = true);
+                    sched.succeeded(batch);
+                    in_a_row = 0;
+                }
+            }
+            assert_eq!(retries, 0);
+            // Those to leap out of it, then those that were leapt over, once each; a leap leaves a short one at each end.
+            assert!(u64::from(in_a_row_max) <= (end - first) / 16 + 10, "{first}..{end}: {in_a_row_max} in a row");
+            while let Next::Batch(batch) = sched.next(&map, Duration::ZERO, 16, &|_| false) {
+                sched.failed(batch, Duration::ZERO);
+            }
+            assert_eq!(sched.failed_regions(), end - first);
+        }
+    }
+
+    /// However many bad regions are due, what was never tried is handed out every other time at least.
+    #[test]
+    fn retries_do_not_keep_back_what_was_never_tried() {
+        let mut map = Bits(vec![false; 1000]);
+        let mut sched = HydrationSched::default();
+        for region in 0..200 {
+            sched.batches_in_flight += 1;
+            sched.failed(RegionRange::single(RegionIndex(region)), Duration::ZERO);
+        }
+        sched.fresh_works();
+        let now = Duration::from_secs(3);
+        let (mut fresh, mut retries) = (0, 0);
+        while fresh < 50 {
+            let Next::Batch(batch) = sched.next(&map, now, 16, &|_| false) else { panic!("a batch") };
+            if batch.first().0 < 200 {
+                retries += 1;
+                sched.failed(batch, now);
+            } else {
+                fresh += 1;
+                batch.iter().for_each(|r| map.0[r.0 as usize] = true);
+                sched.succeeded(batch);
+            }
+        }
+        assert!((45..=51).contains(&retries), "{retries}");
     }
 
     /// Thousands that failed and were overwritten by clients meanwhile: forgotten one by one, not one call deeper each.

@@ -30,6 +30,7 @@ pub mod event_log;
 pub mod events;
 pub mod human;
 pub mod hydration_budget;
+pub mod hydration_failures;
 pub mod hydration_sched;
 pub mod hydration_share;
 pub mod io_frontend;
@@ -40,6 +41,7 @@ pub mod metrics;
 pub mod net;
 pub mod ring;
 pub mod runtime_dir;
+pub mod service_manager;
 pub mod shard;
 pub mod signatures;
 #[cfg(test)]

@@ -120,6 +120,11 @@ impl Semaphore {
         self.free.get()
     }
 
+    /// Whether somebody waits, or gave up waiting a moment ago.
+    pub fn is_wanted(&self) -> bool {
+        !self.waiting.borrow().is_empty()
+    }
+
     fn take(self: &Rc<Self>, count: u64) -> Permit {
         self.free.set(self.free.get() - count);
         Permit { semaphore: self.clone(), count }

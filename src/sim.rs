@@ -6,16 +6,20 @@
 //! * [`executor`]: tasks in random order, time that jumps. * [`disk`]: a volatile cache that a crash tears apart.
 //! * [`source`]: slow, failing, lost. * [`mesh`]: several shards with delays between them.
 //! * [`clone`]: a whole clone, put together as the daemon does it. * [`oracle`]: which bytes a read may return, now
-//!   and after a crash.
+//!   and after a crash. * [`laws`]: what must hold at every step. * [`report`]: what a run has met.
 //!
-//! `HYDRANT_SIM_SEED=n` runs the tests with that one seed, `HYDRANT_SIM_SEED=n..m` with more. `HYDRANT_SIM_BYTE=n` prints
-//! what clients do with one byte.
+//! `HYDRANT_SIM_SEED=n` runs the tests with that one seed, `HYDRANT_SIM_SEED=n..m` with more. `HYDRANT_SIM_TRACE=1` prints
+//! every operation of the devices, request, fault and crash with its virtual time; `HYDRANT_SIM_BYTE=n` what clients do
+//! with one byte. `HYDRANT_SIM_SECONDS=n` is how long fresh seeds are explored (see `tests/simulate`), and
+//! `HYDRANT_SIM_REPORT=path` where what they met is written.
 
 pub mod clone;
 pub mod disk;
 pub mod executor;
+pub mod laws;
 pub mod mesh;
 pub mod oracle;
+pub mod report;
 pub mod source;
 
 mod tests;

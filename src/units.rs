@@ -240,7 +240,12 @@ const SIZE_SUFFIXES: [(&str, u32); 4] = [("KiB", 10), ("MiB", 20), ("GiB", 30), 
 impl FromStr for ByteSize {
     type Err = String;
     fn from_str(s: &str) -> Result<Self, String> {
-        let bad = || format!("'{s}' is not a size: write bytes as a number, or a number with KiB, MiB, GiB or TiB");
+        let bad = || {
+            format!(
+                "'{}' is not a size: write bytes as a number, or a number with KiB, MiB, GiB or TiB",
+                s.escape_debug()
+            )
+        };
         let (digits, shift) = SIZE_SUFFIXES
             .iter()
             .find_map(|(suffix, shift)| s.strip_suffix(suffix).map(|d| (d, *shift)))

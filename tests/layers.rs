@@ -14,7 +14,8 @@ const LAYERS: [&str; 5] = [
     "units version error dma_buf io_frontend/request",
     // 1, pure decisions: no I/O, no async, no clock.
     "meta/mod meta/codec meta/region_map meta/runs meta/commit meta/growth meta/check meta/dm meta/dm/* meta/dump meta/repair
-     shard/plan shard/inflight hydration_sched hydration_share events events/* log_limit signatures human dm_table
+     shard/plan shard/inflight hydration_failures hydration_sched hydration_share events events/* log_limit signatures human dm_table
+     shard/plan shard/inflight disk/transfer hydration_sched hydration_share events events/* log_limit signatures human dm_table
      daemon/rate control/api control/query
      source/uri source/nbd/assembly
      metrics metrics/schema metrics/record metrics/text
@@ -27,7 +28,7 @@ const LAYERS: [&str; 5] = [
      source/file source/padded source/remote source/fingerprint source/nbd/status_cache
      sim sim/*",
     // 3, edges: the kernel, sockets, glommio.
-    "ring ring/* net metrics/* disk/ring disk/blocking env/glommio shard/pool environment unix_socket devices devices/*
+    "ring ring/* net metrics/* disk/ring disk/blocking env/glommio shard/pool environment service_manager unix_socket devices devices/*
      source/nbd source/nbd/* io_frontend io_frontend/nbd io_frontend/nbd/*",
     // 4, product.
     "lib main cli targets cli/* metrics/dump config config/* runtime_dir commands commands/* commands/meta/* control control/* daemon daemon/*

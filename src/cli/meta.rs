@@ -158,9 +158,10 @@ Of a damaged sector of the bitmap nobody knows which of its regions were hydrate
               them since the clone was made is lost; the rest is right.
   hydrated    they are read from the destination. Those that were not copied yet hold whatever
               the destination held before, and are never copied; the rest is right.
-So without --assume nothing is changed, and the regions are listed. Say unhydrated when nothing was written there (the \
-clone was only read, or the file system's checker will tell), hydrated when you know that all of them were copied. In a \
-clone that is marked complete every region is hydrated: there nothing has to be assumed.")]
+So without --assume or --force nothing is changed, and the regions are listed. Say unhydrated when nothing was written \
+there (the clone was only read, or the file system's checker will tell), hydrated when you know that all of them were \
+copied. In a clone that is marked complete every region is hydrated, and of a sector whose bits are intact they are known: \
+there nothing has to be assumed.")]
 #[command(after_long_help = "\
 Examples:
   hydrant meta repair --dry-run vm1.meta
@@ -175,6 +176,10 @@ pub struct RepairArgs {
     /// With SECTOR, those of that 512-byte sector (as check lists them); without, all others.
     #[arg(long, value_name = "[SECTOR=]STATE")]
     pub assume: Vec<AssumeArg>,
+
+    /// Take what is neither known nor assumed for unhydrated; overwrite what is in place of a superblock copy
+    #[arg(long)]
+    pub force: bool,
 
     /// Copy the metadata to this new file first
     #[arg(long, value_name = "PATH")]

@@ -7,7 +7,8 @@ use super::{CloneState, Mode};
 use crate::error::Error;
 use crate::events::EventKind;
 use crate::events::condition::Condition;
-use crate::units::ShardIndex;
+use crate::hydration_failures::{BAD_RUNS_LISTED_MAX, BAD_RUNS_TOLD_MAX, BadRegions, FailuresInARow, Verdict};
+use crate::units::{RegionRange, ShardIndex};
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering::*;
 use std::sync::{MutexGuard, PoisonError};
@@ -19,8 +20,10 @@ enum Hydration {
     /// Not begun, or switched off.
     Off,
     Running,
-    /// Backing off after failures, on one shard at least.
-    Failing,
+    /// Backing off after failures, on one shard at least; with so many bad regions.
+    Failing(u64),
+    /// Until the user says that it is to go on.
+    Stopped,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -31,6 +34,33 @@ enum SourceHealth {
     Changed,
 }
 
+/// A background copy that failed because of its data.
+pub struct CopyFailure<'a> {
+    pub shard: ShardIndex,
+    pub batch: RegionRange,
+    /// See [`crate::hydration_sched::Failed::isolating`]: not counted.
+    pub isolating: bool,
+    pub began: Duration,
+    pub error: &'a Error,
+}
+
+/// The newest failure of a background copy.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LastFailure {
+    pub text: String,
+    pub errno: i32,
+}
+
+/// What failed so far and has not been mended.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct FailureReport {
+    pub in_a_row: u64,
+    pub bad_regions: u64,
+    /// The first runs of them, at most [`BAD_RUNS_LISTED_MAX`].
+    pub bad_runs: Vec<RegionRange>,
+    pub last: Option<LastFailure>,
+}
+
 /// See the head of this file.
 pub(super) struct Health {
     hydration: Condition<Hydration>,
@@ -38,8 +68,16 @@ pub(super) struct Health {
     hydration_text: String,
     /// Shards that back off.
     failing: BTreeSet<ShardIndex>,
+    in_a_row: FailuresInARow,
+    bad: BadRegions,
+    /// Bad regions were told of, and their end was not.
+    bad_told: bool,
+    /// Of a background copy.
+    last_failure: Option<LastFailure>,
     source: Condition<SourceHealth>,
     source_text: String,
+    /// Why the metadata mode is not `rw`.
+    pub(super) mode_reason: Option<String>,
 }
 
 impl Default for Health {
@@ -48,8 +86,13 @@ impl Default for Health {
             hydration: Condition::new(Hydration::Off),
             hydration_text: String::new(),
             failing: BTreeSet::new(),
+            in_a_row: FailuresInARow::default(),
+            bad: BadRegions::default(),
+            bad_told: false,
+            last_failure: None,
             source: Condition::new(SourceHealth::Found),
             source_text: String::new(),
+            mode_reason: None,
         }
     }
 }
@@ -90,6 +133,17 @@ impl CloneState {
         health.hydration = Condition::new(Hydration::Off);
         health.failing.clear();
         self.hydration_told.store(false, Relaxed);
+        self.hydration_stopped.store(false, Release);
+    }
+
+    /// The user wants background copies: failures so far do not count any more.
+    pub(super) fn hydration_goes_on(&self, now: Duration) {
+        let mut health = self.health();
+        health.in_a_row.begin_anew(now);
+        if self.hydration_stopped.swap(false, AcqRel) && health.hydration.state() == Hydration::Stopped {
+            // Told when the next copy begins.
+            health.hydration.is_quietly(Hydration::Off);
+        }
     }
 
     /// The user does not want background copies (any more); `why` in words. To be called after the order is in force.
@@ -102,12 +156,125 @@ impl CloneState {
         }
     }
 
-    /// A shard backs off after failures; `why` in words.
+    /// A shard backs off for a reason that holds for all copies; `why` in words.
     pub fn hydration_fails(&self, shard: ShardIndex, why: &str, now: Duration) {
-        let mut health = self.health();
+        self.shard_fails(&mut self.health(), shard, why, now);
+    }
+
+    fn shard_fails(&self, health: &mut Health, shard: ShardIndex, why: &str, now: Duration) {
         if self.may_hydrate() && !self.is_all_hydrated() && health.failing.insert(shard) {
             self.hydration_told.store(false, Relaxed);
-            self.hydration_is(&mut health, Hydration::Failing, why, now);
+            if !matches!(health.hydration.state(), Hydration::Failing(_)) {
+                self.hydration_is(health, Hydration::Failing(0), why, now);
+            }
+        }
+    }
+
+    /// A background copy has failed because of its data. This may pause all of the clone's copies, or stop them.
+    pub fn copy_failed(&self, failure: &CopyFailure<'_>, now: Duration) {
+        let mut health = self.health();
+        if failure.batch.count() == 1 {
+            health.bad.insert(failure.batch.first());
+        }
+        let error = failure.error;
+        health.last_failure = Some(LastFailure { text: error.to_string(), errno: error.errno() });
+        if failure.isolating || !self.may_hydrate() || self.is_all_hydrated() {
+            return;
+        }
+        let verdict = health.in_a_row.failed(failure.began, now, self.hydration_failures_max());
+        self.is_failing.store(true, Release);
+        let count = health.in_a_row.count();
+        match verdict {
+            Verdict::GoOn => {}
+            Verdict::Pause => {
+                let text = format!("hydration pauses after {count} failures in a row: {error}");
+                self.shard_fails(&mut health, failure.shard, &text, now);
+            }
+            Verdict::Stop => {
+                self.hydration_stopped.store(true, Release);
+                self.hydration_told.store(false, Relaxed);
+                health.failing.clear();
+                let in_a_row = if count == 1 { "a failure".into() } else { format!("{count} failures in a row") };
+                let left = self.geometry().nr_regions() - self.hydrated();
+                let text = format!(
+                    "hydration stopped after {in_a_row}: {left} of {} regions are left, {}; enable_hydration goes on; \
+                     the last error: {error}",
+                    self.geometry().nr_regions(),
+                    match health.bad.count() {
+                        0 => "none of them was tried alone".into(),
+                        bad => format!("{bad} of them bad: {}", self.bad_words(&health)),
+                    },
+                );
+                health.bad_told |= health.bad.count() > 0;
+                self.hydration_is(&mut health, Hydration::Stopped, &text, now);
+            }
+        }
+    }
+
+    fn bad_words(&self, health: &Health) -> String {
+        health.bad.words(&self.geometry(), BAD_RUNS_TOLD_MAX)
+    }
+
+    /// A shard has nothing left to do but to try bad regions again.
+    pub fn only_bad_regions_left(&self, shard: ShardIndex, now: Duration) {
+        let mut health = self.health();
+        let bad = health.bad.count();
+        // As long as anything is copied, by another shard, there may be more of them soon: it tells of all.
+        if bad == 0 || self.hydrating() > 0 || !self.may_hydrate() || self.is_all_hydrated() {
+            return;
+        }
+        health.failing.insert(shard);
+        self.hydration_told.store(false, Relaxed);
+        health.bad_told = true;
+        let regions = if bad == 1 { "1 region".into() } else { format!("{bad} regions") };
+        let last = health.last_failure.as_ref().map_or("", |last| &last.text);
+        let words = self.bad_words(&health);
+        let text = format!("hydration backs off: {regions} could not be copied: {words}; the last error: {last}");
+        self.hydration_is(&mut health, Hydration::Failing(bad), &text, now);
+    }
+
+    /// A copy has succeeded, whoever asked for it. Cheap when none has failed lately.
+    pub fn copy_succeeded(&self) {
+        if self.is_failing.load(Relaxed) && self.is_failing.swap(false, AcqRel) {
+            let mut health = self.health();
+            health.in_a_row.succeeded();
+            if health.bad.count() == 0 && !self.is_hydration_stopped() {
+                health.last_failure = None;
+            }
+        }
+    }
+
+    /// These regions, some of which were bad, are hydrated.
+    pub fn bad_regions_hydrated(&self, regions: RegionRange) {
+        let mut health = self.health();
+        if health.bad.remove(regions) == 0 || health.bad.count() > 0 {
+            return;
+        }
+        if !self.is_hydration_stopped() {
+            health.last_failure = None;
+        }
+        if std::mem::take(&mut health.bad_told) && !self.is_complete() && self.mode() == Mode::ReadWrite {
+            self.events()
+                .raise(EventKind::BadRegionsHealed, "no region is bad any more: all were copied or overwritten");
+        }
+    }
+
+    /// The end of a pause of all background copies of the clone that is not over.
+    pub fn hydration_paused_until(&self, now: Duration) -> Option<Duration> {
+        if !self.is_failing.load(Acquire) {
+            return None;
+        }
+        self.health().in_a_row.paused_until(now)
+    }
+
+    /// What failed and is not mended.
+    pub fn failure_report(&self) -> FailureReport {
+        let health = self.health();
+        FailureReport {
+            in_a_row: health.in_a_row.count(),
+            bad_regions: health.bad.count(),
+            bad_runs: health.bad.runs(BAD_RUNS_LISTED_MAX),
+            last: health.last_failure.clone(),
         }
     }
 
@@ -118,7 +285,7 @@ impl CloneState {
         }
         let mut health = self.health();
         health.failing.remove(&shard);
-        let recovered = health.failing.is_empty() && health.hydration.state() == Hydration::Failing;
+        let recovered = health.failing.is_empty() && matches!(health.hydration.state(), Hydration::Failing(_));
         if recovered && self.may_hydrate() && !self.is_all_hydrated() {
             self.hydration_told.store(true, Relaxed);
             let text = "hydration goes on: copies work again";
@@ -140,7 +307,12 @@ impl CloneState {
         let kind = match state {
             Hydration::Off => EventKind::HydrationPaused,
             Hydration::Running => EventKind::HydrationStarted,
-            Hydration::Failing => EventKind::HydrationFailed,
+            Hydration::Failing(_) => EventKind::HydrationFailed,
+            Hydration::Stopped => {
+                // Nothing goes on without somebody: it is to be seen in a log that is read for warnings only.
+                log::warn!("clone '{}': {text}", self.name);
+                return self.events().record(EventKind::HydrationStopped, text);
+            }
         };
         self.events().raise(kind, text);
     }
@@ -150,6 +322,8 @@ impl CloneState {
     }
     pub fn source_found(&self, now: Duration) {
         self.source_is(SourceHealth::Found, "source found again".into(), now);
+        // What failed before it went away may work now.
+        self.health().in_a_row.begin_anew(now);
     }
     /// It is another one, for good.
     pub fn source_changed(&self, why: &Error, now: Duration) {

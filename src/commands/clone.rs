@@ -39,6 +39,7 @@ fn plan_of(args: CloneArgs, dir: &RuntimeDir) -> Result<Plan> {
         hydration_threshold: args.hydration_threshold,
         hydration_batch_size: args.hydration_batch_size,
         hydration_rate: args.hydration_rate,
+        hydration_failures_max: args.hydration_failures_max,
         priority: args.priority,
         on_hydrated: args.on_hydrated,
         source_timeout: Duration::from_secs(args.source_timeout.into()),
@@ -88,6 +89,7 @@ mod tests {
             hydration_threshold: None,
             hydration_batch_size: None,
             hydration_rate: None,
+            hydration_failures_max: 100,
             priority: 100,
             on_hydrated: OnHydrated::Stay,
             nbd: NbdConfig {
@@ -107,7 +109,8 @@ mod tests {
         let plan = parse(
             "--name vm.1 --region-size 1MiB --no-hydration --no-discard-passdown --hydration-threshold 7 \
              --hydration-batch-size 8 --on-hydrated exit --nbd tcp:127.0.0.1:10809 --control c --shards 3 \
-             --source-timeout 9 --force --dry-run --size 5MiB --hydration-rate 1GiB --priority 7",
+             --source-timeout 9 --force --dry-run --size 5MiB --hydration-rate 1GiB --priority 7 \
+             --hydration-failures-max 0",
         )
         .unwrap();
         let expected = CloneConfig {
@@ -122,6 +125,7 @@ mod tests {
             hydration_threshold: Some(7),
             hydration_batch_size: Some(8),
             hydration_rate: Some(1 << 30),
+            hydration_failures_max: 0,
             priority: 7,
             on_hydrated: OnHydrated::Exit,
             nbd: NbdConfig { address: "tcp:127.0.0.1:10809".parse().unwrap(), export: "vm.1".parse().unwrap() },
@@ -181,6 +185,8 @@ mod tests {
             ("--control x --nbd unix:x", "same socket"),
             ("--control=", "a value is required"),
             ("--hydration-rate 1", "not from 4KiB to 1TiB"),
+            ("--hydration-failures-max=-1", "invalid value '-1'"),
+            ("--hydration-failures-max 4294967296", "4294967295"),
             ("--priority 0", "1..=1000"),
             ("--size 0", "not from 1 byte to 8388607TiB"),
             ("--bogus", "--bogus"),

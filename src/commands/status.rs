@@ -8,6 +8,7 @@ use crate::control::api::{CloneRunState, HydrationState, HydrationStatus, Metada
 use crate::control::client::{self, Client};
 use crate::error::{Error, ErrorKind, Result};
 use crate::human::{count, duration, percent, rate, size};
+use crate::hydration_failures::words_of;
 use crate::hydration_share::PRIORITY_DEFAULT;
 use crate::units::ByteSize;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -19,9 +20,15 @@ use std::time::Duration;
 /// Between two looks of `--watch`: at a terminal, and else.
 const WATCH_PAUSE_TERMINAL: Duration = Duration::from_millis(200);
 const WATCH_PAUSE_PLAIN: Duration = Duration::from_secs(1);
+/// Runs of bad regions that the text names; `--json` has more.
+const RANGES_SHOWN_MAX: usize = 4;
 /// What a source that is another one means, and what to do.
 const SOURCE_CHANGED: &str = "changed: nothing more is read from it; when the right one is back, \
     remove and create the clone again (or restart)";
+/// What the metadata modes mean, and what to do.
+const READ_ONLY: &str = "only what is hydrated can be used, and no flush succeeds; put that right, then stop it and start \
+    the clone again: it has all that was flushed";
+const FAILED: &str = "no I/O is permitted; put that right, then stop it and start the clone again";
 
 pub fn run(args: &StatusArgs, out: &mut dyn Write) -> Result<()> {
     let found = find(args.name.as_ref(), &args.control)?;
@@ -103,6 +110,9 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
         ByteSize(status.region_size)
     )?;
     let mut line = |label: &str, value: String| writeln!(text, "  {label:<12} {value}");
+    for warning in &status.warnings {
+        line("WARNING", warning.clone())?;
+    }
     if status.suspended {
         line("suspended", "I/O and hydration are held, everything is committed".into())?;
     } else if status.suspending {
@@ -112,8 +122,8 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
         line("resizing", "is under way".into())?;
     }
     line("hydration", progress_words(status))?;
-    if hydration.failed_regions > 0 {
-        line("", format!("{} regions could not be copied; they are tried again", count(hydration.failed_regions)))?;
+    for words in failure_words(status) {
+        line("", words)?;
     }
     line(
         "limits",
@@ -132,19 +142,24 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
     }
     line("source", source_words(status))?;
     line("destination", status.destination.clone())?;
-    let mode = match status.metadata.mode {
-        MetadataMode::ReadWrite => "rw",
-        MetadataMode::ReadOnly => "ro: a commit failed, nothing that needs new metadata is accepted",
-        MetadataMode::Fail => "Fail: no I/O is safe",
-        MetadataMode::Unopened => "not open",
-    };
+    let metadata = &status.metadata;
     line(
         "metadata",
         format!(
-            "{}, {mode}; {} of {} blocks, generation {}",
-            status.metadata.path, status.metadata.used_blocks, status.metadata.total_blocks, status.metadata.generation
+            "{}, {}; {} of {} blocks, generation {}",
+            metadata.path, metadata.mode, metadata.used_blocks, metadata.total_blocks, metadata.generation
         ),
     )?;
+    let means = match metadata.mode {
+        MetadataMode::ReadWrite | MetadataMode::Unopened => None,
+        MetadataMode::ReadOnly => Some(READ_ONLY),
+        MetadataMode::Fail => Some(FAILED),
+    };
+    if let Some(means) = means {
+        let mode = metadata.mode;
+        line("", format!("{mode} because of {}", metadata.error.as_deref().unwrap_or("a commit that failed")))?;
+        line("", means.into())?;
+    }
     line("nbd", format!("{}; {}", nbd_words(status), plural(status.nbd.connections.into(), "client")))?;
     line(
         "I/O",
@@ -218,6 +233,32 @@ fn pace_words(status: &Status) -> String {
     words.join(", ")
 }
 
+/// What could not be copied, why, and what happens or is to be done about it.
+fn failure_words(status: &Status) -> Vec<String> {
+    let hydration = &status.hydration;
+    let mut lines = Vec::new();
+    if status.is_hydration_stopped() {
+        lines.push(stopped_words(status));
+    }
+    if hydration.failed_regions > 0 {
+        let (told, more) = hydration.failed_ranges.split_at(hydration.failed_ranges.len().min(RANGES_SHOWN_MAX));
+        let more = hydration.failed_regions_more + more.iter().map(|range| range.regions).sum::<u64>();
+        let which = words_of(told.iter().map(|r| (r.first_region, r.regions, r.offset, r.length)), more);
+        let again = if hydration.state == HydrationState::Failing { "; tried again" } else { "" };
+        lines.push(format!("{} could not be copied{again}: {which}", plural(hydration.failed_regions, "region")));
+    }
+    if let Some(last) = &hydration.last_failure {
+        lines.push(format!("the last failure: {} (errno {})", last.error, last.errno));
+    }
+    lines
+}
+
+/// That hydration has stopped, and how it goes on.
+fn stopped_words(status: &Status) -> String {
+    let failures = plural(status.hydration.failures_in_a_row, "failure");
+    format!("stopped after {failures} in a row; 'hydrant message {} enable_hydration' goes on", status.name)
+}
+
 /// `at most 50 MiB/s, 100 MiB/s with all clones, priority 400`; `None` when nothing of it was set.
 fn share_words(hydration: &HydrationStatus) -> Option<String> {
     let own = hydration.rate.map(|bytes| format!("at most {}", rate(bytes as f64)));
@@ -271,6 +312,14 @@ fn times(number: u64) -> String {
     plural(number, "time")
 }
 
+/// Of those who wait for the hydration.
+pub fn stopped_error(status: &Status) -> Error {
+    let last = status.hydration.last_failure.as_ref().map_or(String::new(), |last| format!("; {}", last.error));
+    let left = plural(status.nr_regions - status.hydrated_regions.min(status.nr_regions), "region");
+    let text = format!("clone '{}': hydration has {}; {left} left{last}", status.name, stopped_words(status));
+    Error::new(ErrorKind::Io, text)
+}
+
 /// Follows one clone until it is hydrated.
 fn watch(client: &Client, name: &str, out: &mut dyn Write) -> Result<()> {
     let name =
@@ -304,6 +353,7 @@ fn watch(client: &Client, name: &str, out: &mut dyn Write) -> Result<()> {
         }
         match status.metadata.mode {
             _ if status.is_complete() => break Ok(()),
+            _ if status.is_hydration_stopped() => break Err(stopped_error(&status)),
             _ if status.state == CloneRunState::Failed => {
                 let why = status.error.unwrap_or_default();
                 break Err(Error::new(ErrorKind::Failed, format!("clone '{name}' could not be started: {why}")));
@@ -361,6 +411,7 @@ mod tests {
             name: "vm1".into(),
             state: CloneRunState::Running,
             error: None,
+            warnings: Vec::new(),
             suspended: false,
             suspending: false,
             resizing: false,
@@ -376,7 +427,15 @@ mod tests {
                 threshold_effective: 256,
                 batch_size_effective: 32,
                 state: HydrationState::Running,
+                failures_max: 100,
+                failures_in_a_row: 12,
                 failed_regions: 3,
+                failed_ranges: vec![
+                    FailedRange { first_region: 7, regions: 1, offset: 7 << 16, length: 1 << 16 },
+                    FailedRange { first_region: 9, regions: 2, offset: 9 << 16, length: 2 << 16 },
+                ],
+                failed_regions_more: 0,
+                last_failure: Some(CopyFailureStatus { error: "source: read failed".into(), errno: 5 }),
                 rate: Some(256 << 20),
                 total_rate: Some(1 << 30),
                 priority: 400,
@@ -387,6 +446,7 @@ mod tests {
             metadata: MetadataStatus {
                 path: "/var/lib/vm1.meta".into(),
                 mode: MetadataMode::ReadWrite,
+                error: None,
                 block_size: 4096,
                 used_blocks: 10,
                 total_blocks: 16,
@@ -427,7 +487,8 @@ mod tests {
         let expected = "\
 vm1: 16GiB, 262144 regions of 64KiB
   hydration    running, 45.1% (118489 of 262144 regions, 16 in flight), 220 MiB/s, 41s left
-               3 regions could not be copied; they are tried again
+               3 regions could not be copied: region 7 (bytes 458752+65536), regions 9-10 (bytes 589824+131072)
+               the last failure: source: read failed (errno 5)
   limits       threshold automatic (now 256), batch size 32
                at most 256 MiB/s, at most 1.0 GiB/s with all clones, priority 400
   features     no_discard_passdown
@@ -447,6 +508,33 @@ vm1: 16GiB, 262144 regions of 64KiB
         let line = "  source       nbd://backup/vm1, changed: nothing more is read from it; when the right one is back, \
                     remove and create the clone again (or restart)\n";
         assert!(text_of(&changed).contains(line), "{}", text_of(&changed));
+        let mut read_only = sample();
+        read_only.warnings = vec!["destination /dev/vg/vm1 was deleted".into()];
+        assert!(text_of(&read_only).contains("64KiB\n  WARNING      destination /dev/vg/vm1 was deleted\n"));
+        read_only.metadata.mode = MetadataMode::ReadOnly;
+        read_only.metadata.error = Some("destination /dev/vg/vm1: flush: Input/output error".into());
+        let lines = "  metadata     /var/lib/vm1.meta, ro; 10 of 16 blocks, generation 17\n               \
+                     ro because of destination /dev/vg/vm1: flush: Input/output error\n               \
+                     only what is hydrated can be used, and no flush succeeds; put that right, then stop it and start \
+                     the clone again: it has all that was flushed\n";
+        assert!(text_of(&read_only).contains(lines), "{}", text_of(&read_only));
+    }
+
+    #[test]
+    fn a_stopped_hydration_says_what_to_do() {
+        let mut status = sample();
+        status.hydration.state = HydrationState::Stopped;
+        (status.hydration.failed_regions, status.hydration.failed_regions_more) = (1000, 997);
+        let text = text_of(&status);
+        let line =
+            "               stopped after 12 failures in a row; 'hydrant message vm1 enable_hydration' goes on\n";
+        assert!(text.contains(line) && text.contains("(bytes 589824+131072) and 997 more\n"), "{text}");
+        let error = stopped_error(&status).to_string();
+        let expected = "clone 'vm1': hydration has stopped after 12 failures in a row; 'hydrant message vm1 \
+                        enable_hydration' goes on; 143655 regions left; source: read failed";
+        assert_eq!(error, expected);
+        status.hydration.state = HydrationState::Failing;
+        assert!(text_of(&status).contains("1000 regions could not be copied; tried again: region 7"));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 
 use super::setting::{CPU_MAX, time_text};
 use super::spec::{
-    CloneSize, HydrationRate, IoMemory, MetricsInterval, Priority, Regions, Shards, SourceTimeout, Spin,
+    CloneSize, Failures, HydrationRate, IoMemory, MetricsInterval, Priority, Regions, Shards, SourceTimeout, Spin,
 };
 use super::{NAME_LEN_MAX, file};
 use crate::shard::copy_pool::IO_MEMORY_DEFAULT;
@@ -152,6 +152,14 @@ const CLONE: &[Key] = &[
         "How many adjacent regions are copied together, at most; 0 means 1.",
     ),
     key("hydration_rate", RATE, NO_LIMIT, "Bytes per second that the background copy of this clone may read."),
+    key(
+        "hydration_failures_max",
+        Number(Failures::MIN, Failures::MAX),
+        Is("100"),
+        "So many copies that fail in a row, with none succeeding in between, stop the background copy until \
+         `enable_hydration` or a restart; 0: it never stops. A source that is gone and a destination that is full are waited \
+         for and do not count.",
+    ),
     key(
         "priority",
         Number(Priority::MIN, Priority::MAX),

@@ -9,9 +9,10 @@ use super::node::{Table, read};
 use super::same_file;
 use super::setting::{Address, Count, CpuList, FilePath, LogWords, RegionSizeSetting, Size, Source, Time};
 use super::{
-    CloneConfig, CloneName, DaemonConfig, HYDRATION_RATE_MAX, HYDRATION_RATE_MIN, IO_MEMORY_MAX, IO_MEMORY_MIN,
-    METRICS_INTERVAL_MAX_MS, METRICS_INTERVAL_MIN_MS, MetricsDump, NbdConfig, OnHydrated, PRIORITY_DEFAULT,
-    PRIORITY_MAX, SHARDS_MAX, SIZE_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT, SOURCE_TIMEOUT_SECONDS_MAX, SPIN_MAX_US,
+    CloneConfig, CloneName, DaemonConfig, FAILURES_MAX_DEFAULT, HYDRATION_RATE_MAX, HYDRATION_RATE_MIN, IO_MEMORY_MAX,
+    IO_MEMORY_MIN, METRICS_INTERVAL_MAX_MS, METRICS_INTERVAL_MIN_MS, MetricsDump, NbdConfig, OnHydrated,
+    PRIORITY_DEFAULT, PRIORITY_MAX, SHARDS_MAX, SIZE_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT, SOURCE_TIMEOUT_SECONDS_MAX,
+    SPIN_MAX_US,
 };
 use crate::bail;
 use crate::dm_table::DmTable;
@@ -29,6 +30,7 @@ pub type HydrationRate = Size<HYDRATION_RATE_MIN, HYDRATION_RATE_MAX>;
 pub type MetricsInterval = Time<{ METRICS_INTERVAL_MIN_MS * 1000 }, { METRICS_INTERVAL_MAX_MS * 1000 }>;
 pub type CloneSize = Size<1, SIZE_MAX>;
 pub type Regions = Count<0, { u32::MAX }>;
+pub type Failures = Count<0, { u32::MAX }>;
 pub type Priority = Count<1, PRIORITY_MAX>;
 pub type SourceTimeout = Time<0, { SOURCE_TIMEOUT_SECONDS_MAX as u64 * 1_000_000 }>;
 
@@ -90,6 +92,8 @@ pub struct CloneSpec {
     pub hydration_batch_size: Option<Regions>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hydration_rate: Option<HydrationRate>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hydration_failures_max: Option<Failures>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub priority: Option<Priority>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -257,6 +261,7 @@ impl CloneSpec {
             hydration_threshold: self.hydration_threshold.map(|count| count.0),
             hydration_batch_size: self.hydration_batch_size.map(|count| count.0),
             hydration_rate: self.hydration_rate.map(|rate| rate.0),
+            hydration_failures_max: self.hydration_failures_max.map_or(FAILURES_MAX_DEFAULT, |count| count.0),
             priority: self.priority.map_or(PRIORITY_DEFAULT, |priority| priority.0),
             on_hydrated: self.on_hydrated.unwrap_or_default(),
             source_timeout: self

@@ -53,6 +53,8 @@ pub struct Status {
     pub state: CloneRunState,
     /// Why it could not be started; null unless `state` is `failed`.
     pub error: Option<String>,
+    /// What is wrong with its files (deleted, moved, cut off), and what to do about it: a line each.
+    pub warnings: Vec<String>,
     /// Size of the clone, in bytes: that of the source.
     pub size: u64,
     /// In bytes.
@@ -132,8 +134,18 @@ pub struct HydrationStatus {
     pub threshold_effective: u32,
     pub batch_size_effective: u32,
     pub state: HydrationState,
-    /// Regions that could not be copied and wait for another attempt.
+    /// So many failures in a row stop it; 0: it never stops.
+    pub failures_max: u32,
+    /// Failures since a copy succeeded, the clone was started or the hydration was enabled.
+    pub failures_in_a_row: u64,
+    /// Bad regions: those that could not be copied, each tried alone, and that are not hydrated.
     pub failed_regions: u64,
+    /// Which: the first runs of them, at most 32.
+    pub failed_ranges: Vec<FailedRange>,
+    /// Bad regions that are not in `failed_ranges`.
+    pub failed_regions_more: u64,
+    /// The newest failure of a copy, as long as there are bad regions, or no copy succeeded since.
+    pub last_failure: Option<CopyFailureStatus>,
     /// The bound of this clone alone, in bytes per second; null is none.
     pub rate: Option<u64>,
     /// The bound of all clones of the daemon together, in bytes per second; null is none.
@@ -144,6 +156,29 @@ pub struct HydrationStatus {
     pub bytes_per_second: u64,
     /// Until complete at that rate; null when unknown (paused, no rate yet).
     pub eta_seconds: Option<u64>,
+}
+
+/// Adjacent bad regions.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct FailedRange {
+    /// The first of them, counted from 0.
+    pub first_region: u64,
+    pub regions: u64,
+    /// Where they begin, in bytes from the start of the device.
+    pub offset: u64,
+    /// In bytes.
+    pub length: u64,
+}
+
+/// Why a copy failed.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CopyFailureStatus {
+    /// In words.
+    pub error: String,
+    /// Linux's number for it; 5 is EIO.
+    pub errno: i32,
 }
 
 /// What the hydration is doing.
@@ -165,6 +200,8 @@ pub enum HydrationState {
     SourceChanged,
     /// Copies fail (a bad sector, a failing destination): backing off between attempts.
     Failing,
+    /// Too many failed in a row: nothing is copied in the background until `enable_hydration`. Clients are served.
+    Stopped,
 }
 
 impl fmt::Display for HydrationState {
@@ -177,6 +214,7 @@ impl fmt::Display for HydrationState {
             Self::SourceLost => "source lost",
             Self::SourceChanged => "source changed",
             Self::Failing => "failing",
+            Self::Stopped => "stopped",
         })
     }
 }
@@ -185,7 +223,7 @@ impl fmt::Display for HydrationState {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Features {
-    /// Hydration is off at the moment.
+    /// Hydration is off at the moment: switched off, or stopped after failures. `enable_hydration` switches it on.
     pub no_hydration: bool,
     /// Discards are not passed down to the destination.
     pub no_discard_passdown: bool,
@@ -207,6 +245,8 @@ pub struct MetadataStatus {
     /// Path of the metadata.
     pub path: String,
     pub mode: MetadataMode,
+    /// Why the mode is not `rw`: what failed, and how; null when it is.
+    pub error: Option<String>,
     /// Size of a metadata block, in bytes.
     pub block_size: u32,
     pub used_blocks: u64,
@@ -414,6 +454,11 @@ impl Status {
         )
     }
 
+    /// Too many copies failed in a row: it does not go on by itself.
+    pub fn is_hydration_stopped(&self) -> bool {
+        self.hydration.state == HydrationState::Stopped
+    }
+
     pub fn is_complete(&self) -> bool {
         self.hydration.state == HydrationState::Complete
     }
@@ -439,12 +484,14 @@ pub enum Message {
     HydrationBatchSize(u32),
     /// The most bytes per second that are read to hydrate this clone; 0 means no bound. Not one of dm-clone's.
     HydrationRate(Option<HydrationRate>),
+    /// So many failed copies in a row stop hydration; 0: it never stops. Not one of dm-clone's.
+    HydrationFailuresMax(u32),
     /// The weight of this clone when it hydrates beside others. Not one of dm-clone's.
     Priority(Priority),
 }
 
 const MESSAGES: &str = "enable_hydration, disable_hydration, hydration_threshold N, hydration_batch_size N, \
-                        hydration_rate BYTES_PER_SECOND or priority N";
+                        hydration_rate BYTES_PER_SECOND, hydration_failures_max N or priority N";
 
 impl Message {
     /// Reads a message by dm-clone's grammar: keywords in any case, and exactly one value for those that take one; for
@@ -494,6 +541,7 @@ impl Message {
             "hydration_threshold" => one_number(any).map(Self::HydrationThreshold),
             "hydration_batch_size" => one_number(any).map(Self::HydrationBatchSize),
             "hydration_rate" => rate().map(Self::HydrationRate),
+            "hydration_failures_max" => one_number(any).map(Self::HydrationFailuresMax),
             "priority" => {
                 let weight = one_number(1..=u64::from(PRIORITY_MAX))?;
                 Priority::new(u64::from(weight)).map(Self::Priority).map_err(of_message)
@@ -525,6 +573,7 @@ impl fmt::Display for Message {
             Self::HydrationRate(rate) => {
                 write!(f, "hydration_rate {}", rate.map_or(0, HydrationRate::bytes_per_second))
             }
+            Self::HydrationFailuresMax(n) => write!(f, "hydration_failures_max {n}"),
             Self::Priority(priority) => write!(f, "priority {}", priority.weight()),
         }
     }

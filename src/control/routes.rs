@@ -35,6 +35,8 @@ use std::time::Duration;
 
 /// Largest body of a request, in bytes.
 const BODY_MAX: usize = 64 << 10;
+/// How long the body may take to come: it is sent with the head.
+const BODY_TIME_MAX: Duration = Duration::from_secs(2);
 /// How long a message may take to be in force; longer, and the client is told that it goes on without it.
 pub const MESSAGE_TIME_MAX: Duration = Duration::from_secs(20);
 /// The same for a growth, which may have to wait for the source.
@@ -83,14 +85,14 @@ impl Routes {
             Route::Events => self.events(&query, client).await.map(|page| json(StatusCode::OK, &page)),
             Route::Wait(name) => self.wait(name, &query, client).await.map(|status| json(StatusCode::OK, &status)),
             Route::Stop => self.controlled.stop().map(|()| json(StatusCode::OK, &serde_json::json!({}))),
-            Route::Message(name) => match read_message(request.into_body()).await {
+            Route::Message(name) => match read_message(request.into_body(), &*self.env).await {
                 Ok(message) => {
                     let log_as = format!("clone '{}': message {message}", name.escape_debug());
                     self.carry_out(log_as, self.controlled.message(name, &message), MESSAGE_TIME_MAX).await
                 }
                 Err(refused) => return refused,
             },
-            Route::Create => match read_clone(request.into_body()).await {
+            Route::Create => match read_clone(request.into_body(), &*self.env).await {
                 Ok(spec) => {
                     let name = spec.name.as_ref().map(|name| name.to_string()).unwrap_or_default();
                     let advice = format!(": see 'hydrant list'; 'hydrant remove {name}' gives it up");
@@ -99,15 +101,19 @@ impl Routes {
                 }
                 Err(refused) => return refused,
             },
-            Route::Suspend(name) => match read_body::<SuspendBody>(request.into_body(), r#"{"timeout": 30}"#).await {
-                Ok(body) => self.suspend(name, body).await,
-                Err(refused) => return refused,
-            },
+            Route::Suspend(name) => {
+                match read_body::<SuspendBody>(request.into_body(), &*self.env, r#"{"timeout": 30}"#).await {
+                    Ok(body) => self.suspend(name, body).await,
+                    Err(refused) => return refused,
+                }
+            }
             Route::Resume(name) => {
                 let log_as = format!("clone '{}': resume", name.escape_debug());
                 self.carry_out(log_as, self.controlled.resume(name), MESSAGE_TIME_MAX).await
             }
-            Route::Resize(name) => match read_body::<ResizeBody>(request.into_body(), r#"{"size": null}"#).await {
+            Route::Resize(name) => match read_body::<ResizeBody>(request.into_body(), &*self.env, r#"{"size": null}"#)
+                .await
+            {
                 Ok(ResizeBody { size, zeros }) => {
                     let to = size.map_or("its source".into(), |size| ByteSize(size).to_string());
                     let log_as = format!("clone '{}': resize to {to}", name.escape_debug());
@@ -115,14 +121,16 @@ impl Routes {
                 }
                 Err(refused) => return refused,
             },
-            Route::Remove(name) => match read_body::<RemoveBody>(request.into_body(), r#"{"force": false}"#).await {
-                Ok(RemoveBody { force }) => {
-                    let log_as =
-                        format!("clone '{}': remove{}", name.escape_debug(), if force { " --force" } else { "" });
-                    self.carry_out(log_as, self.controlled.remove(name, force), MESSAGE_TIME_MAX).await
+            Route::Remove(name) => {
+                match read_body::<RemoveBody>(request.into_body(), &*self.env, r#"{"force": false}"#).await {
+                    Ok(RemoveBody { force }) => {
+                        let log_as =
+                            format!("clone '{}': remove{}", name.escape_debug(), if force { " --force" } else { "" });
+                        self.carry_out(log_as, self.controlled.remove(name, force), MESSAGE_TIME_MAX).await
+                    }
+                    Err(refused) => return refused,
                 }
-                Err(refused) => return refused,
-            },
+            }
         };
         result.unwrap_or_else(|error| refusal(http_status(error.kind()), error.kind(), &error.to_string()))
     }
@@ -280,27 +288,40 @@ fn seconds(query: &Query<'_>) -> Result<Option<Duration>> {
     Ok(query.number("timeout", 0..=WAIT_SECONDS_MAX)?.map(Duration::from_secs))
 }
 
-async fn read_message(body: Incoming) -> Result<Message, Response<Full<Bytes>>> {
-    let body: MessageBody = read_body(body, r#"{"message": "..."}"#).await?;
+async fn read_message(body: Incoming, env: &dyn Env) -> Result<Message, Response<Full<Bytes>>> {
+    let body: MessageBody = read_body(body, env, r#"{"message": "..."}"#).await?;
     let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
     body.message.parse().map_err(bad)
 }
 
-async fn read_clone(body: Incoming) -> Result<CloneSpec, Response<Full<Bytes>>> {
+async fn read_clone(body: Incoming, env: &dyn Env) -> Result<CloneSpec, Response<Full<Bytes>>> {
     let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
-    CloneSpec::from_json(&read_bytes(body).await?).map_err(bad)
+    CloneSpec::from_json(&read_bytes(body, env).await?).map_err(bad)
 }
 
 /// Reads JSON that is to look like `example`.
-async fn read_body<T: DeserializeOwned>(body: Incoming, example: &str) -> Result<T, Response<Full<Bytes>>> {
-    let bytes = read_bytes(body).await?;
+async fn read_body<T: DeserializeOwned>(
+    body: Incoming,
+    env: &dyn Env,
+    example: &str,
+) -> Result<T, Response<Full<Bytes>>> {
+    let bytes = read_bytes(body, env).await?;
     serde_json::from_slice(&bytes).map_err(|error| {
         refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &format!("the body is not {example}: {error}"))
     })
 }
 
-async fn read_bytes(body: Incoming) -> Result<Bytes, Response<Full<Bytes>>> {
-    match Limited::new(body, BODY_MAX).collect().await {
+async fn read_bytes(body: Incoming, env: &dyn Env) -> Result<Bytes, Response<Full<Bytes>>> {
+    let collected = async { Some(Limited::new(body, BODY_MAX).collect().await) };
+    let too_late = async {
+        env.sleep(BODY_TIME_MAX).await;
+        None
+    };
+    let Some(collected) = or(collected, too_late).await else {
+        let text = format!("the body did not come within {} s", BODY_TIME_MAX.as_secs());
+        return Err(refusal(StatusCode::REQUEST_TIMEOUT, ErrorKind::Limit, &text));
+    };
+    match collected {
         Ok(body) => Ok(body.to_bytes()),
         Err(error) if error.is::<LengthLimitError>() => {
             let text = format!("the body is larger than {BODY_MAX} bytes");

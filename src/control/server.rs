@@ -15,15 +15,19 @@ use futures_lite::future::or;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::rc::Rc;
 use std::time::Duration;
 
 /// Connections served at a time, without those that wait for an event; more have to stand in line.
 const CONNECTIONS_MAX: usize = 64;
-/// How long the next in line stands there before it is turned away.
+/// How long the next in line stands there before somebody has to go: the connection that has been longest without asking
+/// anything, or without taking its answer, else the one in line.
 const LINE_TIME_MAX: Duration = Duration::from_secs(1);
+/// A client asks when it is connected, and takes its answer. One that has done neither for this long can be made to go at
+/// once, for the next in line.
+const SILENCE_TIME_MIN: Duration = Duration::from_millis(250);
 /// Most bytes of a request's head.
 const HEAD_MAX: usize = 16 << 10;
 /// Most header lines.
@@ -46,11 +50,24 @@ struct Shared {
     routes: Rc<Routes>,
     env: Rc<dyn Env>,
     listener: Listener,
-    /// Those that are served, by number.
-    connections: RefCell<HashMap<u64, Stream>>,
+    /// Those that are served, by number, which rises.
+    connections: RefCell<BTreeMap<u64, Connection>>,
     closing: Cell<bool>,
     /// A connection has ended, or waits.
     idle: Rc<Notify>,
+}
+
+/// One that is served.
+struct Connection {
+    stream: Stream,
+    turn: Rc<Turn>,
+}
+
+/// Whose turn it is on a connection.
+struct Turn {
+    /// The client has asked, we look for the answer; else it is the client's turn to ask, or to take the answer.
+    ours: Cell<bool>,
+    since: Cell<Duration>,
 }
 
 impl Server {
@@ -85,7 +102,7 @@ impl Server {
         shared.routes.feed.close();
         self.accepting.await;
         or(shared.all_ended(), shared.env.sleep(CLOSE_TIME_MAX)).await;
-        shared.connections.borrow().values().for_each(Stream::shutdown);
+        shared.connections.borrow().values().for_each(|connection| connection.stream.shutdown());
         or(shared.all_ended(), shared.env.sleep(CLOSE_TIME_MAX)).await;
     }
 }
@@ -107,6 +124,22 @@ impl Shared {
         }
     }
 
+    /// Ends the connection that has kept us waiting longest, `time_min` at least; false when there is none. So clients that
+    /// connect and say nothing, or take no answers, keep nobody out for long, however many they are.
+    fn make_room(&self, time_min: Duration) -> bool {
+        let mut connections = self.connections.borrow_mut();
+        let late = connections.iter().filter(|(_, connection)| !connection.turn.ours.get());
+        let latest = late.map(|(number, connection)| (connection.turn.since.get(), *number)).min();
+        let Some((_, number)) = latest.filter(|(since, _)| self.env.now().saturating_sub(*since) >= time_min) else {
+            return false;
+        };
+        // Its task ends by that, and finds itself forgotten.
+        if let Some(connection) = connections.remove(&number) {
+            connection.stream.shutdown();
+        }
+        true
+    }
+
     async fn accept_all(self: &Rc<Self>) {
         let mut failing = false;
         let mut number = 0;
@@ -114,16 +147,20 @@ impl Shared {
             match self.listener.accept().await {
                 Ok(fd) => {
                     failing = false;
-                    or(self.has_room(), self.env.sleep(LINE_TIME_MAX)).await;
-                    if self.closing.get() || self.is_full() {
+                    if self.is_full() && !self.make_room(SILENCE_TIME_MIN) {
+                        or(self.has_room(), self.env.sleep(LINE_TIME_MAX)).await;
+                    }
+                    if self.closing.get() || (self.is_full() && !self.make_room(Duration::ZERO)) {
                         continue;
                     }
                     number += 1;
                     let stream = Stream::new(fd);
-                    self.connections.borrow_mut().insert(number, stream.clone());
+                    let turn = Rc::new(Turn { ours: Cell::new(false), since: Cell::new(self.env.now()) });
+                    let connection = Connection { stream: stream.clone(), turn: turn.clone() };
+                    self.connections.borrow_mut().insert(number, connection);
                     let shared = self.clone();
                     self.env.spawn(Box::pin(async move {
-                        shared.clone().serve(stream).await;
+                        shared.clone().serve(stream, turn).await;
                         shared.connections.borrow_mut().remove(&number);
                         shared.idle.notify();
                     }));
@@ -140,12 +177,18 @@ impl Shared {
         }
     }
 
-    async fn serve(self: Rc<Self>, stream: Stream) {
+    async fn serve(self: Rc<Self>, stream: Stream, turn: Rc<Turn>) {
         let service = {
-            let (routes, client) = (self.routes.clone(), stream.clone());
+            let (shared, client) = (self.clone(), stream.clone());
             service_fn(move |request| {
-                let (routes, client) = (routes.clone(), client.clone());
-                async move { Ok::<_, Infallible>(routes.answer(request, &client).await) }
+                let (shared, client, turn) = (shared.clone(), client.clone(), turn.clone());
+                async move {
+                    turn.ours.set(true);
+                    let answer = shared.routes.answer(request, &client).await;
+                    turn.ours.set(false);
+                    turn.since.set(shared.env.now());
+                    Ok::<_, Infallible>(answer)
+                }
             })
         };
         let connection = http1::Builder::new()

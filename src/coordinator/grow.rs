@@ -80,6 +80,8 @@ impl Coordinator {
     }
 
     async fn grow_held(self: &Rc<Self>, parts: GrowParts) -> Result<()> {
+        // Holding it has committed what was dirty, unless a failure came before that.
+        self.state.check_mode(true)?;
         let old = self.state.geometry();
         if parts.from_size != old.size() {
             let text = format!("clone '{}' has {} by now: try again", self.state.name, ByteSize(old.size()));

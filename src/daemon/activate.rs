@@ -7,7 +7,7 @@ use crate::bail;
 use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs};
 use crate::config::CloneConfig;
 use crate::coordinator::Coordinator;
-use crate::devices::{self, Device, Role, Target};
+use crate::devices::{self, Device, DeviceId, Role, Target};
 use crate::disk::Disk;
 use crate::disk::ring::{DiskParts, RingDisk};
 use crate::environment;
@@ -17,7 +17,7 @@ use crate::events::EventKind;
 use crate::human;
 use crate::hydration_budget::BudgetMember;
 use crate::io_frontend::request::LocalBoxFuture;
-use crate::meta::codec::{self, Superblock, metadata_size_needed};
+use crate::meta::codec::{self, SourceFingerprint, Superblock, metadata_size_needed};
 use crate::meta::region_map::RegionMap;
 use crate::meta::store::Store;
 use crate::ring::Ring;
@@ -52,6 +52,8 @@ pub struct ActiveClone {
     pub source_counts: Rc<SourceCounts>,
     /// Destination and metadata: open, so that they stay locked.
     pub devices: RefCell<[Device; 2]>,
+    /// A source that is a file or block device: its path, and what was there.
+    pub source_place: RefCell<Option<(PathBuf, DeviceId)>>,
     /// The clone is being resized: one at a time.
     pub resizing: Cell<bool>,
 }
@@ -127,9 +129,9 @@ pub async fn activate(
     let (metadata, created_metadata) = open(Role::Metadata, &config.metadata, metadata, metadata_size).await?;
     let (store, zones, generation) = match found {
         FoundMetadata::Ours(opened) => {
-            opened.notes.iter().for_each(|note| log::warn!("{}: {note}", metadata.label()));
-            if opened.copy_stale {
-                opened.store.mend().await.map_err(|error| error.within(metadata.label()))?;
+            // What is wrong with a superblock copy was told when it was found.
+            if let Some(told) = opened.store.mend().await.map_err(|error| error.within(metadata.label()))? {
+                log::warn!("{}: {told}", metadata.label());
             }
             let (superblock, mut generation) = (opened.store.superblock(), opened.generation);
             if superblock.lacks_devices() && superblock.state == codec::CloneState::Active {
@@ -174,10 +176,11 @@ pub async fn activate(
             batch_size: config.hydration_batch_size.map_or(AUTOMATIC, u64::from),
         },
     );
-    let state = Arc::new(state.with_budget(budget));
+    let state = Arc::new(state.with_budget(budget).with_hydration_failures_max(config.hydration_failures_max));
     let complete = store.superblock().state == codec::CloneState::Complete;
     let source_counts = Rc::<SourceCounts>::default();
-    let nbd_source = source.as_ref().and_then(|source| watch(context, source, &state, &source_counts));
+    let nbd_source = source.as_ref().and_then(|source| watch(context, source, fingerprint, &state, &source_counts));
+    let source_place = source.as_ref().and_then(OpenSource::place);
     let source = (!complete).then(|| (source, fingerprint.size.min(geometry.size())));
     attach_slices(context, &state, &geometry, zones, &destination, source).await?;
     if geometry.nr_zones() >= ZONES_WORTH_A_TRIM {
@@ -212,6 +215,7 @@ pub async fn activate(
         nbd_source: RefCell::new(nbd_source),
         source_counts,
         devices: RefCell::new([destination, metadata]),
+        source_place: RefCell::new(source_place),
         resizing: Cell::new(false),
     })
 }
@@ -229,14 +233,16 @@ pub async fn abandon(context: &Rc<ShardContext>, id: CloneId) {
     }
 }
 
-/// Turns what happens to an NBD source into events of the clone.
+/// Turns what happens to an NBD source into events of the clone, and tells it what it must stay.
 pub(super) fn watch(
     context: &Rc<ShardContext>,
     source: &OpenSource,
+    fingerprint: SourceFingerprint,
     state: &Arc<CloneState>,
     counts: &Rc<SourceCounts>,
 ) -> Option<Weak<NbdSource>> {
     let OpenSourceKind::Nbd { source, .. } = &source.kind else { return None };
+    source.expect(fingerprint);
     let (state, mesh, env, counts) = (state.clone(), context.mesh.clone(), context.env.clone(), counts.clone());
     source.on_event(move |event| match event {
         SourceEvent::Lost(error) => {

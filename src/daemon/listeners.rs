@@ -5,11 +5,14 @@
 
 use crate::bail;
 use crate::config::CloneName;
-use crate::error::Result;
+use crate::environment::open_files_max;
+use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::nbd::listen::{NbdAddress, bind, configure_accepted};
 use crate::io_frontend::nbd::{ConnectionStats, Counted, Exports, Limits, Served, Stay, serve};
 use crate::io_frontend::request::{Volume, VolumeInfo};
+use crate::local::Semaphore;
 use crate::local::latch::Latch;
+use crate::log_limit::LogLimit;
 use crate::metrics::schema::NbdMetrics;
 use crate::net::{Listener as Socket, Stream};
 use crate::shard::Mesh;
@@ -18,6 +21,7 @@ use crate::units::{CloneId, ShardIndex};
 use crate::unix_socket::PathGuard;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::*};
@@ -25,6 +29,14 @@ use std::time::Duration;
 
 /// Connections of one listener at a time; more are closed at once.
 pub const CONNECTIONS_MAX: u64 = 1024;
+/// Payload of requests in flight, of all NBD connections of a shard together, in bytes: requests wait for their turn. What
+/// one connection may hold is in [`Limits`].
+const PAYLOAD_BYTES_PER_SHARD_MAX: u64 = 512 << 20;
+/// Descriptors that clients leave to everything else (the control socket, the source that is connected again, files that
+/// are opened later): an eighth of those that the process may have, within these bounds. A client that would take one of
+/// them is closed at once.
+const DESCRIPTORS_KEPT_MIN: u64 = 16;
+const DESCRIPTORS_KEPT_MAX: u64 = 128;
 /// Pause after accept failed for want of something (descriptors, memory).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Between two looks whether connections have ended.
@@ -88,6 +100,8 @@ thread_local! {
     static EXPORTS: RefCell<HashMap<ListenerId, Rc<ShardExports>>> = RefCell::default();
     /// Of all listeners: counters stay when one is closed.
     static STATS: Rc<ConnectionStats> = Rc::default();
+    /// Of all listeners.
+    static MEMORY: Rc<Semaphore> = Semaphore::new(PAYLOAD_BYTES_PER_SHARD_MAX);
 }
 
 /// What the NBD connections of the current shard have done.
@@ -139,6 +153,7 @@ impl Listeners {
             accepting: Cell::new(false),
             stopping: Cell::new(false),
             connections: Arc::default(),
+            refusals: RefCell::default(),
         });
         open.push(listener.clone());
         Ok(listener)
@@ -201,6 +216,21 @@ pub struct Listener {
     accepting: Cell<bool>,
     stopping: Cell<bool>,
     connections: Arc<AtomicU64>,
+    /// Clients that come faster than they can be served must not fill the log as well.
+    refusals: RefCell<LogLimit>,
+}
+
+/// Why a client that was just accepted can't stay, if so. The system gives out the lowest descriptor that is free, so its
+/// number tells how many are in use.
+fn refusal(fd: &OwnedFd, connections: u64, descriptors_max: Option<u64>) -> Option<String> {
+    if connections >= CONNECTIONS_MAX {
+        return Some(format!("{CONNECTIONS_MAX} connections are open, closing another one"));
+    }
+    let max = descriptors_max?;
+    let kept = (max / 8).clamp(DESCRIPTORS_KEPT_MIN, DESCRIPTORS_KEPT_MAX);
+    (fd.as_raw_fd() as u64 >= max.saturating_sub(kept)).then(|| {
+        format!("all but the last {kept} of {max} file descriptors are in use, closing another one: raise LimitNOFILE")
+    })
 }
 
 impl Listener {
@@ -213,6 +243,12 @@ impl Listener {
         self.stopping.set(true);
         self.socket.close();
         self.guard.borrow_mut().take();
+    }
+
+    fn warn(&self, context: &ShardContext, error: Error) {
+        if let Some(line) = self.refusals.borrow_mut().line(context.env.now(), &error) {
+            log::warn!("{line}");
+        }
     }
 
     /// Begins to accept clients, unless it does so already.
@@ -236,13 +272,13 @@ impl Listener {
                     continue;
                 }
                 Err(error) => {
-                    log::warn!("NBD {}: accept: {error}", self.address);
+                    self.warn(&context, Error::from_io(error, format!("NBD {}: accept", self.address)));
                     context.env.sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
             };
-            if self.connections() >= CONNECTIONS_MAX {
-                log::warn!("NBD {}: {CONNECTIONS_MAX} connections are open, closing another one", self.address);
+            if let Some(why) = refusal(&fd, self.connections(), open_files_max()) {
+                self.warn(&context, Error::new(ErrorKind::Limit, format!("NBD {}: {why}", self.address)));
                 continue;
             }
             let shard = ShardIndex(next % context.mesh.shards());
@@ -255,9 +291,9 @@ impl Listener {
                     let exports = EXPORTS.with(|all| all.borrow().get(&id).cloned());
                     // None: the listener was closed meanwhile.
                     let Some(exports) = exports else { return };
-                    let (stats, stop) = (STATS.with(Rc::clone), exports.stop.clone());
-                    let served =
-                        serve(Stream::new(fd), exports, context.env.clone(), Limits::default(), stats, stop).await;
+                    let (memory, stats, stop) = (MEMORY.with(Rc::clone), STATS.with(Rc::clone), exports.stop.clone());
+                    let (stream, env) = (Stream::new(fd), context.env.clone());
+                    let served = serve(stream, exports, env, Limits::default(), memory, stats, stop).await;
                     if let Err(error) = served {
                         log::debug!("NBD connection dropped: {error}");
                     }

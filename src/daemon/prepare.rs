@@ -3,7 +3,7 @@
 use super::as_table;
 use crate::bail;
 use crate::config::CloneConfig;
-use crate::devices::{self, Device, DeviceKind, Place, Role, Target};
+use crate::devices::{self, Device, DeviceId, DeviceKind, Place, Role, Target};
 use crate::disk::Disk;
 use crate::disk::ring::{DiskParts, RingDisk};
 use crate::error::{Error, ErrorKind, Result};
@@ -33,9 +33,19 @@ pub struct OpenSource {
     pub kind: OpenSourceKind,
 }
 
+impl OpenSource {
+    /// Where it is, when it is a file or block device, and what that is.
+    pub fn place(&self) -> Option<(PathBuf, DeviceId)> {
+        match &self.kind {
+            OpenSourceKind::File { device, .. } => Some((device.path.clone(), device.id.clone())),
+            OpenSourceKind::Nbd { .. } => None,
+        }
+    }
+}
+
 /// What the other shards make their own source from.
 pub enum OpenSourceKind {
-    File { parts: DiskParts, _device: Device },
+    File { parts: DiskParts, device: Device },
     Nbd { source: Rc<NbdSource>, uri: NbdUri, options: NbdSourceOptions },
 }
 
@@ -383,7 +393,7 @@ async fn open_file_source(path: PathBuf, [destination, metadata]: [Place; 2]) ->
     }
     let parts = disk_parts(&device)?;
     let source = Rc::new(FileSource::new(Rc::new(RingDisk::new(parts.duplicate()?))));
-    Ok(OpenSource { source, kind: OpenSourceKind::File { parts, _device: device } })
+    Ok(OpenSource { source, kind: OpenSourceKind::File { parts, device } })
 }
 
 async fn open_nbd_source(

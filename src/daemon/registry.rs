@@ -308,7 +308,7 @@ impl Daemon {
         let ended = running.end(&self.context, &self.listeners, deadline).await;
         self.tell_removed(&name);
         self.forget(&name);
-        ended.map_err(|error| error.within(format!("clone '{name}': removed; its last commit failed")))
+        ended.map_err(|error| error.within(format!("clone '{name}': removed")))
     }
 
     /// Gives the start of a clone up, as long as it has changed nothing, and waits until it has ended one way or the
@@ -488,7 +488,9 @@ impl Daemon {
         let since = running.complete_since.get();
         let seen = since.is_some_and(|since| !watched || since.elapsed() >= WATCHER_WINDOW);
         // Who has suspended it is not done with it.
-        seen && running.exported.connections() == 0 && !running.clone.state.is_suspended()
+        let is_in_use = running.exported.connections() > 0 || running.clone.state.is_suspended();
+        // Nor who can still save a file that was deleted.
+        seen && !is_in_use && !running.holds_deleted_files()
     }
 
     /// Whether a clone that is done keeps the daemon no longer.
@@ -540,7 +542,7 @@ impl Daemon {
                 let ended = running.end(&daemon.context, &daemon.listeners, deadline).await;
                 let name = &running.config.name;
                 daemon.forget(name);
-                ended.map_err(|error| error.within(format!("clone '{name}': stopped; its last commit failed")))
+                ended.map_err(|error| error.within(format!("clone '{name}': stopped")))
             }
         });
         join_some(ends, AT_A_TIME).await.into_iter().collect()

@@ -147,7 +147,9 @@ impl RunningClone {
         [destination, metadata]: [&Device; 2],
     ) -> Result<()> {
         let clone = &self.clone;
-        let watched = source.as_ref().and_then(|s| activate::watch(context, s, &clone.state, &clone.source_counts));
+        let watched =
+            source.as_ref().and_then(|s| activate::watch(context, s, fingerprint, &clone.state, &clone.source_counts));
+        let place = source.as_ref().and_then(OpenSource::place);
         let parts = GrowParts {
             from_size,
             geometry,
@@ -159,6 +161,9 @@ impl RunningClone {
         clone.coordinator.grow(parts).await?;
         if watched.is_some() || shown == 0 {
             *clone.nbd_source.borrow_mut() = watched;
+        }
+        if place.is_some() || shown == 0 {
+            *clone.source_place.borrow_mut() = place;
         }
         Ok(())
     }

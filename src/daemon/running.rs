@@ -1,14 +1,15 @@
 //! A clone that runs: from what was prepared to its orderly end, and what it tells about itself.
 
 use super::activate::{self, ActiveClone, Shared};
+use super::device_watch::Watched;
 use super::listeners::{Exported, Listeners};
 use super::prepare::Prepared;
 use super::rate::Rate;
 use crate::clone_state::{AUTOMATIC, Mode};
 use crate::config::CloneConfig;
 use crate::control::api::{
-    CloneRunState, Features, HydrationState, HydrationStatus, IoCounters, Message, MetadataMode, MetadataStatus,
-    NbdStatus, SourceState, SourceStatus, Status,
+    CloneRunState, CopyFailureStatus, FailedRange, Features, HydrationState, HydrationStatus, IoCounters, Message,
+    MetadataMode, MetadataStatus, NbdStatus, SourceState, SourceStatus, Status,
 };
 use crate::dm_table;
 use crate::error::{Error, ErrorKind, Result};
@@ -20,7 +21,7 @@ use crate::shard::pool::ShardContext;
 use crate::shard::slice::SliceStats;
 use crate::shard::{Mesh, ShardReply, ShardRequest};
 use crate::source::uri::SourceSpec;
-use crate::units::{CloneId, ShardIndex};
+use crate::units::{CloneId, RegionRange, ShardIndex};
 use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::rc::Rc;
@@ -40,6 +41,7 @@ pub struct RunningClone {
     pub started: Instant,
     /// When every region was hydrated, as far as was noticed.
     pub complete_since: Cell<Option<Instant>>,
+    pub watched: Watched,
 }
 
 impl RunningClone {
@@ -70,6 +72,7 @@ impl RunningClone {
             rate: RefCell::default(),
             started: Instant::now(),
             complete_since: Cell::new(None),
+            watched: Watched::default(),
         });
         if let Err(error) = running.serve(context).await {
             // What it says of its end is less than why.
@@ -99,7 +102,7 @@ impl RunningClone {
     }
 
     /// Ends it: clients, then copies in flight, get until `deadline`; one last commit. Nothing of it runs after that,
-    /// whatever is returned: the error is that of the commit.
+    /// whatever is returned: the error is that of the commit, or tells of files that were deleted.
     pub async fn end(&self, context: &Rc<ShardContext>, listeners: &Listeners, deadline: Duration) -> Result<()> {
         let state = &self.clone.state;
         self.clone.coordinator.begin_stop().await;
@@ -136,9 +139,10 @@ impl RunningClone {
                 state.events().record(EventKind::Stopped, format!("stopped without its last commit: {error}"));
             }
         }
+        let kept = self.look_for_the_last_time(context).await;
         activate::abandon(context, state.id).await;
         listeners.release(context, &self.exported.listener, &self.exported.name).await;
-        committed
+        committed.map_err(|error| error.within("its last commit failed")).and(kept)
     }
 
     /// The counters of all shards together.
@@ -159,13 +163,15 @@ impl RunningClone {
         let (state, config) = (&self.clone.state, &self.config);
         let geometry = &state.geometry();
         let source = self.source();
-        let hydration_state = self.hydration_state(&stats, source.state);
+        // Before what they tell of: who has seen an event's number has seen what it says, or more.
         let events = state.events().count();
+        let hydration_state = self.hydration_state(&stats, source.state);
         let commits = self.clone.coordinator.stats();
         Ok(Status {
             name: state.name.clone(),
             state: CloneRunState::Running,
             error: None,
+            warnings: self.warnings(),
             size: geometry.size(),
             region_size: geometry.region_size().bytes(),
             nr_regions: geometry.nr_regions(),
@@ -174,8 +180,12 @@ impl RunningClone {
             suspended: state.is_suspended(),
             suspending: self.clone.coordinator.is_suspending(),
             resizing: self.clone.resizing.get(),
-            hydration: self.hydration(context, &stats, hydration_state),
-            features: Features { no_hydration: !state.knobs().enabled, no_discard_passdown: !state.discard_passdown },
+            hydration: self.hydration(context, hydration_state),
+            features: Features {
+                // In force again with the same message.
+                no_hydration: !state.knobs().enabled || hydration_state == HydrationState::Stopped,
+                no_discard_passdown: !state.discard_passdown,
+            },
             metadata: MetadataStatus {
                 path: config.metadata.display().to_string(),
                 mode: match state.mode() {
@@ -183,6 +193,7 @@ impl RunningClone {
                     Mode::ReadOnly => MetadataMode::ReadOnly,
                     Mode::Failed => MetadataMode::Fail,
                 },
+                error: state.mode_reason(),
                 block_size: codec::BLOCK_SIZE as u32,
                 used_blocks: codec::SUPERBLOCK_COPIES + geometry.nr_zones(),
                 total_blocks: self.clone.devices.borrow()[1].size / codec::BLOCK_SIZE as u64,
@@ -208,7 +219,7 @@ impl RunningClone {
                 write_bytes: stats.write_bytes,
                 trim_bytes: stats.trim_bytes,
                 write_zeroes_bytes: stats.write_zeroes_bytes,
-                errors: stats.errors,
+                errors: stats.errors + state.flush_errors(),
                 source_read_bytes: stats.source_read_bytes,
                 hydrated_bytes: stats.hydrated_bytes,
                 commits: commits.commits,
@@ -257,6 +268,8 @@ impl RunningClone {
             HydrationState::Complete
         } else if !knobs.enabled || knobs.threshold == 0 || state.is_held() {
             HydrationState::Paused
+        } else if state.is_hydration_stopped() {
+            HydrationState::Stopped
         } else if source == SourceState::Lost {
             HydrationState::SourceLost
         } else if source == SourceState::Changed {
@@ -273,7 +286,7 @@ impl RunningClone {
         }
     }
 
-    fn hydration(&self, context: &ShardContext, stats: &SliceStats, now: HydrationState) -> HydrationStatus {
+    fn hydration(&self, context: &ShardContext, now: HydrationState) -> HydrationStatus {
         let state = &self.clone.state;
         let (geometry, knobs) = (&state.geometry(), state.knobs());
         let automatic_batch = automatic_batch_regions(geometry);
@@ -283,6 +296,17 @@ impl RunningClone {
         let set = |value: u64| u32::try_from(value).ok();
         let running = matches!(now, HydrationState::Running | HydrationState::Idle);
         let bytes_per_second = if running { self.rate.borrow().bytes_per_second() } else { 0 };
+        let failures = state.failure_report();
+        let failed_range = |run: &RegionRange| {
+            let bytes = geometry.bytes_of(*run);
+            FailedRange {
+                first_region: run.first().0,
+                regions: run.count(),
+                offset: bytes.start(),
+                length: bytes.len(),
+            }
+        };
+        let listed: u64 = failures.bad_runs.iter().map(|run| run.count()).sum();
         let left = (geometry.nr_regions() - state.hydrated()) * geometry.region_size().bytes();
         HydrationStatus {
             enabled: knobs.enabled,
@@ -291,7 +315,12 @@ impl RunningClone {
             threshold_effective: u32::try_from(threshold).unwrap_or(u32::MAX),
             batch_size_effective: u32::try_from(batch.min(threshold.max(1))).unwrap_or(u32::MAX),
             state: now,
-            failed_regions: stats.failed_regions,
+            failures_max: state.hydration_failures_max(),
+            failures_in_a_row: failures.in_a_row,
+            failed_regions: failures.bad_regions,
+            failed_ranges: failures.bad_runs.iter().map(failed_range).collect(),
+            failed_regions_more: failures.bad_regions - listed,
+            last_failure: failures.last.map(|last| CopyFailureStatus { error: last.text, errno: last.errno }),
             rate: state.budget().rate(),
             total_rate: state.budget().total_rate(),
             priority: u32::try_from(state.budget().weight()).unwrap_or(u32::MAX),
@@ -329,6 +358,7 @@ impl RunningClone {
             Message::HydrationThreshold(regions) => state.set_hydration_threshold(u64::from(regions), now),
             Message::HydrationBatchSize(regions) => state.set_hydration_batch_size(u64::from(regions)),
             Message::HydrationRate(rate) => state.budget().set_rate(rate, context.env.now()),
+            Message::HydrationFailuresMax(failures) => state.set_hydration_failures_max(failures),
             Message::Priority(priority) => state.budget().set_priority(priority),
         }
         for shard in 0..context.mesh.shards() {

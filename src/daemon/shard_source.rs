@@ -8,6 +8,7 @@ use super::prepare::{OpenSource, OpenSourceKind};
 use crate::bail;
 use crate::disk::ring::{DiskParts, RingDisk};
 use crate::error::Result;
+use crate::meta::codec::SourceFingerprint;
 use crate::shard::COORDINATOR;
 use crate::shard::pool::ShardContext;
 use crate::source::Source;
@@ -27,6 +28,7 @@ enum Parts {
         uri: NbdUri,
         options: NbdSourceOptions,
         size: u64,
+        expected: Option<SourceFingerprint>,
     },
     Remote,
     /// What the shard's slice has already, seen with another size.
@@ -49,7 +51,12 @@ impl SourceRecipe {
             None => Parts::Zeros,
             Some(OpenSourceKind::File { parts, .. }) => Parts::File(parts.duplicate()?),
             Some(OpenSourceKind::Nbd { source, uri, options }) => match source.info().multi_conn {
-                true => Parts::Nbd { uri: uri.clone(), options: options.clone(), size: source.size() },
+                true => Parts::Nbd {
+                    uri: uri.clone(),
+                    options: options.clone(),
+                    size: source.size(),
+                    expected: source.expected(),
+                },
                 false => Parts::Remote,
             },
         };
@@ -72,10 +79,13 @@ impl SourceRecipe {
             (Some(local), _) => local,
             (None, Parts::Zeros) => return Ok(PaddedSource::zeros(self.size)),
             (None, Parts::File(parts)) => Rc::new(FileSource::new(Rc::new(RingDisk::new(parts)))),
-            (None, Parts::Nbd { uri, options, size }) => {
+            (None, Parts::Nbd { uri, options, size, expected }) => {
                 let source = NbdSource::connect(uri, options, context.env.clone()).await?;
                 if source.size() != size {
                     bail!(SourceChanged, "the source's size changed while it was opened");
+                }
+                if let Some(expected) = expected {
+                    source.expect(expected);
                 }
                 Rc::new(source)
             }

@@ -7,13 +7,14 @@
 //! Zeroing never leaves old data: ranges are punched or zeroed with fallocate(2), which block devices implement as
 //! a write-zeroes command (not a discard), and written out where that is not supported.
 
+use super::transfer::{REPEATS_MAX, Stop, Transfer};
 use super::{Disk, DiskInfo, EXTENTS_MAX, ZeroFlags};
 use crate::dma_buf::{DMA_ALIGN, DmaBuf};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::{Allocation, Extent, LocalBoxFuture, push_extent};
 use crate::ring::Ring;
 use crate::units::{ByteRange, align_down, is_aligned};
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use std::cell::Cell;
 use std::fs::File;
 use std::io;
@@ -121,63 +122,52 @@ impl RingDisk {
         }
     }
 
-    /// Reads a range that one descriptor serves. A short read is gone on with, block by block if need be.
-    async fn read_one(&self, range: ByteRange) -> Result<DmaBuf> {
-        let (fd, _) = self.route(range.start());
-        let mut first: Option<DmaBuf> = None;
-        let mut filled = 0u64;
-        loop {
-            // A direct read goes on at a block boundary: the part of a block that was read is read again.
-            filled = align_down(filled, u64::from(self.info.block));
-            let len = (range.len() - filled) as usize;
-            let (result, (buf, _)) = self.ring.read(fd, DmaBuf::new(len), range.start() + filled).await;
-            let count = match result {
-                Ok(count) => count as usize,
-                Err(error) if is_transient(&error) => continue,
-                Err(error) => return Err(self.failed("read", range, error)),
-            };
-            if count == len && filled == 0 {
-                return Ok(buf);
-            }
-            if count < len && count < self.info.block as usize {
-                let text = format!("short read, the device ends at {}", range.start() + filled + count as u64);
-                return Err(self.failed("read", range, io::Error::other(text)));
-            }
-            let whole = first.get_or_insert_with(|| DmaBuf::new(range.len() as usize));
-            whole[filled as usize..filled as usize + count].copy_from_slice(&buf[..count]);
-            filled += count as u64;
-            if filled == range.len() {
-                return Ok(first.expect("just filled"));
-            }
-        }
+    fn stopped(&self, verb: &str, range: ByteRange, stop: Stop) -> Error {
+        let error = match stop {
+            Stop::Errno(errno) => io::Error::from_raw_os_error(errno),
+            Stop::End(at) => io::Error::other(format!("short read, the device ends at {}", range.start() + at)),
+        };
+        self.failed(verb, range, error)
     }
 
-    async fn write_one(&self, mut offset: u64, mut data: Bytes, fua: bool) -> Result<()> {
+    /// Reads a range that one descriptor serves.
+    async fn read_one(&self, range: ByteRange) -> Result<DmaBuf> {
+        let (fd, _) = self.route(range.start());
+        let mut transfer = Transfer::new(range.len(), self.info.block);
+        let mut whole: Option<DmaBuf> = None;
+        while let Some(done) = transfer.next() {
+            let len = (range.len() - done) as usize;
+            let (result, (buf, _)) = self.ring.read(fd, DmaBuf::new(len), range.start() + done).await;
+            let result = result.map_err(errno_of);
+            transfer.has_read(result).map_err(|stop| self.stopped("read", range, stop))?;
+            if done == 0 && transfer.next().is_none() {
+                return Ok(buf);
+            }
+            let count = result.unwrap_or(0) as usize;
+            let whole = whole.get_or_insert_with(|| DmaBuf::new(range.len() as usize));
+            whole[done as usize..done as usize + count].copy_from_slice(&buf[..count]);
+        }
+        Ok(whole.expect("a range is not empty"))
+    }
+
+    async fn write_one(&self, offset: u64, data: Bytes, fua: bool) -> Result<()> {
         let Some(range) = ByteRange::new(offset, data.len() as u64) else { return Ok(()) };
         let (fd, _) = self.route(offset);
-        while !data.is_empty() {
-            let (result, (back, _)) = self.ring.write(fd, data, offset, fua).await;
-            data = back;
-            match result {
-                Ok(0) => return Err(self.failed("write", range, io::Error::from_raw_os_error(libc::ENOSPC))),
-                Ok(count) => {
-                    data.advance(count as usize);
-                    offset += u64::from(count);
-                }
-                Err(error) if is_transient(&error) => {}
-                Err(error) => return Err(self.failed("write", range, error)),
-            }
+        let mut transfer = Transfer::new(range.len(), self.info.block);
+        while let Some(done) = transfer.next() {
+            let (result, _) = self.ring.write(fd, data.slice(done as usize..), offset + done, fua).await;
+            transfer.has_written(result.map_err(errno_of)).map_err(|stop| self.stopped("write", range, stop))?;
         }
         Ok(())
     }
 
     async fn fallocate(&self, mode: i32, range: ByteRange) -> io::Result<()> {
-        let mut at = range.start();
+        let (mut at, mut repeats) = (range.start(), 0);
         while at < range.end() {
             let len = (range.end() - at).min(FALLOCATE_BYTES_MAX);
             match self.ring.fallocate(&self.direct, mode, at, len).await.0 {
-                Ok(_) => at += len,
-                Err(error) if is_transient(&error) => {}
+                Ok(_) => (at, repeats) = (at + len, 0),
+                Err(error) if is_transient(&error) && repeats < REPEATS_MAX => repeats += 1,
                 Err(error) => return Err(error),
             }
         }
@@ -194,6 +184,11 @@ impl RingDisk {
         }
         Ok(())
     }
+}
+
+/// What the kernel returned; the ring knows no other errors.
+fn errno_of(error: io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
 }
 
 fn is_transient(error: &io::Error) -> bool {
@@ -276,14 +271,12 @@ impl Disk for RingDisk {
 
     fn flush(&self) -> LocalBoxFuture<'_, Result<()>> {
         Box::pin(async move {
+            let mut repeats = 0;
             loop {
                 match self.ring.fdatasync(&self.direct).await.0 {
                     Ok(_) => return Ok(()),
-                    Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
-                    Err(error) => {
-                        let errno = error.raw_os_error().unwrap_or(libc::EIO);
-                        return Err(Error::io(errno, format!("{}: flush", self.name)));
-                    }
+                    Err(error) if error.raw_os_error() == Some(libc::EINTR) && repeats < REPEATS_MAX => repeats += 1,
+                    Err(error) => return Err(Error::io(errno_of(error), format!("{}: flush", self.name))),
                 }
             }
         })
@@ -320,6 +313,11 @@ fn file_allocation(fd: RawFd, range: ByteRange) -> io::Result<Vec<Extent<Allocat
         push_extent(&mut extents, next - at, if data { Allocation::DATA } else { Allocation::HOLE });
         at = next;
         data = !data;
+    }
+    // Behind its end there is neither data nor a hole. Looked at last: it may be cut off at any moment.
+    let end = seek(fd, 0, libc::SEEK_END)?.unwrap_or(0);
+    if end < range.end() {
+        return Err(io::Error::other(format!("the file ends at {end}")));
     }
     Ok(extents)
 }

@@ -29,6 +29,11 @@ impl<S: Copy + PartialEq> Condition<S> {
         self.state
     }
 
+    /// The condition is `to` now, which is told in another way or not at all.
+    pub fn is_quietly(&mut self, to: S) {
+        (self.state, self.untold) = (to, 0);
+    }
+
     /// The condition is `to` now. Returns whether that is a change to be told, with the number of those before it that
     /// were not.
     pub fn change(&mut self, to: S, now: Duration) -> Option<u64> {

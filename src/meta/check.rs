@@ -7,7 +7,7 @@ use super::codec::{
     BLOCK_SIZE, BadSector, Block, CloneState, SECTOR_BYTES, SUPERBLOCK_COPIES, Superblock, UnverifiedSuperblock,
     ZoneCodec, metadata_size_needed, zone_block,
 };
-use super::commit::{Recovery, recover};
+use super::commit::{CopyFound, OtherCopy, OtherState, Recovery, recover};
 use super::region_map::first_bit;
 use crate::error::Result;
 use crate::units::{ByteSize, Generation, RegionRange, ZoneIndex};
@@ -16,7 +16,7 @@ use std::fmt;
 /// The findings that a report lists at most; [`Report::nr_findings`] counts all.
 pub const FINDINGS_MAX: usize = 1000;
 
-/// Reads one block of the image by its number.
+/// Reads one block of the image by its number. What the device lacks of a block whose start it has reads as zeros.
 pub type ReadBlock<'a> = dyn FnMut(u64) -> Result<Block> + 'a;
 
 /// Something that is wrong.
@@ -102,21 +102,21 @@ impl Report {
     }
 }
 
-/// Reads and judges both superblock copies. `device_size` is in bytes; what the device lacks counts as zeros.
-pub fn check_superblocks(read_block: &mut ReadBlock<'_>, device_size: u64) -> Recovery {
+/// Reads both superblock copies. `device_size` is in bytes; what the device lacks counts as zeros.
+pub fn read_copies(read_block: &mut ReadBlock<'_>, device_size: u64) -> [CopyFound; 2] {
     let mut copy = |block: u64| {
-        let inside = device_size >= (block + 1) * BLOCK_SIZE as u64;
-        let block = if inside { read_block(block)? } else { [0; BLOCK_SIZE] };
+        let is_there = device_size > block * BLOCK_SIZE as u64;
+        let block = if is_there { read_block(block)? } else { [0; BLOCK_SIZE] };
         Ok(UnverifiedSuperblock::new(&block).classify())
     };
-    recover([copy(0), copy(1)])
+    [copy(0), copy(1)]
 }
 
 /// Checks a whole image. Never formatted, foreign or unsupported content is an error, not a report; so is
 /// everything that [`Recovery::into_result`] calls an error but damage.
 pub fn check(read_block: &mut ReadBlock<'_>, device_size: u64) -> Result<Report> {
     let mut report = Report { summary: None, findings: Vec::new(), nr_findings: 0, notes: Vec::new() };
-    let recovered = match check_superblocks(read_block, device_size) {
+    let recovered = match recover(read_copies(read_block, device_size)) {
         Recovery::Use(recovered) => recovered,
         Recovery::Damaged(what) => {
             report.add(Finding::block(0, None, what));
@@ -125,27 +125,32 @@ pub fn check(read_block: &mut ReadBlock<'_>, device_size: u64) -> Result<Report>
         Recovery::NeverFormatted => crate::bail!(ForeignData, "all zero where metadata begin: never formatted"),
         other => return Err(other.into_result().expect_err("what is left is an error")),
     };
-    for note in recovered.notes {
-        match recovered.copy_lost {
-            Some(copy) => report.add(Finding::block(copy as u64, None, note)),
-            None => report.notes.push(note),
-        }
-    }
     let superblock = recovered.superblock;
     let geometry = superblock.geometry;
     let (codec, needed) = (ZoneCodec::new(&superblock), metadata_size_needed(&geometry));
     let (mut hydrated_count, mut generation) = (0, superblock.generation);
+    // Nothing was committed since the format, as far as the bitmap tells.
+    let mut is_as_formatted = superblock.state == CloneState::Active;
+    let mut in_bitmap = Vec::new();
+    let mut nr_in_bitmap = 0;
+    let mut add = |finding: Finding| {
+        nr_in_bitmap += 1;
+        if in_bitmap.len() < FINDINGS_MAX {
+            in_bitmap.push(finding);
+        }
+    };
     let inside = (device_size / BLOCK_SIZE as u64).saturating_sub(SUPERBLOCK_COPIES).min(geometry.nr_zones());
     for zone in (0..inside).map(ZoneIndex) {
         let block = zone_block(zone);
         match read_block(block) {
             Ok(bytes) => {
                 let decoded = codec.decode(zone, &bytes);
-                decoded.bad.iter().for_each(|bad| report.add(Finding::sector(bad)));
+                decoded.bad.iter().for_each(|bad| add(Finding::sector(bad)));
+                is_as_formatted &= decoded.generation == superblock.generation;
                 generation = generation.max(decoded.generation);
                 hydrated_count += decoded.bits.iter().map(|w| u64::from(w.count_ones())).sum::<u64>();
             }
-            Err(error) => report.add(Finding::block(block, Some(geometry.zone_regions(zone)), error.to_string())),
+            Err(error) => add(Finding::block(block, Some(geometry.zone_regions(zone)), error.to_string())),
         }
     }
     if inside < geometry.nr_zones() {
@@ -153,10 +158,27 @@ pub fn check(read_block: &mut ReadBlock<'_>, device_size: u64) -> Result<Report>
         let last = geometry.zone_regions(ZoneIndex(geometry.nr_zones() - 1));
         let (has, needs) = (ByteSize(device_size), ByteSize(needed));
         let what = format!("the device ends here: it has {has}, {needs} ({needed} bytes) are needed");
-        report.add(Finding::block(zone_block(ZoneIndex(inside)), RegionRange::between(first, last.end()), what));
+        add(Finding::block(zone_block(ZoneIndex(inside)), RegionRange::between(first, last.end()), what));
+    }
+    if let Some(OtherCopy { index, state }) = recovered.other {
+        // Copy A is always written first, and a format ends with copy B: no crash leaves anything else.
+        let by_crash = match state {
+            OtherState::Older => index == 1,
+            OtherState::Empty => index == 1 && is_as_formatted,
+            OtherState::Lost => false,
+        };
+        for note in recovered.notes {
+            match by_crash {
+                true => report.notes.push(note),
+                false => report.add(Finding::block(index as u64, None, note)),
+            }
+        }
     }
     let nr_regions = geometry.nr_regions();
-    let bits_are_good = report.findings.iter().all(|finding| finding.block < SUPERBLOCK_COPIES);
+    let bits_are_good = nr_in_bitmap == 0;
+    report.nr_findings += nr_in_bitmap;
+    report.findings.extend(in_bitmap);
+    report.findings.truncate(FINDINGS_MAX);
     if superblock.state == CloneState::Complete && bits_are_good && hydrated_count != nr_regions {
         let what = format!("marked complete, but {hydrated_count} of {nr_regions} regions are hydrated");
         report.add(Finding::block(0, None, what));

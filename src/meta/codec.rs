@@ -265,6 +265,9 @@ fn seal_superblock(block: &mut Block) {
     put(block, CRC_AT, &crc.to_le_bytes());
 }
 
+/// What [`Classified::Foreign`] says of bytes that nobody knows: garbage, or what a damaged copy of ours looks like.
+pub const UNKNOWN_DATA: &str = "unknown data";
+
 /// What the 4096 bytes at the place of a superblock copy are.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Classified {
@@ -275,7 +278,7 @@ pub enum Classified {
     Damaged(String),
     /// Ours and intact, but of a version or with features that this build does not know; says which.
     Unsupported(String),
-    /// Not ours; says what it looks like.
+    /// Not ours; says what it looks like, or [`UNKNOWN_DATA`].
     Foreign(&'static str),
 }
 
@@ -295,7 +298,7 @@ impl<'a> UnverifiedSuperblock<'a> {
             return Classified::Empty;
         }
         if block[..8] != SUPERBLOCK_MAGIC {
-            return Classified::Foreign(identify(block).unwrap_or("unknown data"));
+            return Classified::Foreign(identify(block).unwrap_or(UNKNOWN_DATA));
         }
         let (stored, computed) = (u32_at(block, CRC_AT), superblock_crc(block));
         if stored != computed {
@@ -490,6 +493,32 @@ impl ZoneCodec {
             }
         }
         decoded
+    }
+
+    /// Puts right what is known of the damaged sectors of a block, whatever they hold: their magic, zone, first region, and
+    /// the zeros where there are no regions. Where the stored checksum fits then, only such bytes were damaged, and the
+    /// bits are as well proven as those of any good sector; other sectors are left as they are.
+    pub fn restore(&self, zone: ZoneIndex, block: &mut Block) {
+        let per_sector = self.words_per_sector();
+        let first_sector = zone_block(zone) * SECTORS_PER_BLOCK as u64;
+        for (index, sector) in block.chunks_exact_mut(SECTOR_BYTES).enumerate() {
+            let number = first_sector + index as u64;
+            if self.check_sector(zone, index, number, sector).is_ok() {
+                continue;
+            }
+            let mut tried: [u8; SECTOR_BYTES] = (&*sector).try_into().expect("a whole sector");
+            put(&mut tried, 4, &SECTOR_MAGIC);
+            put(&mut tried, 16, &zone.0.to_le_bytes());
+            put(&mut tried, 24, &self.first_region(zone, index).to_le_bytes());
+            for (i, word) in tried[BITS_AT..].chunks_exact_mut(8).enumerate() {
+                let valid = if i < per_sector { self.valid_mask(zone, index * per_sector + i) } else { 0 };
+                let bits = u64_at(word, 0) & valid;
+                word.copy_from_slice(&bits.to_le_bytes());
+            }
+            if self.check_sector(zone, index, number, &tried).is_ok() {
+                sector.copy_from_slice(&tried);
+            }
+        }
     }
 
     fn check_sector(&self, zone: ZoneIndex, index: usize, number: u64, sector: &[u8]) -> Result<(), SectorFault> {

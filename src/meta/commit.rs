@@ -3,7 +3,9 @@
 //! Pure: shared by the daemon at start, its dry run and the offline tools, so that all of them say the same.
 //! The order of a commit, and the argument why it is safe, are in [`super`].
 
-use super::codec::{Classified, DESTINATION_NONE_YET, DESTINATION_UNKNOWN, SourceFingerprint, Superblock};
+use super::codec::{
+    Classified, DESTINATION_NONE_YET, DESTINATION_UNKNOWN, SourceFingerprint, Superblock, UNKNOWN_DATA,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{ByteSize, RegionSize};
 use std::cmp::Ordering;
@@ -21,10 +23,33 @@ pub struct Recovered {
     pub superblock: Superblock,
     /// What is not as it should be with the other copy; one line each, for the log.
     pub notes: Vec<String>,
-    /// The copy (0 or 1) that is damaged or unreadable, not merely older or missing after a crash.
-    pub copy_lost: Option<usize>,
-    /// Both copies are valid, but they differ: a crash came between writing them.
-    pub copy_stale: bool,
+    /// The other copy, when it is not the same.
+    pub other: Option<OtherCopy>,
+}
+
+/// A superblock copy that is not as it should be, beside a valid one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct OtherCopy {
+    /// 0 or 1.
+    pub index: usize,
+    pub state: OtherState,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OtherState {
+    /// Valid, of an earlier time: a crash came between writing the two.
+    Older,
+    /// All zero: a format did not finish, or it is lost.
+    Empty,
+    /// Damaged or unreadable: no crash does that.
+    Lost,
+}
+
+impl Recovered {
+    /// Whether a copy is damaged or unreadable.
+    pub fn is_copy_lost(&self) -> bool {
+        self.other.is_some_and(|other| other.state == OtherState::Lost)
+    }
 }
 
 /// The verdict on both copies.
@@ -81,8 +106,8 @@ fn fits(a: [u8; 16], b: [u8; 16]) -> bool {
     a == b || open(a) || open(b)
 }
 
-/// Judges the two copies. A valid copy counts beside a missing, damaged or unreadable one; a newer format or foreign
-/// data in either place does not: somebody else has written here.
+/// Judges the two copies. A valid copy counts beside a missing, damaged or unreadable one, bytes that nobody knows
+/// included; a newer format or something known in either place does not: somebody else has written here.
 pub fn recover(copies: [CopyFound; 2]) -> Recovery {
     use Classified::*;
     for (copy, name) in copies.iter().zip(COPY_NAMES) {
@@ -108,27 +133,28 @@ fn newer(a: Superblock, b: Superblock) -> Recovery {
     if !same_clone(&a, &b) {
         return Recovery::Damaged("superblock copies A and B are of different clones".into());
     }
-    let mut notes = Vec::new();
-    let superblock = if b.generation > a.generation {
-        notes.push(format!("superblock copy A is older ({}) than copy B ({})", a.generation, b.generation));
-        b
+    let older = |index| Some(OtherCopy { index, state: OtherState::Older });
+    let (superblock, notes, other) = if b.generation > a.generation {
+        let note = format!("superblock copy A is older ({}) than copy B ({})", a.generation, b.generation);
+        (b, vec![note], older(0))
+    } else if a != b {
+        let note = format!("superblock copy B is older ({}) than copy A ({})", b.generation, a.generation);
+        (a, vec![note], older(1))
     } else {
-        if a != b {
-            notes.push(format!("superblock copy B is older ({}) than copy A ({})", b.generation, a.generation));
-        }
-        a
+        (a, Vec::new(), None)
     };
-    let copy_stale = !notes.is_empty();
-    Recovery::Use(Box::new(Recovered { superblock, notes, copy_lost: None, copy_stale }))
+    Recovery::Use(Box::new(Recovered { superblock, notes, other }))
 }
 
 /// One valid copy; `other` was found at the place of copy `index`.
 fn beside(superblock: Superblock, other: CopyFound, index: usize) -> Recovery {
     let name = COPY_NAMES[index];
-    let (what, copy_lost) = match other {
-        Ok(Classified::Empty) => ("all zero".to_string(), None),
-        Ok(Classified::Damaged(what)) => (format!("damaged: {what}"), Some(index)),
-        Err(error) => (format!("unreadable: {error}"), Some(index)),
+    let (what, state) = match other {
+        Ok(Classified::Empty) => ("all zero".to_string(), OtherState::Empty),
+        Ok(Classified::Damaged(what)) => (format!("damaged: {what}"), OtherState::Lost),
+        // One flipped bit in the magic is enough for that.
+        Ok(Classified::Foreign(UNKNOWN_DATA)) => (UNKNOWN_DATA.to_string(), OtherState::Lost),
+        Err(error) => (format!("unreadable: {error}"), OtherState::Lost),
         Ok(Classified::Foreign(what)) => {
             return Recovery::Damaged(format!(
                 "in place of superblock copy {name} is {what}, while the other is valid"
@@ -137,7 +163,7 @@ fn beside(superblock: Superblock, other: CopyFound, index: usize) -> Recovery {
         Ok(Classified::Valid(_) | Classified::Unsupported(_)) => unreachable!("handled by the caller"),
     };
     let notes = vec![format!("superblock copy {name} is {what}; the other copy is used")];
-    Recovery::Use(Box::new(Recovered { superblock, notes, copy_lost, copy_stale: false }))
+    Recovery::Use(Box::new(Recovered { superblock, notes, other: Some(OtherCopy { index, state }) }))
 }
 
 /// What the devices and options given at start say.

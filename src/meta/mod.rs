@@ -30,6 +30,10 @@
 //! | in 3, before 4 ended | each sector old or new (assumption 1) | both valid; new bits have durable data (2 came first) |
 //! | after 4 | the new bits | as acknowledged |
 //!
+//! **A killed process** leaves its writes in caches, where the next one reads them as if they were durable. It would
+//! acknowledge a flush for such a region with a flush of the destination alone, and a power cut would then take the bit
+//! back. So opening flushes the metadata before it reads them ([`store::Store::load`]): every bit that is loaded is durable.
+//!
 //! A commit rewrites bits that were durable already with the same value, so a torn write can't lose them, and no block
 //! holds bits of two shards or is written by two commits at once: [`store::Store`] refuses a second write while one is
 //! in flight, and latches a failure when a write is abandoned (it may still land, over a newer one).

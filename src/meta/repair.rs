@@ -3,22 +3,24 @@
 //! A superblock copy is made from the other one. A damaged bitmap sector says nothing any more: its regions may be
 //! hydrated or not, and both guesses can lose data. Taken for unhydrated, what was written to them is read from the
 //! source again, as it was before; taken for hydrated, what was never copied is read from the destination. So this
-//! decides nothing by itself, with one exception: in a clone that is marked complete every region is hydrated, because
-//! that mark is only written when all bits are durable.
+//! decides nothing by itself but what is proven:
+//! * in a clone that is marked complete every region is hydrated: that mark is only written when all bits are durable;
+//! * a sector without regions has no bits;
+//! * a sector of which only such bytes are damaged as are known anyway ([`ZoneCodec::restore`]) still has its bits.
 //!
 //! Pure: [`survey`] looks, [`Survey::decide`] judges, [`Decided::mend`] makes the blocks to be written. Bits of good
 //! sectors never change.
 
-use super::check::{ReadBlock, check_superblocks};
+use super::check::{ReadBlock, read_copies};
 use super::codec::{
-    BLOCK_SIZE, Block, Classified, CloneState, SECTORS_PER_BLOCK, SUPERBLOCK_COPIES, Superblock, UnverifiedSuperblock,
-    ZoneCodec, metadata_size_needed, zone_block,
+    BLOCK_SIZE, Block, Classified, CloneState, DecodedZone, SECTORS_PER_BLOCK, SUPERBLOCK_COPIES, Superblock,
+    UNKNOWN_DATA, ZoneCodec, metadata_size_needed, zone_block,
 };
-use super::commit::{COPY_NAMES, Recovery};
+use super::commit::{COPY_NAMES, Recovery, recover};
 use super::runs::set_bits;
 use crate::bail;
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::{ByteSize, Generation, RegionRange, ZoneIndex};
+use crate::units::{ByteRange, ByteSize, Generation, Geometry, RegionRange, ZoneIndex};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -32,6 +34,8 @@ pub struct Assumptions {
     pub by_sector: BTreeMap<u64, bool>,
     /// All others.
     pub others: Option<bool>,
+    /// What is neither said nor known is taken for unhydrated.
+    pub force: bool,
 }
 
 /// A sector that can't be trusted.
@@ -43,14 +47,28 @@ pub struct Damaged {
     pub what: String,
     /// `None`: it holds no bits, and nothing is lost with it.
     pub regions: Option<RegionRange>,
+    /// Where the regions are in the clone.
+    pub bytes: Option<ByteRange>,
+    /// Its bits are known all the same.
+    pub is_proven: bool,
+}
+
+impl Damaged {
+    fn new(geometry: &Geometry, zone: ZoneIndex, sector: u64, what: String, regions: Option<RegionRange>) -> Self {
+        let bytes = regions.map(|regions| geometry.bytes_of(regions));
+        Self { zone, sector, what, regions, bytes, is_proven: false }
+    }
 }
 
 impl fmt::Display for Damaged {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "sector {}: {}; ", self.sector, self.what)?;
-        match self.regions {
-            Some(regions) => write!(f, "regions {} to {}", regions.first(), regions.end().0 - 1),
-            None => f.write_str("no regions"),
+        match (self.regions, self.bytes) {
+            (Some(regions), Some(bytes)) => {
+                write!(f, "regions {} to {}, ", regions.first(), regions.end().0 - 1)?;
+                write!(f, "bytes {} to {} of the clone", bytes.start(), bytes.end() - 1)
+            }
+            _ => f.write_str("no regions"),
         }
     }
 }
@@ -66,9 +84,45 @@ pub struct Survey {
     hydrated_count: u64,
 }
 
-/// Looks at everything. What can't be mended from itself is an error.
-pub fn survey(read_block: &mut ReadBlock<'_>, device_size: u64) -> Result<Survey> {
-    let recovered = match check_superblocks(read_block, device_size) {
+/// Looks at everything. What can't be mended from itself is an error. `force`: what is known as something else and stands
+/// in place of one superblock copy may be overwritten.
+pub fn survey(read_block: &mut ReadBlock<'_>, device_size: u64, force: bool) -> Result<Survey> {
+    let mut copies = read_copies(read_block, device_size);
+    if let [Ok(Classified::Valid(a)), Ok(Classified::Valid(b))] = &copies
+        && a.uuid != b.uuid
+    {
+        // Sectors of the bitmap are of one clone only.
+        let mut fits = |superblock: &Superblock| {
+            let is_there = device_size >= metadata_size_needed(&superblock.geometry);
+            let zone = is_there.then(|| read_block(zone_block(ZoneIndex(0))).ok()).flatten();
+            zone.is_some_and(|block| {
+                ZoneCodec::new(superblock).decode(ZoneIndex(0), &block).bad.len() < SECTORS_PER_BLOCK
+            })
+        };
+        let wrong = match (fits(a), fits(b)) {
+            (true, false) => Some(1),
+            (false, true) => Some(0),
+            _ => None,
+        };
+        if let Some(wrong) = wrong {
+            copies[wrong] = Ok(Classified::Damaged("it is of another clone than the bitmap".into()));
+        }
+    }
+    let is_valid = |copy: &_| matches!(copy, Ok(Classified::Valid(_)));
+    if copies.iter().any(is_valid) {
+        for (copy, name) in copies.iter_mut().zip(COPY_NAMES) {
+            match copy {
+                Ok(Classified::Foreign(what)) if force => *copy = Ok(Classified::Damaged(format!("it is {what}"))),
+                Ok(Classified::Foreign(what)) if *what != UNKNOWN_DATA => bail!(
+                    Damaged,
+                    "{what} is in place of superblock copy {name}, while the other copy is valid: somebody else has \
+                     written here; nothing was changed: --force overwrites it"
+                ),
+                _ => {}
+            }
+        }
+    }
+    let recovered = match recover(copies.clone()) {
         Recovery::Use(recovered) => recovered,
         Recovery::NeverFormatted => bail!(ForeignData, "all zero where metadata begin: never formatted"),
         Recovery::Damaged(what) => bail!(
@@ -90,41 +144,42 @@ pub fn survey(read_block: &mut ReadBlock<'_>, device_size: u64) -> Result<Survey
             ByteSize(needed)
         );
     }
-    let mut copies = Vec::new();
-    for copy in 0..SUPERBLOCK_COPIES {
-        let found = read_block(copy).map(|block| UnverifiedSuperblock::new(&block).classify());
+    let mut bad_copies = Vec::new();
+    for (copy, found) in copies.iter().enumerate() {
         let what = match found {
-            Ok(Classified::Valid(found)) if found == superblock => continue,
+            Ok(Classified::Valid(found)) if *found == superblock => continue,
             Ok(Classified::Valid(_)) => "is older".to_string(),
             Ok(Classified::Empty) => "is all zero".into(),
             Ok(Classified::Damaged(what) | Classified::Unsupported(what)) => format!("is damaged: {what}"),
             Ok(Classified::Foreign(what)) => format!("is {what}"),
             Err(error) => format!("is unreadable: {error}"),
         };
-        copies.push((copy as usize, what));
+        bad_copies.push((copy, what));
     }
-    let mut survey =
-        Survey { generation: superblock.generation, superblock, copies, damaged: Vec::new(), hydrated_count: 0 };
+    let mut survey = Survey {
+        generation: superblock.generation,
+        superblock,
+        copies: bad_copies,
+        damaged: Vec::new(),
+        hydrated_count: 0,
+    };
     let codec = ZoneCodec::new(&survey.superblock);
     for zone in (0..geometry.nr_zones()).map(ZoneIndex) {
         let first_sector = zone_block(zone) * SECTORS_PER_BLOCK as u64;
         match read_block(zone_block(zone)) {
             Ok(block) => {
-                let decoded = codec.decode(zone, &block);
-                survey.generation = survey.generation.max(decoded.generation);
-                survey.hydrated_count += decoded.bits.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
-                survey.damaged.extend(decoded.bad.iter().map(|bad| Damaged {
-                    zone,
-                    sector: bad.sector,
-                    what: bad.fault.to_string(),
-                    regions: bad.regions,
+                let bad = codec.decode(zone, &block).bad;
+                let restored = restored(&codec, zone, block);
+                survey.generation = survey.generation.max(restored.generation);
+                survey.hydrated_count += restored.bits.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
+                survey.damaged.extend(bad.iter().map(|bad| Damaged {
+                    is_proven: !restored.bad.iter().any(|still| still.sector == bad.sector),
+                    ..Damaged::new(&geometry, zone, bad.sector, bad.fault.to_string(), bad.regions)
                 }));
             }
-            Err(error) => survey.damaged.extend((0..SECTORS_PER_BLOCK).map(|index| Damaged {
-                zone,
-                sector: first_sector + index as u64,
-                what: format!("unreadable: {error}"),
-                regions: codec.sector_regions(zone, index),
+            Err(error) => survey.damaged.extend((0..SECTORS_PER_BLOCK).map(|index| {
+                let (sector, what) = (first_sector + index as u64, format!("unreadable: {error}"));
+                Damaged::new(&geometry, zone, sector, what, codec.sector_regions(zone, index))
             })),
         }
         if survey.damaged.len() > SECTORS_MAX {
@@ -136,6 +191,12 @@ pub fn survey(read_block: &mut ReadBlock<'_>, device_size: u64) -> Result<Survey
         }
     }
     Ok(survey)
+}
+
+/// What can be known of a block.
+fn restored(codec: &ZoneCodec, zone: ZoneIndex, mut block: Block) -> DecodedZone {
+    codec.restore(zone, &mut block);
+    codec.decode(zone, &block)
 }
 
 /// What is going to be done.
@@ -156,7 +217,8 @@ impl Survey {
 
     /// Marked complete, with good sectors that say otherwise.
     fn contradicts_itself(&self) -> bool {
-        let lost: u64 = self.damaged.iter().filter_map(|damaged| damaged.regions).map(RegionRange::count).sum();
+        let lost = self.damaged.iter().filter(|damaged| !damaged.is_proven);
+        let lost: u64 = lost.filter_map(|damaged| damaged.regions).map(RegionRange::count).sum();
         let (all, complete) = (self.superblock.geometry.nr_regions(), self.superblock.state == CloneState::Complete);
         complete && self.hydrated_count + lost < all
     }
@@ -174,9 +236,14 @@ impl Survey {
 
     /// Judges whether everything that has to be assumed is. Else says what nobody knows.
     pub fn decide(self, assume: &Assumptions) -> Result<Decided> {
-        if let Some(sector) = assume.by_sector.keys().find(|sector| !self.damaged.iter().any(|d| d.sector == **sector))
-        {
-            bail!(Usage, "--assume: sector {sector} is not damaged");
+        for sector in assume.by_sector.keys() {
+            match self.damaged.iter().find(|damaged| damaged.sector == *sector) {
+                None => bail!(Usage, "--assume: sector {sector} is not damaged"),
+                Some(damaged) if damaged.is_proven && damaged.regions.is_some() => {
+                    bail!(Usage, "--assume: the bits of sector {sector} are known, nothing is to be assumed")
+                }
+                Some(_) => {}
+            }
         }
         let contradiction = self.contradicts_itself();
         let complete = self.superblock.state == CloneState::Complete && !contradiction;
@@ -186,11 +253,12 @@ impl Survey {
         let (mut unknown, mut regions) = (0, 0);
         let mut hydrated = Vec::with_capacity(self.damaged.len());
         for damaged in &self.damaged {
-            let Some(range) = damaged.regions else {
+            let Some(range) = damaged.regions.filter(|_| !damaged.is_proven) else {
                 hydrated.push(false);
                 continue;
             };
-            let assumed = assume.by_sector.get(&damaged.sector).copied().or(assume.others).or(complete.then_some(true));
+            let said = assume.by_sector.get(&damaged.sector).copied().or(assume.others);
+            let assumed = said.or(complete.then_some(true)).or(assume.force.then_some(false));
             if assumed.is_none() {
                 (unknown, regions) = (unknown + 1, regions + range.count());
             }
@@ -200,19 +268,20 @@ impl Survey {
             bail!(
                 Damaged,
                 "nobody knows which of the {regions} regions of {unknown} damaged sectors were hydrated; nothing was \
-                 changed: choose with --assume (see --help)"
+                 changed: choose with --assume (see --help), or --force: all of them are read from the source again, what \
+                 was written to them is lost"
             );
         }
-        if contradiction && assume.others.is_none() {
+        if contradiction && assume.others.is_none() && !assume.force {
             bail!(
                 Damaged,
                 "nobody knows whether the mark (all is hydrated) or the bits are right; nothing was changed: choose \
-                 with --assume hydrated, to set all bits, or --assume unhydrated, to remove the mark"
+                 with --assume hydrated, to set all bits, or --assume unhydrated (or --force), to remove the mark"
             );
         }
         let set_all = contradiction && assume.others == Some(true);
-        let any_unhydrated =
-            hydrated.iter().zip(&self.damaged).any(|(hydrated, damaged)| !hydrated && damaged.regions.is_some());
+        let is_unhydrated = |damaged: &Damaged| damaged.regions.is_some() && !damaged.is_proven;
+        let any_unhydrated = hydrated.iter().zip(&self.damaged).any(|(hydrated, d)| !hydrated && is_unhydrated(d));
         let state = match contradiction && (!set_all || any_unhydrated) {
             true => CloneState::Active,
             false => self.superblock.state,
@@ -229,6 +298,9 @@ impl Decided {
         for (damaged, hydrated) in survey.damaged.iter().zip(&self.hydrated) {
             lines.push(match (damaged.regions, hydrated) {
                 (None, _) => format!("{damaged}: written again, nothing is lost"),
+                _ if damaged.is_proven => {
+                    format!("{damaged}: its bits are intact; written again, nothing is lost")
+                }
                 (Some(_), true) => {
                     format!("{damaged}: taken for hydrated, they are read from the destination as it is")
                 }
@@ -276,7 +348,7 @@ impl Decided {
             let damaged = by_zone.get(&zone.0).map_or(&[][..], |damaged| &damaged[..]);
             // A block that can't be read at all has eight damaged sectors.
             let old = read_block(zone_block(zone)).unwrap_or([0; BLOCK_SIZE]);
-            let mut bits = codec.decode(zone, &old).bits;
+            let mut bits = restored(&codec, zone, old).bits;
             let regions = geometry.zone_regions(zone);
             let mut set = |range: RegionRange| {
                 let first = regions.first().0;

@@ -13,7 +13,7 @@ use super::codec::{
     BLOCK_SIZE, BadSector, Block, CloneState, SUPERBLOCK_COPIES, SourceFingerprint, Superblock, UnverifiedSuperblock,
     ZoneCodec, metadata_size_needed, words_per_zone, zone_block,
 };
-use super::commit::{CopyFound, Recovered, Recovery, recover};
+use super::commit::{COPY_NAMES, CopyFound, OtherCopy, OtherState, Recovered, Recovery, recover};
 use super::region_map::ZoneSnapshot;
 use crate::bail;
 use crate::disk::Disk;
@@ -45,6 +45,8 @@ pub struct Store {
     busy: Cell<bool>,
     /// Zones were written since the last flush.
     unflushed: Cell<bool>,
+    /// The superblock copy that is not as it should be.
+    other: Cell<Option<OtherCopy>>,
 }
 
 /// What [`Store::open`] found.
@@ -57,7 +59,7 @@ pub struct Opened {
     pub generation: Generation,
     /// Oddities that did not prevent opening; one line each, for the log.
     pub notes: Vec<String>,
-    /// A crash came between the two superblock copies: [`Store::mend`] makes them equal.
+    /// One superblock copy is not as it should be, whyever: [`Store::mend`] makes them equal.
     pub copy_stale: bool,
 }
 
@@ -170,6 +172,7 @@ impl Store {
             failure: RefCell::new(None),
             busy: Cell::new(false),
             unflushed: Cell::new(false),
+            other: Cell::new(None),
         }
     }
 
@@ -225,13 +228,17 @@ impl Store {
         }
     }
 
-    /// The second half of [`Self::open`], for a caller that compares the superblock with its devices first.
+    /// The second half of [`Self::open`], for a caller that compares the superblock with its devices first. Flushes: bits
+    /// that count must be durable, and a process that was killed in a commit may have left some in a volatile cache.
     pub async fn load(disk: Rc<dyn Disk>, recovered: Recovered) -> Result<Opened> {
-        let Recovered { superblock, notes, copy_stale, .. } = recovered;
+        let Recovered { superblock, notes, other } = recovered;
         check_size(&*disk, &superblock)?;
+        // Before they are read: what a flush that fails drops is not seen then.
+        disk.flush().await?;
         let (geometry, mut generation) = (superblock.geometry, superblock.generation);
         let complete = superblock.state == CloneState::Complete;
         let store = Store::new(disk, superblock);
+        store.other.set(other);
         // Grown as valid blocks arrive: a hostile size in the superblock must not decide how much is allocated.
         let mut zones: Vec<(ZoneIndex, Arc<[u64]>)> = Vec::new();
         let mut whole: Option<Arc<[u64]>> = None;
@@ -279,7 +286,7 @@ impl Store {
                 "damaged: marked complete, but {hydrated} of {all} regions are hydrated; look with `hydrant meta check`"
             );
         }
-        Ok(Opened { store, zones, generation, notes, copy_stale })
+        Ok(Opened { store, zones, generation, notes, copy_stale: other.is_some() })
     }
 
     /// The superblock as last written.
@@ -389,11 +396,25 @@ impl Store {
         self.write_copies().await
     }
 
-    /// Writes the superblock that counts to both copies.
-    pub async fn mend(&self) -> Result<()> {
+    /// Writes the superblock that counts over the copy that is not as it should be, durably; the good one is left alone.
+    /// Returns what to tell: a copy that is lost may be on a sector that can't be written any more. The clone goes on
+    /// with the other one then, as it did before.
+    pub async fn mend(&self) -> Result<Option<String>> {
+        let Some(OtherCopy { index, state }) = self.other.get() else { return Ok(None) };
         let operation = self.begin()?;
-        let result = self.write_copies().await;
-        operation.end(result)
+        let name = COPY_NAMES[index];
+        match (self.write_copy(index as u64).await, state) {
+            (Ok(()), _) => {
+                self.other.set(None);
+                operation.end(Ok(()))?;
+                Ok(Some(format!("superblock copy {name} is written again from the other one")))
+            }
+            (Err(error), OtherState::Lost) => {
+                operation.give_up();
+                Ok(Some(format!("superblock copy {name} can't be written again, one copy is left: {error}")))
+            }
+            (Err(error), _) => operation.end(Err(error)).map(|()| None),
+        }
     }
 
     /// The store of the clone grown to `superblock`, on `disk`: the same device, opened with the size it has now. Data
@@ -437,18 +458,21 @@ impl Store {
 
     /// Copy A, flush, copy B, flush: one of them is intact at every moment.
     async fn write_copies(&self) -> Result<()> {
-        let block = self.superblock.borrow().encode();
         for copy in 0..SUPERBLOCK_COPIES {
-            let mut buf = DmaBuf::new(BLOCK_SIZE);
-            buf.copy_from_slice(&block);
-            self.disk.write(copy * BLOCK_SIZE as u64, buf.into(), false).await?;
-            self.disk.flush().await?;
+            self.write_copy(copy).await?;
         }
         Ok(())
+    }
+
+    async fn write_copy(&self, copy: u64) -> Result<()> {
+        let mut buf = DmaBuf::new(BLOCK_SIZE);
+        buf.copy_from_slice(&self.superblock.borrow().encode());
+        self.disk.write(copy * BLOCK_SIZE as u64, buf.into(), false).await?;
+        self.disk.flush().await
     }
 }
 
 #[cfg(test)]
-mod sim;
+pub(crate) mod sim;
 #[cfg(test)]
 mod tests;

@@ -250,10 +250,12 @@ document! {
         batch_bytes_in_flight: u64,
         /// Copies that failed.
         failures: u64,
-        /// Regions that wait for another attempt, now.
+        /// Bad regions, now: they could not be copied, each tried alone, and are not hydrated.
         failed_regions: u64,
         /// It pauses for failures, now.
         paused: bool,
+        /// Too many copies of the clone failed in a row: it goes on when the user says so.
+        stopped: bool,
     }
 
     /// Regions; each counts once.

@@ -194,6 +194,13 @@ fn write_hydration(text: &mut String, slices: &[&SliceMetrics]) -> Result {
         let lines: Vec<_> = ways.chunks(4).map(|part| part.join(", ")).collect();
         writeln!(text, "  {:<24} {}", "regions hydrated", lines.join(&format!(",\n{:27}", "")))?;
     }
+    let sum = |pick: fn(&SliceMetrics) -> u64| slices.iter().map(|s| pick(s)).fold(0, u64::saturating_add);
+    let (failures, bad) = (sum(|slice| slice.hydration.failures), sum(|slice| slice.hydration.failed_regions));
+    if failures > 0 {
+        let stopped = slices.iter().any(|slice| slice.hydration.stopped);
+        let stopped = if stopped { "; hydration has stopped" } else { "" };
+        writeln!(text, "  {:<24} {}, {} bad regions now{stopped}", "copies that failed", count(failures), count(bad))?;
+    }
     Ok(())
 }
 

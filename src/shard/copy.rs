@@ -84,6 +84,7 @@ impl CloneSlice {
     /// The copy is in the destination: marks its regions, and counts what brought them in.
     /// `zero_bytes`: how many bytes of it were zeros and not written as data.
     pub(super) fn copied(self: &Rc<Self>, copy: &Copy, how: How, zero_bytes: u64) {
+        self.state.copy_succeeded();
         self.mark_hydrated(copy.regions, how);
         // Only here: what a copy that fails has read and written is done again by the next one.
         let bytes = self.geometry.bytes_of(copy.regions).len();

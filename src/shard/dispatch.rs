@@ -105,7 +105,8 @@ impl Dispatcher {
     }
 
     async fn commit(&self) -> Result<()> {
-        self.mesh.call(COORDINATOR, ShardRequest::Commit { clone: self.state.id }).await.map(|_| ())
+        let committed = self.mesh.call(COORDINATOR, ShardRequest::Commit { clone: self.state.id }).await;
+        committed.map(|_| ()).inspect_err(|_| self.state.flush_failed())
     }
 
     async fn dispatch(&self, request: Request) -> Result<Completion> {

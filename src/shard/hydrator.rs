@@ -1,10 +1,10 @@
-//! Background hydration of one slice: keeps a pipeline of copies full, gives way to clients, never stops for good.
+//! Background hydration of one slice: keeps a pipeline of copies full, gives way to clients, backs off when copies fail.
 
 use super::copy_pool::{BATCH_BYTES, Pipeline};
 use super::inflight::Hold;
 use super::locks::Held;
 use super::slice::{CloneSlice, count};
-use crate::clone_state::AUTOMATIC;
+use crate::clone_state::{AUTOMATIC, CopyFailure};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hydration_sched::Next;
 use crate::hydration_share::Answer;
@@ -90,7 +90,7 @@ impl CloneSlice {
                 self.notified_or_after(THRESHOLD_RETRY).await;
                 continue;
             }
-            let pause = self.sched.borrow().paused_until(now);
+            let pause = self.sched.borrow().paused_until(now).max(self.state.hydration_paused_until(now));
             if let Some(until) = pause {
                 self.state.budget().withdraw(self.me, now);
                 self.notified_or_after(until.saturating_sub(now)).await;
@@ -120,7 +120,9 @@ impl CloneSlice {
                     self.launching.set(false);
                 }
                 Next::WaitUntil(until) => {
-                    self.tell_of_failed_regions(now);
+                    if self.sched.borrow().failed_regions() > 0 {
+                        self.state.only_bad_regions_left(self.me, now);
+                    }
                     self.state.budget().withdraw(self.me, now);
                     self.notified_or_after(until.saturating_sub(now)).await;
                 }
@@ -167,7 +169,8 @@ impl CloneSlice {
                 if self.uniform(batch) != Some(false) {
                     return self.sched.borrow_mut().skipped(batch);
                 }
-                return self.batch_ended(batch, Err(error));
+                let now = self.env.now();
+                return self.batch_ended(batch, Err(error), now);
             }
         };
         if !self.state.may_hydrate() {
@@ -192,12 +195,13 @@ impl CloneSlice {
         self.counters.batch_regions.record(batch.count());
         let read = if zero { 0 } else { bytes.len() };
         self.state.budget().spend(self.me, read);
-        let in_flight = self.copies.begin_batch(read, self.env.now());
+        let began = self.env.now();
+        let in_flight = self.copies.begin_batch(read, began);
         let slice = self.clone();
         self.env.spawn_background(Box::pin(async move {
             let result = slice.copy_batch(batch, held, zero).await;
             in_flight.end(slice.env.now());
-            slice.batch_ended(batch, result);
+            slice.batch_ended(batch, result, began);
         }));
     }
 
@@ -213,43 +217,31 @@ impl CloneSlice {
         Ok(())
     }
 
-    fn batch_ended(&self, batch: RegionRange, result: Result<()>) {
+    fn batch_ended(&self, batch: RegionRange, result: Result<()>, began: Duration) {
+        let now = self.env.now();
         let mut sched = self.sched.borrow_mut();
         match result {
             Ok(()) => {
                 sched.succeeded(batch);
                 if !sched.is_paused() && sched.failed_regions() == 0 {
-                    self.state.hydration_works(self.me, self.env.now());
+                    self.state.hydration_works(self.me, now);
                 }
             }
-            Err(error) => {
-                let now = self.env.now();
-                match is_for_all(&error) {
-                    true => sched.failed_for_all(batch, now),
-                    false => _ = sched.failed(batch, now),
-                }
-                if sched.is_paused() {
-                    self.state.hydration_fails(
-                        self.me,
-                        &format!("hydration pauses on shard {}: {error}", self.me),
-                        now,
-                    );
-                }
+            Err(error) if is_for_all(&error) => {
+                sched.failed_for_all(batch, now);
+                let why = format!("hydration pauses on shard {}: {error}", self.me);
+                self.state.hydration_fails(self.me, &why, now);
                 drop(sched);
+                self.note_failed_batch(error);
+            }
+            Err(error) => {
+                let isolating = sched.failed(batch, now).isolating;
+                drop(sched);
+                self.state.copy_failed(&CopyFailure { shard: self.me, batch, isolating, began, error: &error }, now);
                 self.note_failed_batch(error);
             }
         }
         self.wake.notify();
-    }
-
-    /// Nothing is left to do but what can't be copied: it is told when nothing was told so far.
-    fn tell_of_failed_regions(&self, now: Duration) {
-        let regions = self.sched.borrow().failed_regions();
-        if regions > 0 {
-            let which = if regions == 1 { "1 region".into() } else { format!("{regions} regions") };
-            let text = format!("hydration backs off on shard {}: {which} could not be copied", self.me);
-            self.state.hydration_fails(self.me, &text, now);
-        }
     }
 
     fn note_failed_batch(&self, error: Error) {

@@ -220,9 +220,20 @@ impl CloneSlice {
             discarded_regions: counters.hydrated_by().discard,
             copy_failures: counters.copy_failures.get(),
             failed_regions: sched.failed_regions(),
-            hydration_paused: u64::from(sched.is_paused()),
+            hydration_paused: u64::from(self.is_hydration_paused()),
             in_flight: self.locks.len() as u64,
         }
+    }
+
+    /// The bits, for simulations that check them.
+    #[cfg(test)]
+    pub fn map(&self) -> std::cell::Ref<'_, RegionMap> {
+        self.map.borrow()
+    }
+
+    /// Whether it pauses because of failures, those of this slice or of the clone.
+    pub(super) fn is_hydration_paused(&self) -> bool {
+        self.sched.borrow().is_paused() || self.state.hydration_paused_until(self.env.now()).is_some()
     }
 
     /// The source; gone once everything is hydrated.
@@ -275,7 +286,9 @@ impl CloneSlice {
 
     pub(super) fn log_failure(&self, error: &Error) {
         if let Some(line) = self.failures.borrow_mut().line(self.env.now(), error) {
-            log::warn!("clone '{}': {line}", self.state.name);
+            // Some errors name the clone themselves.
+            let name = format!("clone '{}': ", self.state.name);
+            log::warn!("{name}{}", line.strip_prefix(&name).unwrap_or(&line));
         }
     }
 
@@ -337,6 +350,10 @@ impl CloneSlice {
         let new = self.map.borrow_mut().set(regions);
         if new == 0 {
             return;
+        }
+        if self.sched.borrow().failed_regions() > 0 {
+            self.sched.borrow_mut().hydrated(regions);
+            self.state.bad_regions_hydrated(regions);
         }
         self.counters.hydrated(how, new);
         self.state.set_dirty(self.me);

@@ -89,21 +89,26 @@ impl Devices {
         let metadata = vec![0; metadata_size_needed(&setup.geometry()) as usize];
         Self {
             source: SimSource::new(sim, content),
-            destination: SimDisk::new(sim, old, setup.block),
-            metadata: SimDisk::new(sim, metadata, 512),
+            destination: SimDisk::new(sim, "destination", old, setup.block),
+            metadata: SimDisk::new(sim, "metadata", metadata, 512),
         }
     }
 
     /// The power fails, and is back.
     pub fn crash(&self, sim: &Sim) -> Self {
         sim.kill_all();
-        let again = |disk: &SimDisk| {
-            let new = SimDisk::new(sim, disk.crash_image(), disk.info().block);
-            new.can_zero.set(disk.can_zero.get());
-            new.latency_us.set(disk.latency_us.get());
-            new
-        };
-        Self { source: self.source.clone(), destination: again(&self.destination), metadata: again(&self.metadata) }
+        sim.say(|| "CRASH".into());
+        Self { source: self.source.clone(), destination: self.destination.crashed(), metadata: self.metadata.crashed() }
+    }
+}
+
+impl Devices {
+    /// The daemon is killed, and the power stays: what is in the caches is there for the next one.
+    pub fn kill(&self, sim: &Sim) -> Self {
+        sim.kill_all();
+        sim.say(|| "KILL".into());
+        let (destination, metadata) = (self.destination.after_kill(), self.metadata.after_kill());
+        Self { source: self.source.clone(), destination, metadata }
     }
 }
 
@@ -348,13 +353,15 @@ impl SimClone {
         for (at, event) in events.iter().enumerate() {
             let before = &events[..at];
             match event.kind {
-                HydrationStarted | HydrationPaused | HydrationFailed => {
-                    let summary = event.text.contains("in quick succession");
+                HydrationStarted | HydrationPaused | HydrationFailed | HydrationStopped => {
+                    // It is told again how many regions are bad when they get more or less.
+                    let news = before.iter().all(|other| other.text != event.text) && event.kind == HydrationFailed;
+                    let summary = news || event.text.contains("in quick succession");
                     assert!(hydration != Some(event.kind) || summary, "told twice: {events:#?}");
                     let first = hydration.is_none() && event.kind != HydrationStarted;
                     assert!(!first || summary, "nothing had begun: {events:#?}");
                     let of_this_size = before.rsplit(|event| event.kind == Resized).next().unwrap_or_default();
-                    let over = of_this_size.iter().any(|event| event.kind.is_dm());
+                    let over = of_this_size.iter().any(|event| event.kind.is_dm() && event.kind != HydrationStopped);
                     assert!(!over, "it can't hydrate any more: {events:#?}");
                     hydration = Some(event.kind);
                 }
@@ -363,7 +370,7 @@ impl SimClone {
                     let last = last.map_or(Resumed, |event| event.kind);
                     assert_ne!(last, event.kind, "told twice: {events:#?}");
                 }
-                Resized => {}
+                Resized | BadRegionsHealed => {}
                 HydrationCompleted => {
                     hydration = None;
                     let of_this_size = before.rsplit(|event| event.kind == Resized).next().unwrap_or_default();

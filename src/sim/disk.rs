@@ -3,8 +3,13 @@
 //! A write reaches the cache in two parts, at random moments between its start and its end. After a crash every
 //! 512-byte sector holds what was last flushed or any later version, each sector for itself; writes that were in
 //! flight may have reached any of their sectors. A flush covers what had completed when it began.
+//!
+//! Any operation can be made to fail. A change that fails has written nothing, all, or any of its sectors. A flush that
+//! fails has made any of what it covers durable and dropped any of the rest, which counts as clean then: reads still
+//! return it, and the next flush succeeds without it, as on Linux.
 
 use super::executor::Sim;
+use super::report::Group;
 use crate::disk::{Disk, DiskInfo, ZeroFlags};
 use crate::dma_buf::DmaBuf;
 use crate::error::{Error, ErrorKind, Result};
@@ -13,6 +18,7 @@ use crate::units::ByteRange;
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::fmt;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -27,17 +33,37 @@ pub enum Op {
     Write { range: ByteRange, fua: bool },
     Zero { range: ByteRange, flags: ZeroFlags },
     Flush,
+    Allocation(ByteRange),
 }
 
 impl Op {
     pub fn range(&self) -> Option<ByteRange> {
         match self {
-            Op::Read(range) | Op::Write { range, .. } | Op::Zero { range, .. } => Some(*range),
+            Op::Read(range) | Op::Write { range, .. } | Op::Zero { range, .. } | Op::Allocation(range) => Some(*range),
             Op::Flush => None,
         }
     }
     pub fn is_change(&self) -> bool {
         matches!(self, Op::Write { .. } | Op::Zero { .. })
+    }
+    pub fn name(&self) -> &'static str {
+        match self {
+            Op::Read(_) => "read",
+            Op::Write { fua: false, .. } => "write",
+            Op::Write { fua: true, .. } => "write FUA",
+            Op::Zero { .. } => "zero",
+            Op::Flush => "flush",
+            Op::Allocation(_) => "allocation",
+        }
+    }
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.range() {
+            Some(range) => write!(f, "{} {}+{}", self.name(), range.start(), range.len()),
+            None => f.write_str(self.name()),
+        }
     }
 }
 
@@ -45,6 +71,8 @@ impl Op {
 type Fault = Box<dyn FnMut(&Op) -> Option<i32>>;
 /// Whether an operation is held up.
 type Gate = Box<dyn Fn(&Op) -> bool>;
+/// Sees a change before anything of it happens: where, what is there now, what comes.
+type Watch = Rc<dyn Fn(u64, &[u8], &[u8])>;
 
 /// Content of a sector after one write.
 struct Version {
@@ -73,27 +101,33 @@ struct State {
     log: Vec<(Duration, Op)>,
     fault: Option<Fault>,
     gate: Option<Gate>,
+    watch: Option<Watch>,
     running: u64,
     running_max: u64,
 }
 
 pub struct SimDisk {
     sim: Sim,
+    name: &'static str,
     info: DiskInfo,
     state: Rc<RefCell<State>>,
     /// Bounds of the time one operation takes, in microseconds.
     pub latency_us: Rc<Cell<(u64, u64)>>,
+    /// One operation in so many (0: none) takes up to so much longer.
+    pub stalls: Rc<Cell<(u64, Duration)>>,
     /// Whether it can zero by itself.
     pub can_zero: Rc<Cell<bool>>,
 }
 
 impl SimDisk {
-    pub fn new(sim: &Sim, image: Vec<u8>, block: u32) -> Rc<Self> {
+    pub fn new(sim: &Sim, name: &'static str, image: Vec<u8>, block: u32) -> Rc<Self> {
         Rc::new(Self {
             sim: sim.clone(),
+            name,
             info: DiskInfo { size: image.len() as u64, block },
             state: Rc::new(RefCell::new(State { durable: image.clone(), live: image, ..State::default() })),
             latency_us: Rc::new(Cell::new((5, 200))),
+            stalls: Rc::default(),
             can_zero: Rc::new(Cell::new(true)),
         })
     }
@@ -106,9 +140,11 @@ impl SimDisk {
         state.durable.resize(size as usize, fill);
         Rc::new(Self {
             sim: self.sim.clone(),
+            name: self.name,
             info: DiskInfo { size, ..self.info },
             state: self.state.clone(),
             latency_us: self.latency_us.clone(),
+            stalls: self.stalls.clone(),
             can_zero: self.can_zero.clone(),
         })
     }
@@ -116,6 +152,36 @@ impl SimDisk {
     /// What a read of everything would return now.
     pub fn image(&self) -> Vec<u8> {
         self.state.borrow().live.clone()
+    }
+
+    /// The same disk after the power failed.
+    pub fn crashed(&self) -> Rc<Self> {
+        let new = Self::new(&self.sim, self.name, self.crash_image(), self.info.block);
+        new.can_zero.set(self.can_zero.get());
+        new.latency_us.set(self.latency_us.get());
+        new.stalls.set(self.stalls.get());
+        new
+    }
+
+    /// Damages what is on the medium, under everybody's feet.
+    pub fn rot(&self, range: ByteRange, rotten: &[u8]) {
+        let mut state = self.state.borrow_mut();
+        let state = &mut *state;
+        for image in [&mut state.live, &mut state.durable] {
+            image[range.start() as usize..range.end() as usize].copy_from_slice(rotten);
+        }
+    }
+
+    /// All that a crash may leave of `range`, sector by sector: what is durable, and everything in the cache.
+    pub fn each_version(&self, range: ByteRange, mut of: impl FnMut(u64, &[u8])) {
+        let state = self.state.borrow();
+        for part in sectors(range.start() as usize, range.len() as usize) {
+            of(part.start as u64, &state.durable[part.clone()]);
+            let (sector, inside) = (part.start / SECTOR, part.start % SECTOR..part.start % SECTOR + part.len());
+            for version in state.cached.get(&sector).into_iter().flatten() {
+                of(part.start as u64, &version.data[inside.clone()]);
+            }
+        }
     }
 
     /// Operations so far, with the time each was asked for.
@@ -143,6 +209,10 @@ impl SimDisk {
     }
     pub fn clear_fault(&self) {
         self.state.borrow_mut().fault = None;
+    }
+    /// Shows changes to `watch` before anything of them happens.
+    pub fn set_watch(&self, watch: impl Fn(u64, &[u8], &[u8]) + 'static) {
+        self.state.borrow_mut().watch = Some(Rc::new(watch));
     }
     /// Holds operations up for which `gate` returns true, before anything of them happens.
     pub fn set_gate(&self, gate: impl Fn(&Op) -> bool + 'static) {
@@ -185,6 +255,46 @@ impl SimDisk {
         image
     }
 
+    /// The disk as the next process finds it after this one was killed: the cache goes on. What was in flight has
+    /// ended, each of its sectors written or not.
+    pub fn after_kill(&self) -> Rc<Self> {
+        let mut old = self.state.borrow_mut();
+        let mut state = State {
+            live: std::mem::take(&mut old.live),
+            durable: std::mem::take(&mut old.durable),
+            cached: std::mem::take(&mut old.cached),
+            next: old.next,
+            ..State::default()
+        };
+        // What a failed flush has dropped is not there for the next process: its reads go to the device, not to the pages
+        // that this one's flush has left clean.
+        state.live.clone_from(&state.durable);
+        for (sector, versions) in &state.cached {
+            let Some(last) = versions.last() else { continue };
+            state.live[sector * SECTOR..sector * SECTOR + last.data.len()].copy_from_slice(&last.data);
+        }
+        for (write, Flight { offset, data, applied }) in std::mem::take(&mut old.in_flight) {
+            for part in sectors(offset as usize, data.len()).split_off(applied) {
+                if self.sim.draw(|rng| rng.one_in(2)) {
+                    let at = part.start - offset as usize;
+                    state.apply(write, part.start, &data[at..at + part.len()]);
+                }
+            }
+            state.in_flight.insert(write, Flight { offset, data, applied });
+            state.complete(write);
+        }
+        Rc::new(Self {
+            sim: self.sim.clone(),
+            name: self.name,
+            // It may have grown through another handle.
+            info: DiskInfo { size: state.live.len() as u64, ..self.info },
+            state: Rc::new(RefCell::new(state)),
+            latency_us: self.latency_us.clone(),
+            stalls: self.stalls.clone(),
+            can_zero: self.can_zero.clone(),
+        })
+    }
+
     fn check(&self, range: ByteRange) {
         let (block, size) = (u64::from(self.info.block), self.info.size);
         assert!(range.start().is_multiple_of(block) && range.end() <= size, "{range:?} of {size}, block {block}");
@@ -196,25 +306,38 @@ impl SimDisk {
             self.check(range);
         }
         self.state.borrow_mut().log.push((self.sim.now(), op));
+        self.sim.say(|| format!("{:<11} {op}", self.name));
         while self.state.borrow().gate.as_ref().is_some_and(|gate| gate(&op)) {
             self.sim.sleep(GATE_POLL).await;
         }
         self.delay().await;
         let errno = self.state.borrow_mut().fault.as_mut().and_then(|fault| fault(&op));
-        match errno {
-            Some(errno) => Err(Error::io(errno, format!("simulated {op:?}"))),
-            None => Ok(()),
-        }
+        let Some(errno) = errno else { return Ok(()) };
+        let what = if errno == libc::ENOSPC { "full" } else { "error" };
+        self.sim.count(Group::Fault, &format!("{} {}: {what}", self.name, op.name()));
+        self.sim.say(|| format!("{:<11} {op} FAILS with errno {errno}", self.name));
+        Err(Error::io(errno, format!("simulated {op:?}")))
     }
 
     async fn delay(&self) {
         let (low, high) = self.latency_us.get();
         let us = self.sim.draw(|rng| if rng.one_in(50) { 10 * high } else { rng.between(low, high) });
-        self.sim.sleep(Duration::from_micros(us)).await;
+        let (one_in, longest) = self.stalls.get();
+        let stall = stall(&self.sim, one_in, longest);
+        if !stall.is_zero() {
+            self.sim.count(Group::Fault, &format!("{}: stall", self.name));
+            self.sim.say(|| format!("{:<11} STALLS for {stall:?}", self.name));
+        }
+        self.sim.sleep(Duration::from_micros(us) + stall).await;
     }
 
     async fn put(&self, op: Op, offset: u64, data: Bytes, fua: bool) -> Result<()> {
         let _running = Running::new(&self.state);
+        let watch = self.state.borrow().watch.clone();
+        if let Some(watch) = watch {
+            let before = self.state.borrow().live[offset as usize..offset as usize + data.len()].to_vec();
+            watch(offset, &before, &data);
+        }
         let write = {
             let mut state = self.state.borrow_mut();
             let write = state.next;
@@ -231,12 +354,24 @@ impl SimDisk {
             state.apply(write, part.start, &data[at..at + part.len()]);
             state.in_flight.get_mut(&write).expect("it is in flight").applied += 1;
         };
-        parts[..cut].iter().for_each(apply);
         if let Err(error) = begun {
-            // A failed write may have written anything of its data.
+            // Nothing of it, all of it, its beginning (a short write), or any of its sectors.
+            let how = self.sim.draw(|rng| rng.below(4));
+            for (i, part) in parts.iter().enumerate() {
+                let lands = match how {
+                    0 => false,
+                    1 => true,
+                    2 => i < cut,
+                    _ => self.sim.draw(|rng| rng.one_in(2)),
+                };
+                if lands {
+                    apply(part);
+                }
+            }
             self.state.borrow_mut().complete(write);
             return Err(error);
         }
+        parts[..cut].iter().for_each(apply);
         self.delay().await;
         parts[cut..].iter().for_each(apply);
         self.delay().await;
@@ -251,8 +386,20 @@ impl SimDisk {
                 }
             }
         }
+        drop(state);
+        self.sim.say(|| format!("{:<11} {op} is done", self.name));
         Ok(())
     }
+}
+
+/// How much longer an operation takes: mostly not at all.
+pub fn stall(sim: &Sim, one_in: u64, longest: Duration) -> Duration {
+    if one_in == 0 || !sim.draw(|rng| rng.one_in(one_in)) {
+        return Duration::ZERO;
+    }
+    // Of any magnitude from a millisecond on.
+    let longest = longest.as_micros() as u64;
+    Duration::from_micros(sim.draw(|rng| (1000 << rng.below(17)).min(longest) * rng.between(1, 8) / 8))
 }
 
 /// Counts an operation as going on.
@@ -368,19 +515,27 @@ impl Disk for SimDisk {
             let begun = self.begin(Op::Flush).await;
             let mut state = self.state.borrow_mut();
             if begun.is_err() {
-                // As Linux does: the data count as clean now. The next flush succeeds without them.
-                covered.into_iter().for_each(|(sector, seq)| state.forget(sector, seq));
+                // All of it lost, nothing, or each sector for itself.
+                let how = self.sim.draw(|rng| rng.below(4));
+                for (sector, seq) in covered {
+                    match if how > 1 { self.sim.draw(|rng| rng.below(3)) } else { how } {
+                        0 => state.forget(sector, seq),
+                        1 => {}
+                        _ => state.make_durable(sector, seq),
+                    }
+                }
                 return begun;
             }
             covered.into_iter().for_each(|(sector, seq)| state.make_durable(sector, seq));
+            drop(state);
+            self.sim.say(|| format!("{:<11} flush is done", self.name));
             Ok(())
         })
     }
 
     fn allocation(&self, range: ByteRange) -> LocalBoxFuture<'_, Result<Vec<Extent<Allocation>>>> {
         Box::pin(async move {
-            self.check(range);
-            self.delay().await;
+            self.begin(Op::Allocation(range)).await?;
             let state = self.state.borrow();
             let mut extents = Vec::new();
             for part in sectors(range.start() as usize, range.len() as usize) {

@@ -1,6 +1,7 @@
 //! The executor: runs one runnable task at a time, picked at random; when none is, time jumps to the next timer.
 
 use super::Rng;
+use super::report::{Group, Tally};
 use crate::env::Env;
 use crate::io_frontend::request::LocalBoxFuture;
 use std::cell::{Cell, RefCell};
@@ -49,6 +50,10 @@ struct Inner {
     timers: RefCell<BTreeMap<(Duration, u64), Waker>>,
     steps: Cell<u64>,
     hash: Cell<u64>,
+    tally: RefCell<Tally>,
+    traces: bool,
+    /// Looks at the machine after every step.
+    check: RefCell<Option<Rc<dyn Fn()>>>,
 }
 
 /// The simulated machine's executor and clock. Cheap to clone.
@@ -67,6 +72,9 @@ impl Sim {
             timers: RefCell::default(),
             steps: Cell::new(0),
             hash: Cell::new(0),
+            tally: RefCell::default(),
+            traces: std::env::var_os("HYDRANT_SIM_TRACE").is_some(),
+            check: RefCell::default(),
         }))
     }
 
@@ -81,6 +89,25 @@ impl Sim {
     pub fn schedule_hash(&self) -> u64 {
         self.0.hash.get()
     }
+    /// Counts something of a kind that reports tell of.
+    pub fn count(&self, group: Group, name: &str) {
+        self.0.tally.borrow_mut().count(group, name);
+    }
+    /// What was counted so far.
+    pub fn tally(&self) -> Tally {
+        self.0.tally.borrow().clone()
+    }
+    /// A line of the trace, with the virtual time; `line` is called only when there is one.
+    pub fn say(&self, line: impl FnOnce() -> String) {
+        if self.0.traces {
+            eprintln!("{:>14.6} {}", self.now().as_secs_f64(), line());
+        }
+    }
+    /// `check` is called after every step of a task, until the next [`Self::kill_all`].
+    pub fn check_each_step(&self, check: impl Fn() + 'static) {
+        *self.0.check.borrow_mut() = Some(Rc::new(check));
+    }
+
     pub fn timers(&self) -> usize {
         self.0.timers.borrow().len()
     }
@@ -133,6 +160,10 @@ impl Sim {
                     inner.tasks.borrow_mut().insert(id, Some(task));
                 }
             }
+            let check = inner.check.borrow().clone();
+            if let Some(check) = check {
+                check();
+            }
         }
     }
 
@@ -161,6 +192,7 @@ impl Sim {
 
     /// The machine loses power: every task is gone where it stands.
     pub fn kill_all(&self) {
+        self.0.check.borrow_mut().take();
         let tasks = std::mem::take(&mut *self.0.tasks.borrow_mut());
         drop(tasks);
         // What dropped futures have woken or spawned is gone as well.

@@ -1,6 +1,8 @@
 //! A source in memory: slow, with bad places, or lost for a while.
 
+use super::disk::stall;
 use super::executor::Sim;
+use super::report::Group;
 use crate::dma_buf::DmaBuf;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::{Allocation, Extent, LocalBoxFuture, push_extent};
@@ -28,6 +30,12 @@ pub struct SimSource {
     pub knows_no_holes: Cell<bool>,
     /// Questions about allocation fail.
     pub refuses_allocation: Cell<bool>,
+    /// The peer is back, but has another content: everything fails.
+    pub changed: Cell<bool>,
+    /// One operation in so many (0: none) fails with EIO.
+    pub errors: Cell<u64>,
+    /// One operation in so many (0: none) takes up to so much longer.
+    pub stalls: Cell<(u64, Duration)>,
     bad: RefCell<Vec<ByteRange>>,
     reads: RefCell<Vec<ByteRange>>,
     in_flight_bytes: Cell<u64>,
@@ -45,6 +53,9 @@ impl SimSource {
             patience: Cell::new(Duration::from_secs(5)),
             knows_no_holes: Cell::new(false),
             refuses_allocation: Cell::new(false),
+            changed: Cell::new(false),
+            errors: Cell::default(),
+            stalls: Cell::default(),
             bad: RefCell::default(),
             reads: RefCell::default(),
             in_flight_bytes: Cell::new(0),
@@ -86,18 +97,36 @@ impl SimSource {
         self.in_flight_bytes_max.get()
     }
 
-    async fn answer(&self) -> Result<()> {
+    async fn answer(&self, what: &'static str, range: ByteRange) -> Result<()> {
+        self.sim.say(|| format!("source      {what} {}+{}", range.start(), range.len()));
         let us = self.sim.draw(|rng| {
             let (low, high) = self.latency_us.get();
             if rng.one_in(30) { 10 * high } else { rng.between(low, high) }
         });
-        self.sim.sleep(Duration::from_micros(us)).await;
+        let (one_in, longest) = self.stalls.get();
+        let stall = stall(&self.sim, one_in, longest);
+        if !stall.is_zero() {
+            self.sim.count(Group::Fault, "source: stall");
+            self.sim.say(|| format!("source      STALLS for {stall:?}"));
+        }
+        self.sim.sleep(Duration::from_micros(us) + stall).await;
         let until = self.sim.now() + self.patience.get();
         while self.lost.get() {
             if self.sim.now() >= until {
+                self.sim.count(Group::Fault, "source: lost");
+                self.sim.say(|| format!("source      {what} {range:?} FAILS: lost"));
                 return Err(Error::new(ErrorKind::SourceLost, "the source can't be reached"));
             }
             self.sim.sleep(Duration::from_millis(10)).await;
+        }
+        if self.changed.get() {
+            self.sim.count(Group::Fault, "source: changed");
+            return Err(Error::new(ErrorKind::SourceChanged, "the source has another content than before"));
+        }
+        if self.errors.get() > 0 && self.sim.draw(|rng| rng.one_in(self.errors.get())) {
+            self.sim.count(Group::Fault, &format!("source {what}: error"));
+            self.sim.say(|| format!("source      {what} {range:?} FAILS with EIO"));
+            return Err(Error::io(libc::EIO, format!("source: {what} {range}")));
         }
         Ok(())
     }
@@ -154,8 +183,9 @@ impl Source for SimSource {
                 self.sim.sleep(poll).await;
                 poll = (2 * poll).min(POLL_MAX);
             }
-            self.answer().await?;
+            self.answer("read", range).await?;
             if self.bad.borrow().iter().any(|bad| bad.overlaps(range)) {
+                self.sim.count(Group::Fault, "source read: bad place");
                 return Err(Error::io(libc::EIO, format!("source: {range}")));
             }
             let mut buf = DmaBuf::new(range.len() as usize);
@@ -166,7 +196,7 @@ impl Source for SimSource {
 
     fn allocation(&self, range: ByteRange) -> LocalBoxFuture<'_, Result<Vec<Extent<Allocation>>>> {
         Box::pin(async move {
-            self.answer().await?;
+            self.answer("allocation", range).await?;
             if self.refuses_allocation.get() {
                 return Err(Error::io(libc::EIO, format!("source: allocation of {range}")));
             }

@@ -1,6 +1,8 @@
 //! Simulations of the engine: random ones against the oracle, and the scenarios that are known to go wrong.
 
+mod bad_regions;
 mod commits;
+mod explore;
 mod failures;
 mod growth;
 mod hydration;

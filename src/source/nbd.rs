@@ -5,6 +5,7 @@
 //!
 //! * `handshake`: option negotiation. `dial`: connecting. `link`: one connection, requests and replies.
 //! * `assembly`: checks what one reply consists of (pure). `status_cache`: answers about allocation (pure).
+//! * `verify`: whether a new connection leads to the same source.
 //! * `client`: the queue, the connections, reconnecting, timeouts; read there what happens when the server goes.
 //!
 //! Nothing here writes to the export: READ, BLOCK_STATUS and DISC are the only commands it can encode.
@@ -17,6 +18,7 @@ mod link;
 mod status_cache;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use crate::bail;
 use crate::dma_buf::{DMA_ALIGN, DmaBuf};
@@ -25,6 +27,7 @@ use crate::error::{Error, Result};
 use crate::io_frontend::nbd::proto::TransmissionFlags;
 use crate::io_frontend::request::{Allocation, Extent, LocalBoxFuture};
 use crate::local::Semaphore;
+use crate::meta::codec::SourceFingerprint;
 use crate::source::Source;
 use crate::source::uri::NbdUri;
 use crate::units::ByteRange;
@@ -163,6 +166,17 @@ impl NbdSource {
 
     pub fn state(&self) -> SourceState {
         self.client.state()
+    }
+
+    /// From now on a connection that is made again must lead to a source with this fingerprint, else the source has
+    /// changed. Not of a source that has none.
+    pub fn expect(&self, fingerprint: SourceFingerprint) {
+        self.client.expect(Some(fingerprint).filter(|fingerprint| fingerprint.samples > 0));
+    }
+
+    /// What is expected of it.
+    pub fn expected(&self) -> Option<SourceFingerprint> {
+        self.client.expected()
     }
 
     /// Calls `listener` at every event, on this executor, outside of any borrow. One listener; the last one counts.

@@ -63,7 +63,7 @@ impl SourceSpec {
             return Err(format!("the source is empty: give {KNOWN}"));
         }
         let Some(scheme) = scheme_of(text.as_bytes()) else { return Ok(Self::File(PathBuf::from(text))) };
-        let shown = text.to_string_lossy();
+        let shown = text.to_string_lossy().escape_debug().to_string();
         match scheme.to_ascii_lowercase().as_str() {
             "nbd" | "nbd+unix" => {
                 let text = text

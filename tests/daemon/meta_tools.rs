@@ -278,7 +278,10 @@ fn damage_is_mended_by_choice_only() {
         "repair @meta",
         "nobody knows which of the 512 regions of 1 damaged sectors were hydrated",
     );
-    assert!(text.contains("sector 16: checksum") && text.contains("; regions 0 to 511\n"), "{text}");
+    assert!(
+        text.contains("sector 16: checksum") && text.contains("; regions 0 to 511, bytes 0 to 33554431 of the clone\n"),
+        "{text}"
+    );
     meta_refused(&bench, "repair --assume 17=hydrated @meta", "sector 17 is not damaged");
     meta_refused(&bench, "repair --assume hydrated --assume unhydrated @meta", "twice");
     meta_refused(&bench, "repair --assume unhydrated --backup @source @meta", "backup");

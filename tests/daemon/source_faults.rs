@@ -70,7 +70,7 @@ fn hydration_counts_what_fails_and_finishes_when_the_source_is_well_again() {
     daemon.message("enable_hydration");
     let status = daemon.wait_status("failures", |status| status.hydration.failed_regions > 0);
     assert!(!status.is_complete());
-    daemon.wait_event("hydration pauses");
+    daemon.wait_event("hydration backs off: 32 regions could not be copied: regions 0-31 (bytes 0+2097152); ");
     let status = daemon.wait_status("failing", |s| s.hydration.state == HydrationState::Failing);
     assert!(status.hydration.failed_regions <= 32);
     std::thread::sleep(Duration::from_secs(1));

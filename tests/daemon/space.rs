@@ -272,7 +272,7 @@ fn a_read_only_clone_that_is_removed_says_what_was_not_committed() {
     );
     assert_eq!(daemon.status_of("vm").metadata.mode.to_string(), "ro");
     let refused = daemon.refused(&["remove", "vm"]);
-    assert!(refused.starts_with("clone 'vm': removed; its last commit failed: "), "{refused}");
+    assert!(refused.starts_with("clone 'vm': removed: its last commit failed: "), "{refused}");
     assert_eq!(daemon.done(&["list"]).lines().count(), 1, "a header only");
     let events = daemon.done(&["events", "--json"]);
     let stopped = events.lines().find(|line| line.contains("\"stopped\""));

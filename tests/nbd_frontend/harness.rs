@@ -9,6 +9,7 @@ use hydrant::io_frontend::nbd::{ConnectionStats, Exports, Limits, Served, serve}
 use hydrant::io_frontend::request::{
     Allocation, Completion, LocalBoxFuture, Request, RequestFlags, StatusExtents, Volume, VolumeInfo, push_extent,
 };
+use hydrant::local::Semaphore;
 use hydrant::local::latch::Latch;
 use hydrant::net::{Listener, Stream};
 use hydrant::ring::Ring;
@@ -38,12 +39,14 @@ pub struct Setup {
     /// Each request takes so long.
     pub delay: Duration,
     pub limits: Limits,
+    /// Of all connections together, in bytes.
+    pub memory: u64,
     pub tcp: bool,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { size: (1 << 20) + 777, delay: Duration::ZERO, limits: Limits::default(), tcp: false }
+        Self { size: (1 << 20) + 777, delay: Duration::ZERO, limits: Limits::default(), memory: 256 << 20, tcp: false }
     }
 }
 
@@ -297,12 +300,13 @@ async fn accept_all(
         watch_listener.close();
     });
     let mut tasks = Vec::new();
+    let memory = Semaphore::new(setup.memory);
     while let Ok(fd) = listener.accept().await {
         let stream = Stream::new(configure_accepted(fd, &address).unwrap());
         let (exports, env, stats, latch) = (exports.clone(), env.clone(), stats.clone(), latch.clone());
-        let (ended, limits) = (ended.clone(), setup.limits);
+        let (ended, limits, memory) = (ended.clone(), setup.limits, memory.clone());
         tasks.push(glommio::spawn_local(async move {
-            let result = serve(stream, exports, env, limits, stats, latch).await;
+            let result = serve(stream, exports, env, limits, memory, stats, latch).await;
             ended.lock().unwrap().push(result.map_err(|error| error.to_string()));
         }));
     }

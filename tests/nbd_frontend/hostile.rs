@@ -266,6 +266,69 @@ fn a_client_that_reads_no_replies_is_not_read_from() {
     drop(stream);
 }
 
+/// Reads and writes of 1 MiB, four at a time on all connections together.
+fn little_memory() -> Setup {
+    let limits = Limits {
+        payload_bytes_in_flight_max: 4 << 20,
+        payload_bytes_max: 1 << 20,
+        stall_time_max: Duration::from_millis(400),
+        ..Limits::default()
+    };
+    Setup { limits, memory: 4 << 20, size: 4 << 20, ..Setup::default() }
+}
+
+#[test]
+fn a_client_that_takes_no_replies_gives_way_when_others_want_its_memory() {
+    let server = Server::start(little_memory());
+    let mut greedy = transmission(&server);
+    let reads: Vec<u8> = (0..30).flat_map(|cookie| request(Command::READ, cookie, 0, 1 << 20)).collect();
+    greedy.write_all(&reads).unwrap();
+    wait_for(|| server.log().len() >= 4, "all of the memory to be taken");
+    // It may be as slow as it likes while nobody waits.
+    std::thread::sleep(Duration::from_millis(1000));
+    assert!(server.ended.lock().unwrap().is_empty(), "dropped without need");
+    let start = Instant::now();
+    serves_the_next(&server);
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+    let ended = server.wait_ended(2);
+    let greedy_end = ended.iter().find_map(|end| end.clone().err()).expect("the greedy one is dropped");
+    assert!(greedy_end.contains("took no replies for 400ms"), "{greedy_end}");
+    server.stop();
+}
+
+#[test]
+fn a_client_that_leaves_with_its_replies_unread_gives_way_too() {
+    let server = Server::start(little_memory());
+    let mut greedy = transmission(&server);
+    let reads: Vec<u8> = (0..8).flat_map(|cookie| request(Command::READ, cookie, 0, 1 << 20)).collect();
+    greedy.write_all(&reads).unwrap();
+    wait_for(|| server.log().len() >= 4, "all of the memory to be taken");
+    greedy.shutdown(std::net::Shutdown::Write).unwrap();
+    serves_the_next(&server);
+    server.stop();
+}
+
+#[test]
+fn payloads_that_do_not_come_give_way() {
+    let server = Server::start(little_memory());
+    let half = [request(Command::WRITE, 1, 0, 1 << 20), vec![1; 1 << 19]].concat();
+    let greedy: Vec<UnixStream> = (0..4)
+        .map(|_| {
+            let mut stream = transmission(&server);
+            stream.write_all(&half).unwrap();
+            stream
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(100));
+    serves_the_next(&server);
+    let ends = server.wait_ended(2);
+    assert!(ends.iter().flat_map(|end| end.clone().err()).all(|end| end.contains("sent nothing of a payload")));
+    drop(greedy);
+    server.wait_ended(5);
+    assert_eq!(server.log(), ["write 5..8 0x0", "read 5..8"], "no half of a write reaches the volume");
+    server.stop();
+}
+
 #[test]
 fn requests_in_flight_are_bounded() {
     let limits = Limits { requests_in_flight_max: 5, ..Limits::default() };

@@ -69,9 +69,11 @@ impl Image {
     }
 
     fn read(&self, offset: u64, len: u64) -> Result<DmaBuf> {
-        let mut buffer = DmaBuf::new(len as usize);
-        let read = self.file.read_exact_at(&mut buffer, offset);
-        read.map_err(|error| Error::from_io(error, format!("can't read {len} bytes at offset {offset}")))?;
+        let mut buffer = DmaBuf::zeroed(len as usize);
+        // Of its last block a file may have a part only. What is behind that is an error.
+        let there = if offset < self.size { len.min(self.size - offset) } else { len } as usize;
+        let read = self.file.read_exact_at(&mut buffer[..there], offset);
+        read.map_err(|error| Error::from_io(error, format!("can't read {there} bytes at offset {offset}")))?;
         Ok(buffer)
     }
 
@@ -86,7 +88,7 @@ impl Image {
         let held = self.buffer.as_ref().map_or(0, |buffer| (buffer.len() / BLOCK_SIZE) as u64);
         if !(self.first..self.first + held).contains(&number) {
             self.ahead = if number == self.first + held { (self.ahead * 2).min(BLOCKS_PER_READ) } else { 1 };
-            let count = (self.size / BLOCK_SIZE as u64).saturating_sub(number).clamp(1, self.ahead);
+            let count = self.size.div_ceil(BLOCK_SIZE as u64).saturating_sub(number).clamp(1, self.ahead);
             // One bad block must not hide its neighbours.
             self.fill(number, count).or_else(|_| self.fill(number, 1))?;
         }

@@ -13,6 +13,7 @@ use crate::disk::Disk;
 use crate::disk::blocking::BlockingDisk;
 use crate::dma_buf::DmaBuf;
 use crate::error::{Error, Result};
+use crate::meta::check::ReadBlock;
 use crate::meta::codec::{BLOCK_SIZE, Block};
 use crate::meta::repair::{Assumptions, Decided, survey};
 use futures_lite::future::block_on;
@@ -22,7 +23,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 fn assumptions(args: &RepairArgs) -> Result<Assumptions> {
-    let mut assume = Assumptions::default();
+    let mut assume = Assumptions { force: args.force, ..Assumptions::default() };
     for arg in &args.assume {
         let before = match arg.sector {
             Some(sector) => assume.by_sector.insert(sector, arg.hydrated),
@@ -56,7 +57,7 @@ pub fn run(args: &RepairArgs, out: &mut dyn Write) -> Result<()> {
     let disk = BlockingDisk::new(open(args)?);
     let mut image = Image::over(disk.device())?;
     let size = image.size();
-    let found = survey(&mut |block| image.block(block), size).map_err(&in_metadata)?;
+    let found = survey(&mut |block| image.block(block), size, args.force).map_err(&in_metadata)?;
     if found.is_clean() {
         return writeln!(out, "clean: there is nothing to repair").map_err(output_failed);
     }
@@ -76,7 +77,7 @@ pub fn run(args: &RepairArgs, out: &mut dyn Write) -> Result<()> {
         let copied = back_up(&mut image, decided.metadata_size(), path, out);
         copied.map_err(|error| error.within(format!("backup {}", path.display())))?;
     }
-    mend(&disk, &decided, &mut image).map_err(&in_metadata)?;
+    mend(&disk, &decided, &mut |block| image.block(block)).map_err(&in_metadata)?;
     let mut again = Image::over(disk.device())?;
     match again.check().map_err(&in_metadata)?.findings.first() {
         None => writeln!(out, "repaired: clean").map_err(output_failed),
@@ -106,13 +107,15 @@ fn back_up(image: &mut Image, size: u64, path: &Path, out: &mut dyn Write) -> Re
     File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed)
 }
 
-fn mend(disk: &BlockingDisk, decided: &Decided, image: &mut Image) -> Result<()> {
+/// Writes what was decided: the bitmap, a flush, then one superblock copy after the other, each with a flush. `read_block` reads
+/// what was there.
+pub(super) fn mend(disk: &dyn Disk, decided: &Decided, read_block: &mut ReadBlock<'_>) -> Result<()> {
     let mut write = |number: u64, block: &Block| -> Result<()> {
         let mut buffer = DmaBuf::new(BLOCK_SIZE);
         buffer.copy_from_slice(block);
         block_on(disk.write(number * BLOCK_SIZE as u64, buffer.into(), false))
     };
-    decided.mend(&mut |block| image.block(block), &mut write)?;
+    decided.mend(read_block, &mut write)?;
     block_on(disk.flush())?;
     for (copy, block) in decided.superblocks() {
         write(copy, &block)?;

@@ -1,8 +1,15 @@
 use super::check::check;
 use super::dump::dump;
+use super::repair::mend;
 use super::*;
-use crate::meta::check::tests::{image, sample};
+use crate::meta::check::check as check_image;
+use crate::meta::check::tests::{image, reader, sample};
+use crate::meta::repair::{Assumptions, survey};
+use crate::meta::store::Store;
+use crate::meta::store::sim::{Plan, SimDisk};
+use futures_lite::future::block_on;
 use std::path::PathBuf;
+use std::rc::Rc;
 
 struct Fixture {
     _dir: tempfile::TempDir,
@@ -146,4 +153,66 @@ fn a_closed_output_is_an_error() {
     for result in [check(&file.path, true, &mut Closed).map(|_| ()), dump(&file.path, true, &mut Closed)] {
         assert_eq!(result.unwrap_err().to_string(), "can't write the output: Broken pipe");
     }
+}
+
+/// The bits of an image, in words; an error when a daemon would not start from it.
+fn opened(image: &[u8]) -> Result<Vec<(u64, Vec<u64>)>> {
+    let disk = Rc::new(SimDisk::new(image.to_vec(), Plan::default(), 1));
+    let opened = block_on(Store::open(disk))?.expect("metadata are there");
+    Ok(opened.zones.iter().map(|(zone, bits)| (zone.0, bits.to_vec())).collect())
+}
+
+/// Power fails, or a write, before each step of a repair, and any subset of what was written survives. No start ever sees
+/// anything but the mended clone, and the same repair goes on from there.
+#[test]
+fn a_repair_that_is_cut_off_is_repeated() {
+    let damage = |image: &mut Vec<u8>, places: &[usize]| places.iter().for_each(|at| image[*at] ^= 1);
+    let active = || image(&sample(), hydrated);
+    let complete = || image(&Superblock { state: CloneState::Complete, ..sample() }, |_| true);
+    let contradicts = || image(&Superblock { state: CloneState::Complete, ..sample() }, |region| region != 5);
+    let assume = |others, force| Assumptions { others, force, ..Assumptions::default() };
+    let cases: [(Vec<u8>, &[usize], Assumptions); 6] = [
+        (active(), &[2 * 4096 + 40, 2 * 4096 + 1024 + 40, 9 * 4096 + 7, 100], assume(None, true)),
+        (active(), &[5000, 18 * 4096 + 100], assume(Some(true), false)),
+        (active(), &[4096], assume(None, false)),
+        (complete(), &[0, 5 * 4096 + 50], assume(None, false)),
+        (contradicts(), &[], assume(None, true)),
+        (contradicts(), &[4100], assume(Some(true), false)),
+    ];
+    let mut crashes = 0;
+    for (case, (mut broken, places, assume)) in cases.into_iter().enumerate() {
+        damage(&mut broken, places);
+        let run = |image: &[u8], plan: Plan, seed: u64| -> (Result<()>, Vec<u8>) {
+            let disk = SimDisk::new(image.to_vec(), plan, seed);
+            let found = survey(&mut reader(image), image.len() as u64, assume.force).unwrap();
+            let done = found.decide(&assume).and_then(|decided| mend(&disk, &decided, &mut reader(image)));
+            (done, disk.crash())
+        };
+        let (done, mended) = run(&broken, Plan::default(), 1);
+        done.unwrap();
+        let wanted = opened(&mended).unwrap();
+        assert!(check_image(&mut reader(&mended), mended.len() as u64).unwrap().is_clean(), "case {case}");
+        for step in 0.. {
+            let mut finished = true;
+            for seed in 0..12 {
+                let stop = Plan { stop_at: Some(step), ..Plan::default() };
+                let fail = Plan { fail_at: Some(step), ..Plan::default() };
+                let (done, left) = run(&broken, if seed % 2 == 0 { stop } else { fail }, seed);
+                finished &= done.is_ok();
+                crashes += 1;
+                if let Ok(found) = opened(&left) {
+                    assert!(found == wanted, "case {case}, step {step}, seed {seed}: a start sees something else");
+                }
+                let (done, again) = run(&left, Plan::default(), seed);
+                done.unwrap_or_else(|error| panic!("case {case}, step {step}, seed {seed}: {error}"));
+                assert!(opened(&again).unwrap() == wanted, "case {case}, step {step}, seed {seed}");
+                let report = check_image(&mut reader(&again), again.len() as u64).unwrap();
+                assert!(report.is_clean(), "case {case}, step {step}, seed {seed}: {:?}", report.findings);
+            }
+            if finished {
+                break;
+            }
+        }
+    }
+    assert!(crashes > 300, "{crashes} crashes");
 }

@@ -72,6 +72,7 @@ fn every_key_arrives() {
         no_discard_passdown = true
         hydration_threshold = 0
         hydration_batch_size = 4294967295
+        hydration_failures_max = 0
         hydration_rate = 10485760
         priority = 1000
         on_hydrated = "remove"
@@ -114,6 +115,7 @@ fn every_key_arrives() {
         hydration_threshold: Some(0),
         hydration_batch_size: Some(u32::MAX),
         hydration_rate: Some(10 << 20),
+        hydration_failures_max: 0,
         priority: 1000,
         on_hydrated: OnHydrated::Remove,
         nbd: crate::config::NbdConfig {
@@ -268,7 +270,7 @@ fn every_error_is_found() {
             "a.toml:5:1: clone 'vm1': destination: missing: the path that the copy goes to",
             "a.toml:5:1: clone 'vm1': metadata: missing: the path that says what is copied already",
             "a.toml:12:8: clone 'a/b': name: '/' can't be in a name: use letters, digits, '.', '_' and '-'",
-            "a.toml:13:1: clone 'a/b': unknown key 'colour', known are name, source, destination, metadata, region_size, size, no_hydration, no_discard_passdown, hydration_threshold, hydration_batch_size, hydration_rate, priority, on_hydrated, source_timeout, force, table, nbd",
+            "a.toml:13:1: clone 'a/b': unknown key 'colour', known are name, source, destination, metadata, region_size, size, no_hydration, no_discard_passdown, hydration_threshold, hydration_batch_size, hydration_rate, hydration_failures_max, priority, on_hydrated, source_timeout, force, table, nbd",
             "a.toml:10:1: clone 'a/b': destination: missing: the path that the copy goes to",
             "a.toml:10:1: clone 'a/b': metadata: missing: the path that says what is copied already",
         ]
@@ -422,7 +424,7 @@ fn specs_survive_json() {
     let json = serde_json::json!({
         "name": "vm", "source": "/s", "destination": "/d", "metadata": "/m", "region_size": 65536, "size": 77,
         "no_hydration": true, "no_discard_passdown": false, "hydration_threshold": 1, "hydration_batch_size": 2,
-        "hydration_rate": 500000, "priority": 7, "on_hydrated": "exit", "source_timeout": "90s", "force": true,
+        "hydration_rate": 500000, "hydration_failures_max": 3, "priority": 7, "on_hydrated": "exit", "source_timeout": "90s", "force": true,
         "table": "0 8 clone /m /d /s 8", "nbd": {"address": "unix:/x", "export": "y"}
     });
     let spec = CloneSpec::from_json(json.to_string().as_bytes()).unwrap();

@@ -46,11 +46,12 @@ fn json_names_are_pinned() {
     let json = serde_json::to_value(Status { last_event: Some("x".into()), ..fresh() }).unwrap();
     let mut names = Vec::new();
     collect_names("", &json, &mut names);
-    let pinned = "name state error suspended suspending resizing size region_size nr_regions hydrated_regions hydrating_regions hydration.enabled \
+    let pinned = "name state error warnings suspended suspending resizing size region_size nr_regions hydrated_regions hydrating_regions hydration.enabled \
          hydration.threshold hydration.batch_size hydration.threshold_effective hydration.batch_size_effective \
-         hydration.state hydration.failed_regions hydration.rate hydration.total_rate hydration.priority \
+         hydration.state hydration.failures_max hydration.failures_in_a_row hydration.failed_regions \
+         hydration.failed_ranges hydration.failed_regions_more hydration.last_failure hydration.rate hydration.total_rate hydration.priority \
          hydration.bytes_per_second hydration.eta_seconds \
-         features.no_hydration features.no_discard_passdown metadata.path metadata.mode metadata.block_size \
+         features.no_hydration features.no_discard_passdown metadata.path metadata.mode metadata.error metadata.block_size \
          metadata.used_blocks metadata.total_blocks metadata.generation event_nr events last_event source.spec \
          source.state source.losses source.reconnects destination nbd.address nbd.export nbd.connections io.reads \
          io.writes io.trims io.write_zeroes io.flushes io.read_bytes io.write_bytes io.trim_bytes \
@@ -95,6 +96,8 @@ fn messages() {
         ("hydration_rate 1048576", Message::HydrationRate(Some(HydrationRate::new(1 << 20).unwrap()))),
         ("Hydration_Rate 1MiB", Message::HydrationRate(Some(HydrationRate::new(1 << 20).unwrap()))),
         ("hydration_rate 0", Message::HydrationRate(None)),
+        ("Hydration_Failures_Max 0", Message::HydrationFailuresMax(0)),
+        ("hydration_failures_max 4294967295", Message::HydrationFailuresMax(u32::MAX)),
         ("priority 1000", Message::Priority(Priority::new(1000).unwrap())),
     ];
     for (text, message) in good {
@@ -117,6 +120,8 @@ fn messages() {
         ("hydration_rate 1000", "disable_hydration"),
         ("hydration_rate 1MB", "'1MB' is not a size"),
         ("hydration_rate 99999999999999999999", "too large"),
+        ("hydration_failures_max", "needs a number, from 0 to 4294967295"),
+        ("hydration_failures_max -1", "'-1' is not a number from 0 to 4294967295"),
         ("priority", "needs a number, from 1 to 1000"),
         ("priority high", "'high' is not a number from 1 to 1000"),
         ("priority 99999999999", "'99999999999' is not a number from 1 to 1000"),

@@ -22,6 +22,9 @@ pub struct Limits {
     /// The payload of a refused WRITE is read and thrown away up to this length, in bytes; a client that announces
     /// more is dropped, since its stream can't be followed at a reasonable price.
     pub discard_bytes_max: u32,
+    /// How long a client that holds memory may take nothing of its replies, or send nothing of a payload, while others wait
+    /// for memory; a slower one is dropped. It may take as long as it likes while nobody does.
+    pub stall_time_max: Duration,
     /// After a stop: how long replies to requests in flight may take until the socket is closed anyway. (The
     /// requests themselves are waited for as long as they take.)
     pub drain_time_max: Duration,
@@ -37,6 +40,7 @@ impl Default for Limits {
             payload_bytes_in_flight_max: 64 << 20,
             payload_bytes_max: PAYLOAD_DEFAULT_MAX,
             discard_bytes_max: 64 << 20,
+            stall_time_max: Duration::from_secs(30),
             drain_time_max: Duration::from_secs(5),
         }
     }

@@ -26,7 +26,7 @@ pub enum NbdAddress {
 impl FromStr for NbdAddress {
     type Err = String;
     fn from_str(s: &str) -> Result<Self, String> {
-        let bad = |why: &str| Err(format!("'{s}' is not an NBD address: {why}"));
+        let bad = |why: &str| Err(format!("'{}' is not an NBD address: {why}", s.escape_debug()));
         match s.split_once(':') {
             Some(("unix", "")) => bad("the path is missing"),
             Some(("unix", path)) if path.contains('\0') => bad("the path contains a NUL"),

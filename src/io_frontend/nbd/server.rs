@@ -4,8 +4,9 @@
 //! finished meanwhile and sends them at once. Tasks own their buffers, so the connection may end at any moment.
 //!
 //! Invariants:
-//! * A request holds its permits (of [`Limits`]) from before its payload is received until its reply was sent. So
-//!   memory is bounded, and a client that reads no replies is soon not read from.
+//! * A request holds its permits (of [`Limits`], and of the memory that many connections share) from before its payload
+//!   is received until its reply was sent. So memory is bounded, and a client that reads no replies is soon not read from.
+//! * A client that holds memory while others wait for some, and does not go on, is dropped.
 //! * [`serve`] returns only when no request is in flight any more.
 //! * A client that breaks the protocol loses this connection and nothing else.
 
@@ -24,13 +25,17 @@ use crate::local::{Permit, Queue, Semaphore, oneshot};
 use crate::net::Stream;
 use bytes::Bytes;
 use futures_lite::future::{self, or};
+use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::AcqRel};
+use std::time::Duration;
 
 /// The sender gathers replies up to about this many bytes for one send: enough to save system calls, not so much
 /// that permits come back in gulps.
 const SEND_BATCH_BYTES: usize = 1 << 20;
+/// In how many steps [`Limits::stall_time_max`] passes.
+const STALL_LOOKS: u32 = 4;
 
 /// Exports that can come and go while their listener stays.
 pub trait Served: Exports {
@@ -66,17 +71,20 @@ impl Drop for Counted {
 
 /// Serves one connection until its client leaves, breaks the protocol (an error), or `stop` opens (or the end of its
 /// export): then no new requests are read, those in flight are finished and answered, and the connection is closed.
+/// `memory` has a permit for each byte of payload that all connections which share it may hold together; at least
+/// [`Limits::payload_bytes_max`] of them.
 pub async fn serve(
     stream: Stream,
     exports: Rc<dyn Served>,
     env: Rc<dyn Env>,
     limits: Limits,
+    memory: Rc<Semaphore>,
     stats: Rc<ConnectionStats>,
     stop: Rc<Latch>,
 ) -> Result<()> {
     add(&stats.accepted, 1);
     let _connected = Raised::new(&stats.connections);
-    let result = connection(&stream, &*exports, env, limits, stats.clone(), &stop).await;
+    let result = connection(&stream, &*exports, env, limits, memory, stats.clone(), &stop).await;
     // Receives that were given up would keep the socket open.
     stream.shutdown();
     if result.is_err() {
@@ -90,6 +98,7 @@ async fn connection(
     exports: &dyn Served,
     env: Rc<dyn Env>,
     limits: Limits,
+    memory: Rc<Semaphore>,
     stats: Rc<ConnectionStats>,
     stop: &Latch,
 ) -> Result<()> {
@@ -106,18 +115,19 @@ async fn connection(
     else {
         return Ok(());
     };
-    let connection = Rc::new(Connection::new(stream.clone(), session, env, limits, stats));
+    let connection = Rc::new(Connection::new(stream.clone(), session, env, limits, memory, stats));
     let (sender_guard, sender_ended) = oneshot::<()>();
     let sender = connection.clone();
     connection.env.spawn(Box::pin(async move {
         sender.send_replies().await;
         drop(sender_guard);
     }));
-    let result = or(connection.read_requests(&mut inbox), async {
+    let stopped = async {
         or(stop.opened(), stay.ends.opened()).await;
         Ok(())
-    })
-    .await;
+    };
+    let stalled = async { Err(connection.stalled().await) };
+    let result = or(connection.read_requests(&mut inbox), or(stopped, stalled)).await;
     drop(inbox);
     if result.is_err() {
         stream.shutdown();
@@ -173,12 +183,18 @@ struct Connection {
     stats: Rc<ConnectionStats>,
     requests: Rc<Semaphore>,
     payload_bytes: Rc<Semaphore>,
+    /// Of many connections.
+    memory: Rc<Semaphore>,
     replies: Queue<Reply>,
+    /// Since when the client is waited for: to send a payload, to take replies.
+    receiving: Cell<Option<Duration>>,
+    sending: Cell<Option<Duration>>,
 }
 
 struct Permits {
     _request: Permit,
-    _payload: Option<Permit>,
+    /// Of the connection, and of the memory that it shares.
+    _payload: Option<(Permit, Permit)>,
 }
 
 struct Reply {
@@ -188,7 +204,14 @@ struct Reply {
 }
 
 impl Connection {
-    fn new(stream: Stream, session: Session, env: Rc<dyn Env>, limits: Limits, stats: Rc<ConnectionStats>) -> Self {
+    fn new(
+        stream: Stream,
+        session: Session,
+        env: Rc<dyn Env>,
+        limits: Limits,
+        memory: Rc<Semaphore>,
+        stats: Rc<ConnectionStats>,
+    ) -> Self {
         Self {
             stream,
             volume: session.volume,
@@ -198,7 +221,27 @@ impl Connection {
             stats,
             requests: Semaphore::new(limits.requests_in_flight_max),
             payload_bytes: Semaphore::new(limits.payload_bytes_in_flight_max),
+            memory,
             replies: Queue::default(),
+            receiving: Cell::new(None),
+            sending: Cell::new(None),
+        }
+    }
+
+    async fn payload_permits(&self, bytes: u64) -> (Permit, Permit) {
+        (self.payload_bytes.acquire(bytes).await, self.memory.acquire(bytes).await)
+    }
+
+    /// Returns when the client has held memory for too long that others wait for. A volume that takes long is not its fault.
+    async fn stalled(&self) -> Error {
+        let time_max = self.limits.stall_time_max;
+        loop {
+            self.env.sleep(time_max / STALL_LOOKS).await;
+            let late = |since: Option<Duration>| since.is_some_and(|since| self.env.now() - since >= time_max);
+            if self.memory.is_wanted() && (late(self.sending.get()) || late(self.receiving.get())) {
+                let what = if late(self.sending.get()) { "took no replies" } else { "sent nothing of a payload" };
+                return Error::new(ErrorKind::Limit, format!("{what} for {time_max:?}, others wait for the memory"));
+            }
         }
     }
 
@@ -222,17 +265,19 @@ impl Connection {
                     self.reply(header, outcome, Permits { _request: permit, _payload: None });
                 }
                 Verdict::Write { offset, len, flags } => {
-                    let payload_permit = self.payload_bytes.acquire(u64::from(len)).await;
+                    let payload = self.payload_permits(u64::from(len)).await;
+                    self.receiving.set(Some(self.env.now()));
                     let data = inbox.payload(offset, len as usize).await?.into();
-                    let permits = Permits { _request: permit, _payload: Some(payload_permit) };
+                    self.receiving.set(None);
+                    let permits = Permits { _request: permit, _payload: Some(payload) };
                     self.start(header, Request::Write { offset, data, flags }, permits);
                 }
                 Verdict::Submit(request) => {
-                    let payload_permit = match &request {
-                        Request::Read(range) => Some(self.payload_bytes.acquire(range.len()).await),
+                    let payload = match &request {
+                        Request::Read(range) => Some(self.payload_permits(range.len()).await),
                         _ => None,
                     };
-                    self.start(header, request, Permits { _request: permit, _payload: payload_permit });
+                    self.start(header, request, Permits { _request: permit, _payload: payload });
                 }
             }
         }
@@ -275,17 +320,22 @@ impl Connection {
                 permits.push(reply.permits);
                 next = if batch.len() < SEND_BATCH_BYTES { self.replies.try_pop() } else { None };
             }
-            if !broken && let Err(error) = self.stream.send(batch.into_parts()).await {
+            if broken {
+                continue;
+            }
+            self.sending.set(Some(self.env.now()));
+            if let Err(error) = self.stream.send(batch.into_parts()).await {
                 log::debug!("nbd: replies can't be sent: {error}");
                 broken = true;
                 // Whatever the client still sends can't be answered.
                 self.stream.shutdown();
             }
+            self.sending.set(None);
         }
     }
 
     /// Waits until no request is in flight and every reply was sent or thrown away. A client that does not take
-    /// its replies can't hold up a stop.
+    /// its replies can't hold up a stop, nor keep memory that others wait for.
     async fn drain(&self, stopped: impl Future<Output = ()>) {
         let all = async {
             self.requests.acquire(self.limits.requests_in_flight_max).await;
@@ -296,6 +346,11 @@ impl Connection {
             self.stream.shutdown();
             future::pending().await
         };
-        or(all, cut).await;
+        let stalled = async {
+            self.stalled().await;
+            self.stream.shutdown();
+            future::pending().await
+        };
+        or(all, or(cut, stalled)).await;
     }
 }

@@ -28,7 +28,7 @@ fn unreadable() -> CopyFound {
 fn verdict(a: CopyFound, b: CopyFound) -> String {
     match recover([a, b]) {
         Recovery::Use(r) => {
-            format!("use {}{}", r.superblock.generation, if r.copy_lost.is_some() { ", copy lost" } else { "" })
+            format!("use {}{}", r.superblock.generation, if r.is_copy_lost() { ", copy lost" } else { "" })
         }
         Recovery::NeverFormatted => "never formatted".into(),
         Recovery::Damaged(_) => "damaged".into(),
@@ -46,6 +46,10 @@ fn every_pair_of_copies() {
     assert_eq!(verdict(valid(3), valid(3)), "use 3");
     assert_eq!(verdict(valid(4), valid(3)), "use 4");
     assert_eq!(verdict(valid(3), valid(4)), "use 4");
+    // Garbage is damage beside a valid copy; something that is known is somebody's.
+    let garbage = || Ok(Classified::Foreign(UNKNOWN_DATA));
+    assert_eq!(verdict(valid(3), garbage()), "use 3, copy lost");
+    assert_eq!(verdict(garbage(), valid(3)), "use 3, copy lost");
     let makers: [(&str, &dyn Fn() -> CopyFound); 5] = [
         ("empty", &empty),
         ("damaged", &damaged),
@@ -85,7 +89,7 @@ fn copies_of_a_clone_that_grew() {
         Ok(Classified::Valid(Superblock { geometry, source, ..sample(generation) }))
     };
     let used = |a, b| match recover([a, b]) {
-        Recovery::Use(used) => Some((used.superblock.geometry.size(), used.copy_stale)),
+        Recovery::Use(used) => Some((used.superblock.geometry.size(), used.other.is_some())),
         _ => None,
     };
     assert_eq!(used(grown(4, 2 << 30), valid(3)), Some((2 << 30, true)));

@@ -1,18 +1,16 @@
 use super::super::check::check;
-use super::super::check::tests::{image, sample};
+use super::super::check::tests::{image, reader, sample};
 use super::*;
 use proptest::prelude::*;
 
-fn reader(image: &[u8]) -> impl FnMut(u64) -> Result<Block> + '_ {
-    |block| Ok(image[block as usize * BLOCK_SIZE..][..BLOCK_SIZE].try_into().unwrap())
-}
+mod damage;
 
 fn look(image: &[u8]) -> Survey {
-    survey(&mut reader(image), image.len() as u64).unwrap()
+    survey(&mut reader(image), image.len() as u64, false).unwrap()
 }
 
 fn assume(others: Option<bool>, by_sector: &[(u64, bool)]) -> Assumptions {
-    Assumptions { others, by_sector: by_sector.iter().copied().collect() }
+    Assumptions { others, by_sector: by_sector.iter().copied().collect(), force: false }
 }
 
 /// The image as it is after a repair.
@@ -64,8 +62,15 @@ fn nothing_is_assumed_by_itself() {
     let found = look(&image);
     assert!(!found.is_clean());
     let lines = found.describe();
-    assert!(lines[0].starts_with("sector 17: checksum") && lines[0].ends_with("; regions 128 to 255"), "{lines:?}");
-    assert_eq!(lines[1], "sector 144: all zero, what was written is lost; regions 16000 to 16127");
+    assert!(
+        lines[0].starts_with("sector 17: checksum")
+            && lines[0].ends_with("; regions 128 to 255, bytes 8388608 to 16777215 of the clone"),
+        "{lines:?}"
+    );
+    assert_eq!(
+        lines[1],
+        "sector 144: all zero, what was written is lost; regions 16000 to 16127, bytes 1048576000 to 1056964607 of the clone"
+    );
     assert!(lines[2].starts_with("sector 151: ") && lines[2].ends_with("; no regions"), "{lines:?}");
     let nobody = "nobody knows which of the";
     refused(&image, &assume(None, &[]), "nobody knows which of the 256 regions of 2 damaged sectors were hydrated");
@@ -140,15 +145,21 @@ fn a_mark_that_the_bits_deny() {
 #[test]
 fn what_can_not_be_mended_is_said() {
     let whole = image(&sample(), |_| true);
-    let error = |image: &[u8]| survey(&mut reader(image), image.len() as u64).err().unwrap().to_string();
+    let error = |image: &[u8]| survey(&mut reader(image), image.len() as u64, false).err().unwrap().to_string();
     let mut both = whole.clone();
     (both[100], both[4196]) = (1, 1);
     assert!(error(&both).starts_with("can't be repaired: superblock copy A: checksum"), "{}", error(&both));
     assert!(error(&whole[..17 * 4096]).contains("the device has 68KiB, 76KiB (77824 bytes) are needed"));
     assert!(error(&vec![0; 1 << 20]).contains("never formatted"));
     let mut foreign = whole.clone();
-    foreign[4096..8192].fill(7);
-    assert!(error(&foreign).contains("in place of superblock copy B is unknown data"), "{}", error(&foreign));
+    foreign[4096..4100].copy_from_slice(b"XFSB");
+    let said = error(&foreign);
+    assert!(
+        said.starts_with("an xfs file system is in place of superblock copy B") && said.contains("--force"),
+        "{said}"
+    );
+    let decided = survey(&mut reader(&foreign), whole.len() as u64, true).unwrap().decide(&assume(None, &[])).unwrap();
+    assert_eq!(decided.superblocks(), [(1, sample().encode())]);
 }
 
 #[test]
@@ -158,7 +169,7 @@ fn a_block_that_can_not_be_read_is_eight_sectors() {
         18 => Err(Error::io(libc::EIO, "medium")),
         _ => reader(&whole)(block),
     };
-    let found = survey(&mut read, whole.len() as u64).unwrap();
+    let found = survey(&mut read, whole.len() as u64, false).unwrap();
     assert_eq!(found.damaged.len(), 8);
     assert_eq!(found.damaged[3].to_string(), "sector 147: unreadable: medium: Input/output error; no regions");
     let decided = found.decide(&assume(Some(true), &[])).unwrap();
@@ -183,9 +194,9 @@ proptest! {
         let whole = image(&sample(), is_set);
         let mut broken = whole.clone();
         for sector in sectors.keys() {
-            broken[*sector as usize * 512 + 50] ^= 4;
+            broken[*sector as usize * 512 + 32] ^= 4;
         }
-        let mended = repaired(&broken, &Assumptions { by_sector: sectors.clone(), others: None });
+        let mended = repaired(&broken, &Assumptions { by_sector: sectors.clone(), ..Assumptions::default() });
         prop_assert!(is_clean(&mended));
         let codec = ZoneCodec::new(&sample());
         let mut expected = hydrated(&whole);

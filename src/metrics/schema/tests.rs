@@ -127,6 +127,7 @@ shards[].clones[].hydration.source_read shards[].clones[].hydration.source_read_
 shards[].clones[].hydration.copy_latency_us shards[].clones[].hydration.batch_regions
 shards[].clones[].hydration.batches_in_flight shards[].clones[].hydration.batch_bytes_in_flight
 shards[].clones[].hydration.failures shards[].clones[].hydration.failed_regions shards[].clones[].hydration.paused
+shards[].clones[].hydration.stopped
 shards[].clones[].memory.map_bytes shards[].clones[].memory.map_max_bytes
 shards[].clones[].memory.histogram_bytes shards[].clones[].memory.copy_bytes shards[].clones[].memory.copy_max_bytes
 clones[].name clones[].size_bytes clones[].region_size_bytes clones[].regions clones[].hydrated_regions

@@ -39,7 +39,8 @@ impl CloneSlice {
                 batch_bytes_in_flight: self.copies.bytes_in_flight(),
                 failures: counters.copy_failures.get(),
                 failed_regions: sched.failed_regions(),
-                paused: sched.is_paused(),
+                paused: self.is_hydration_paused(),
+                stopped: self.state.is_hydration_stopped(),
             },
             memory: self.memory(),
         }

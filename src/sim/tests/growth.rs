@@ -1,12 +1,16 @@
 //! Growing: what the grown part reads, what a crash leaves at any moment, what a growth that fails leaves behind.
 
 use super::super::clone::{Devices, OLD_DESTINATION, Setup, SimClone};
+use super::super::disk::Op;
 use super::super::executor::Sim;
 use super::super::seeds;
 use super::{Seed, content, result, scenario, start};
 use crate::clone_state::Mode;
 use crate::error::ErrorKind;
 use crate::meta::growth::Wanted;
+use crate::units::{RegionIndex, ShardIndex};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -185,6 +189,112 @@ fn a_crash_leaves_the_old_or_the_new_size_and_the_right_bytes() {
     }
 }
 
+/// Follows every bit through a growth, a stop and a crash: once a region is hydrated it stays so, and nothing of it is read
+/// from the source again. dm-clone loses this when a second table is loaded over a live clone: the new one has read the
+/// bits before the old one has ended.
+struct Bits {
+    hydrated: RefCell<BTreeSet<u64>>,
+    reads_seen: Cell<usize>,
+}
+
+impl Bits {
+    fn watch(clone: &Rc<SimClone>) -> Rc<Self> {
+        let reads = clone.devices.source.reads().len();
+        let bits = Rc::new(Self { hydrated: RefCell::default(), reads_seen: Cell::new(reads) });
+        let (watching, weak) = (bits.clone(), Rc::downgrade(clone));
+        watching.look(clone);
+        clone.sim.check_each_step(move || weak.upgrade().iter().for_each(|clone| watching.look(clone)));
+        bits
+    }
+
+    fn look(&self, clone: &SimClone) {
+        let mut hydrated = self.hydrated.borrow_mut();
+        let geometry = clone.geometry();
+        let reads = clone.devices.source.reads();
+        for read in &reads[self.reads_seen.replace(reads.len())..] {
+            let again = geometry.touched(*read).iter().find(|region| hydrated.contains(&region.0));
+            assert_eq!(again, None, "{read:?} is read from the source, and a region of it is hydrated");
+        }
+        for shard in (0..clone.net.shards()).map(ShardIndex) {
+            let Ok(slice) = clone.net.shard(shard).slice(clone.state.id) else { continue };
+            let map = slice.map();
+            let mine = (0..map.geometry().nr_regions())
+                .map(RegionIndex)
+                .filter(|region| geometry.owner_of(geometry.zone_of(*region), clone.net.shards()) == shard);
+            for region in mine {
+                match map.is_hydrated(region) {
+                    true => _ = hydrated.insert(region.0),
+                    false => assert!(!hydrated.contains(&region.0), "the bit of region {region} was taken back"),
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_was_hydrated_before_a_growth_or_a_restart_never_goes_back_to_the_source() {
+    for seed in seeds(0..30) {
+        let _seed = Seed(seed);
+        let sim = Sim::new(seed);
+        // Whole regions: a short one's growth is read from the source, rightly.
+        let mut setup = Setup { size: 24 * REGION, hydration: true, threshold: 2, batch_size: 1, ..setup() };
+        let devices = Devices::new(&sim, &setup, content(setup.size));
+        devices.source.latency_us.set((500, 5000));
+        let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
+        let bits = Bits::watch(&clone);
+        let load = |clone: &Rc<SimClone>, regions: u64| {
+            let all: Vec<_> = (0..4u64)
+                .map(|i| {
+                    let other = clone.clone();
+                    start(clone, async move {
+                        for _ in 0..8 {
+                            let at = other.sim.draw(|rng| rng.below(regions)) * REGION;
+                            match i {
+                                0 => other.write(at, &[7; 4096]).await.unwrap(),
+                                1 => other.trim(at, REGION).await.unwrap(),
+                                2 => other.cache(at, REGION).await.unwrap(),
+                                _ => _ = other.read(at, REGION).await.unwrap(),
+                            }
+                        }
+                    })
+                })
+                .collect();
+            all
+        };
+        sim.block_on(async {
+            let busy = load(&clone, 24);
+            sim.sleep(Duration::from_micros(sim.draw(|rng| rng.below(20_000)))).await;
+            devices.source.append(&more(20 * REGION));
+            assert!(clone.grow(FOLLOW, OLD_DESTINATION).await.unwrap());
+            for work in busy {
+                result(&clone, &work).await;
+            }
+            for work in load(&clone, 44) {
+                result(&clone, &work).await;
+            }
+            if seed % 2 == 0 {
+                clone.stop().await.unwrap();
+            }
+        });
+        // A stop commits all there is; what a crash keeps was flushed.
+        let kept = match seed % 2 {
+            0 => bits.hydrated.borrow().clone(),
+            _ => {
+                let flushed = bits.hydrated.borrow().clone();
+                sim.block_on(clone.flush()).unwrap();
+                flushed
+            }
+        };
+        let devices = devices.crash(&sim);
+        setup.shards = 1 + (seed % 4) as u16;
+        let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
+        let bits = Bits::watch(&clone);
+        assert!(bits.hydrated.borrow().is_superset(&kept), "{kept:?} were hydrated");
+        sim.block_on(clone.completed());
+        sim.kill_all();
+    }
+}
+
 #[test]
 fn a_complete_clone_grows_and_completes_again() {
     for (wanted, opens_source) in [(FOLLOW, true), (to(15 * REGION), true), (zeros_to(30 * REGION), false)] {
@@ -311,7 +421,7 @@ fn a_growth_whose_flush_fails_makes_read_only() {
                     // The superblock copies are written after the first flush.
                     let mut seen = 0;
                     disk.set_fault(move |op| {
-                        let counts = *op == super::super::disk::Op::Flush || seen > 0;
+                        let counts = *op == Op::Flush || seen > 0;
                         seen += usize::from(counts);
                         (counts && seen > after).then_some(libc::EIO)
                     });
@@ -337,6 +447,30 @@ fn a_growth_whose_flush_fails_makes_read_only() {
             }
         }
     }
+}
+
+/// A commit that fails while the growth waits for requests in flight: the clone is held then, but with bits that no
+/// metadata will ever have. It must not grow any more.
+#[test]
+fn a_commit_that_fails_while_requests_are_held_ends_the_growth() {
+    scenario(&setup(), |clone| async move {
+        let old = setup().size;
+        clone.write(0, &[1; 4096]).await.unwrap();
+        clone.devices.destination.set_gate(|op| *op == Op::Flush);
+        let (flushing, growing) = (clone.clone(), clone.clone());
+        let flush = start(&clone, async move { flushing.flush().await });
+        clone.sim.sleep(Duration::from_millis(5)).await;
+        clone.devices.source.append(&more(40_000));
+        let grown = start(&clone, async move { growing.grow(FOLLOW, 0).await });
+        clone.sim.sleep(Duration::from_millis(50)).await;
+        clone.devices.destination.set_fault(|op| (*op == Op::Flush).then_some(libc::EIO));
+        clone.devices.destination.clear_gate();
+        assert_eq!(result(&clone, &flush).await.unwrap_err().kind(), ErrorKind::Io);
+        clone.devices.destination.clear_fault();
+        assert_eq!(result(&clone, &grown).await.unwrap_err().kind(), ErrorKind::ReadOnly);
+        assert_eq!((clone.geometry().size(), clone.state.mode()), (old, Mode::ReadOnly));
+        assert_eq!(clone.read(0, 4096).await.unwrap(), [1; 4096], "it goes on");
+    });
 }
 
 #[test]

@@ -1,9 +1,13 @@
-//! Random clients, faults of timing, crashes at random moments; the oracle judges every read and the end.
+//! Random clients, faults of timing and of devices, crashes at random moments; the oracle judges every read and the end,
+//! the laws every step.
+
+mod faults;
 
 use super::super::clone::{Devices, OLD_DESTINATION, Setup, SimClone};
-use super::super::disk::Op;
 use super::super::executor::Sim;
+use super::super::laws::Laws;
 use super::super::oracle::Oracle;
+use super::super::report::{Group, Tally};
 use super::super::{Rng, seeds};
 use super::Seed;
 use crate::clone_state::{AUTOMATIC, Mode};
@@ -15,7 +19,7 @@ use crate::meta::growth::Wanted;
 use crate::meta::store::Store;
 use crate::source::Source;
 use crate::units::ByteRange;
-use bytes::Bytes;
+use faults::{heal, plague, rot_metadata};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
@@ -85,6 +89,7 @@ struct Load {
     clone: Rc<SimClone>,
     setup: Setup,
     oracle: Oracle,
+    laws: Rc<Laws>,
     /// Requests may fail for these reasons.
     excuses: Rc<dyn Fn(&Error) -> bool>,
     running: Cell<u32>,
@@ -164,6 +169,11 @@ impl Load {
                 assert_eq!(grown, size > old);
                 self.oracle.grow(&bytes);
                 self.size.set(size);
+                clone.sim.count(Group::Request, "resize");
+                if let Some(gained) = ByteRange::between(old, size) {
+                    // Of these the last region's may be hydrated.
+                    self.laws.check_durable(gained);
+                }
             }
             Err(error) => assert!(error.kind() == ErrorKind::Limit || (self.excuses)(&error), "{error:?}"),
         }
@@ -174,7 +184,7 @@ impl Load {
         let (sim, clone) = (&self.clone.sim, &self.clone);
         assert!(clone.state.is_suspended());
         if clone.state.mode() == Mode::ReadWrite {
-            self.oracle.end_flush(begun);
+            self.flushed(begun);
         }
         let devices = &clone.devices;
         let operations = || devices.destination.log().len() + devices.metadata.log().len();
@@ -182,6 +192,19 @@ impl Load {
         sim.sleep(Duration::from_micros(sim.draw(|rng| rng.below(3_000_000)))).await;
         assert_eq!(operations(), before, "nothing happens while the clone is suspended");
         clone.resume().await.unwrap();
+    }
+
+    /// A flush that began then was acknowledged.
+    fn flushed(&self, begun: u64) {
+        self.oracle.end_flush(begun).into_iter().for_each(|range| self.laws.check_durable(range));
+    }
+
+    /// A change has ended.
+    fn changed(&self, change: u32, range: ByteRange, done: bool, fua: bool) {
+        self.oracle.end_change(change, done, fua);
+        if done && fua {
+            self.laws.check_durable(range);
+        }
     }
 
     fn judge<T>(&self, result: Result<T, Error>) -> Option<T> {
@@ -198,6 +221,19 @@ impl Load {
             (rng.below(100), random_range(rng, &self.setup, self.size.get()), rng.below(8) as usize, rng.one_in(5))
         });
         let flags = if fua { RequestFlags::FUA } else { RequestFlags::empty() };
+        let name = match kind {
+            0..30 => "read",
+            30..65 => "write",
+            65..73 => "trim",
+            73..82 => "write_zeroes",
+            82..89 => "flush",
+            89..92 => "cache",
+            92..96 => "status",
+            _ => "message",
+        };
+        let number = self.requests_left.get();
+        clone.sim.count(Group::Request, name);
+        clone.sim.say(|| format!("client {number:>4}: {name} {}+{} via {via}, FUA {fua}", range.start(), range.len()));
         match kind {
             0..30 => {
                 let read = oracle.begin_read(range);
@@ -208,14 +244,14 @@ impl Load {
             }
             30..65 => {
                 let (change, data) = oracle.begin_change(range, false, false);
-                let write = Request::Write { offset: range.start(), data: Bytes::from(data), flags };
+                let write = Request::Write { offset: range.start(), data, flags };
                 let done = self.judge(clone.submit(via, write).await).is_some();
-                oracle.end_change(change, done, fua);
+                self.changed(change, range, done, fua);
             }
             65..73 => {
                 let (change, _) = oracle.begin_change(range, true, true);
                 let done = self.judge(clone.submit(via, Request::Trim { range, flags }).await).is_some();
-                oracle.end_change(change, done, fua);
+                self.changed(change, range, done, fua);
             }
             73..82 => {
                 let fast = clone.sim.draw(|rng| rng.one_in(3));
@@ -228,12 +264,12 @@ impl Load {
                     Err(error) if fast && error.kind() == ErrorKind::NotSupported => false,
                     result => self.judge(result).is_some(),
                 };
-                oracle.end_change(change, done, fua);
+                self.changed(change, range, done, fua);
             }
             82..89 => {
                 let begun = oracle.begin_flush();
                 if self.judge(clone.submit(via, Request::Flush).await).is_some() {
-                    oracle.end_flush(begun);
+                    self.flushed(begun);
                 }
             }
             89..92 => {
@@ -259,6 +295,7 @@ impl Load {
                 clone.wake();
             }
         }
+        clone.sim.say(|| format!("client {number:>4}: {name} has ended"));
     }
 
     fn check_status(&self, read: usize, range: ByteRange, completion: Completion) {
@@ -277,11 +314,19 @@ impl Load {
     }
 }
 
-/// One life of a clone: from its start to a crash, a stop, or its completion.
-async fn read_all(clone: &SimClone, oracle: &Oracle) {
+/// Reads everything; true when that worked.
+async fn read_all(clone: &SimClone, oracle: &Oracle, excuses: &dyn Fn(&Error) -> bool) -> bool {
     let range = clone.geometry().whole();
     let read = oracle.begin_read(range);
-    oracle.end_read(read, &clone.read_via(1, range).await.unwrap());
+    match clone.read_via(1, range).await {
+        Ok(data) => oracle.end_read(read, &data),
+        Err(error) => {
+            assert!(excuses(&error), "no reason to fail: {error:?}");
+            oracle.abandon_read(read);
+            return false;
+        }
+    }
+    true
 }
 
 /// What must hold of a completed clone.
@@ -307,88 +352,81 @@ async fn check_completed(clone: &SimClone, oracle: &Oracle, growths: &Growths) {
     assert!(image[end..].iter().all(|b| *b == OLD_DESTINATION), "nothing behind the clone is touched");
 }
 
-/// Makes the devices fail now and then, as long as the clone lives.
-fn plague(sim: &Sim, devices: &Devices) {
-    let disk_fault = |bad_metadata: bool| {
-        let sim = sim.clone();
-        let (rare, flushes, full) =
-            sim.draw(|rng| (rng.between(20, 300), rng.one_in(3) || bad_metadata, rng.one_in(4)));
-        move |op: &Op| {
-            let hit = sim.draw(|rng| rng.one_in(rare));
-            let spared = *op == Op::Flush && !flushes;
-            (hit && !spared).then_some(if full && op.is_change() { libc::ENOSPC } else { libc::EIO })
-        }
-    };
-    if sim.draw(|rng| rng.one_in(2)) {
-        devices.destination.set_fault(disk_fault(false));
+/// What a run was like.
+pub struct Outcome {
+    pub schedule_hash: u64,
+    pub tally: Tally,
+    pub virtual_time: Duration,
+}
+
+/// Waits for something that may take microseconds or minutes, without a step for each of these.
+struct Polls(Duration);
+
+impl Polls {
+    fn next(&mut self) -> Duration {
+        let longer = (self.0 * 5 / 4).min(Duration::from_millis(20));
+        std::mem::replace(&mut self.0, longer)
     }
-    if sim.draw(|rng| rng.one_in(3)) {
-        devices.metadata.set_fault(disk_fault(true));
-    }
-    let source = devices.source.clone();
-    let size = source.content().len() as u64;
-    source.set_bad(sim.draw(|rng| {
-        let places = rng.pick(&[0, 0, 1, 5]);
-        (0..places).filter_map(|_| ByteRange::new(rng.below(size), 1)).collect()
-    }));
-    if sim.draw(|rng| rng.one_in(3)) {
-        source.patience.set(Duration::from_millis(20));
-        let sim = sim.clone();
-        sim.clone().spawn(async move {
-            loop {
-                let (off, on) = sim.draw(|rng| (rng.below(50_000), rng.below(60_000)));
-                sim.sleep(Duration::from_micros(on)).await;
-                source.lost.set(true);
-                sim.sleep(Duration::from_micros(off)).await;
-                source.lost.set(false);
+}
+
+/// Starts a clone whose devices may fail at that: then they are healed, and the power fails.
+fn start(sim: &Sim, setup: &Setup, devices: &mut Devices, excuses: &dyn Fn(&Error) -> bool) -> Rc<SimClone> {
+    loop {
+        match sim.block_on(SimClone::start(sim, setup, devices)) {
+            Ok(clone) => return clone,
+            Err(error) => {
+                assert!(excuses(&error), "no reason not to start: {error:?}");
+                sim.count(Group::End, "failed start");
+                sim.say(|| format!("START FAILS: {error}"));
+                heal(devices);
+                *devices = devices.crash(sim);
             }
-        });
+        }
     }
 }
 
-fn heal(devices: &Devices) {
-    devices.destination.clear_fault();
-    devices.metadata.clear_fault();
-    devices.source.set_bad(Vec::new());
-    devices.source.lost.set(false);
-}
-
-fn simulate(seed: u64, failures: bool) -> u64 {
+pub fn simulate(seed: u64, failures: bool) -> Outcome {
     let sim = Sim::new(seed);
     let mut setup = sim.draw(random_setup);
     let content = sim.draw(|rng| random_content(rng, setup.size));
     let oracle = Oracle::new(&content);
     let mut devices = Devices::new(&sim, &setup, content);
     devices.destination.can_zero.set(sim.draw(|rng| !rng.one_in(4)));
+    for latency in [&*devices.destination.latency_us, &*devices.metadata.latency_us] {
+        latency.set(sim.draw(|rng| rng.pick(&[(5, 200), (5, 200), (1, 10), (500, 20_000)])));
+    }
     devices.source.latency_us.set(sim.draw(|rng| rng.pick(&[(20, 1000), (2_000, 20_000)])));
     devices.source.knows_no_holes.set(sim.draw(|rng| rng.one_in(4)));
+    sim.say(|| format!("seed {seed}, failures {failures}: {setup:?}"));
     let lives = sim.draw(|rng| rng.between(1, 4));
     let lives = lives + u64::from(failures);
     let growths = Growths::default();
     let mut size = setup.size;
+    let mut was_killed = false;
     for life in 0..lives {
+        let last = life + 1 == lives;
         heal(&devices);
-        let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
+        if failures && life > 0 && !was_killed && sim.draw(|rng| rng.one_in(3)) {
+            rot_metadata(&sim, &setup, &devices);
+        }
+        let excused = if failures && !last { plague(&sim, &devices) } else { Vec::new() };
+        let excuses: Rc<dyn Fn(&Error) -> bool> = Rc::new(move |error| excused.contains(&error.kind()));
+        sim.say(|| format!("LIFE {life} of {lives} begins with {} shards", setup.shards));
+        let clone = start(&sim, &setup, &mut devices, &*excuses);
+        let laws = Laws::watch(&clone, &oracle);
         size = settle_growth(&clone, &oracle, &growths, size);
-        if life > 0 && sim.draw(|rng| rng.one_in(2)) {
-            sim.block_on(read_all(&clone, &oracle));
+        let quiet = life > 0 && sim.draw(|rng| rng.one_in(2)) && sim.block_on(read_all(&clone, &oracle, &*excuses));
+        // What a killed daemon has left in the caches can still be lost.
+        if quiet && !was_killed {
             oracle.settle();
         }
-        let last = life + 1 == lives;
-        let plagued = failures && !last;
-        if plagued {
-            plague(&sim, &devices);
-        }
-        let excuses: Rc<dyn Fn(&Error) -> bool> = Rc::new(move |error| {
-            use ErrorKind::{Io, NoSpace, ReadOnly, SourceLost};
-            plagued && matches!(error.kind(), Io | NoSpace | ReadOnly | SourceLost)
-        });
         let clients = sim.draw(|rng| rng.between(1, 6)) as u32;
         let suspends = sim.draw(|rng| rng.one_in(2));
         let load = Rc::new(Load {
             clone: clone.clone(),
             setup: setup.clone(),
             oracle: oracle.clone(),
+            laws: laws.clone(),
             excuses: excuses.clone(),
             running: Cell::new(clients + 1),
             suspends,
@@ -404,40 +442,42 @@ fn simulate(seed: u64, failures: bool) -> u64 {
         let was_complete = clone.state.is_complete();
         if !last && ends_by_crash {
             // In the midst of it, mostly before everything is hydrated.
+            let mut polls = Polls(Duration::from_micros(100));
             while load.requests_left.get() > crash_at {
-                sim.run_for(Duration::from_micros(100));
+                sim.run_for(polls.next());
             }
             sim.run_for(Duration::from_micros(after));
-            if !was_complete {
-                clone.check_events();
-            }
-            devices = devices.crash(&sim);
-            oracle.crash();
+            was_killed = sim.draw(|rng| rng.one_in(3));
+            sim.count(Group::End, if was_killed { "kill" } else { "crash" });
         } else {
             sim.block_on(async {
+                let mut polls = Polls(Duration::from_millis(1));
                 while load.running.get() > 0 {
-                    sim.sleep(Duration::from_millis(1)).await;
+                    sim.sleep(polls.next()).await;
                 }
                 if last {
                     clone.state.set_hydration_threshold(AUTOMATIC, clone.sim.now());
                     clone.enable_hydration(true);
                     clone.completed().await;
-                    read_all(&clone, &oracle).await;
+                    read_all(&clone, &oracle, &*excuses).await;
                     check_completed(&clone, &oracle, &growths).await;
+                    laws.check_idle();
                 } else {
                     let begun = oracle.begin_flush();
                     if load.judge(clone.stop().await).is_some() {
-                        oracle.end_flush(begun);
+                        load.flushed(begun);
                     }
                 }
             });
-            if !was_complete {
-                clone.check_events();
-            }
+            sim.count(Group::End, "stop");
             // The daemon has ended, and then the power fails as well.
-            devices = devices.crash(&sim);
-            oracle.crash();
+            was_killed = false;
         }
+        if !was_complete {
+            clone.check_events();
+        }
+        devices = if was_killed { devices.kill(&sim) } else { devices.crash(&sim) };
+        oracle.crash();
         size = load.size.get();
         setup.shards = sim.draw(|rng| rng.between(1, 4)) as u16;
         (setup.hydration, setup.remote_source) = sim.draw(|rng| (rng.one_in(2), rng.one_in(3)));
@@ -447,7 +487,7 @@ fn simulate(seed: u64, failures: bool) -> u64 {
         assert_eq!(opened.store.superblock().state, codec::CloneState::Complete);
     });
     oracle.check_all(&devices.destination.image()[..size as usize]);
-    sim.schedule_hash()
+    Outcome { schedule_hash: sim.schedule_hash(), tally: sim.tally(), virtual_time: sim.now() }
 }
 
 #[test]
@@ -469,6 +509,7 @@ fn clients_see_what_they_wrote_beside_failing_devices() {
 #[test]
 fn the_same_seed_is_the_same_run() {
     for seed in seeds(1000..1003) {
-        assert_eq!(simulate(seed, seed % 2 == 0), simulate(seed, seed % 2 == 0), "seed {seed}");
+        let hash = || simulate(seed, seed % 2 == 0).schedule_hash;
+        assert_eq!(hash(), hash(), "seed {seed}");
     }
 }

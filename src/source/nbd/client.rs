@@ -11,7 +11,8 @@
 //! * A request fails with SourceLost when no request at all was answered for `source_timeout` since it was made,
 //!   or when [`LOSSES_MAX`] connections ended with it in flight. A slow source is not a lost one.
 //! * A server that comes back with a smaller size has another source: everything fails with SourceChanged, for good. One
-//!   that has grown is the same; what is new is not seen before the source is opened again.
+//!   that has grown is the same; what is new is not seen before the source is opened again. The same when the
+//!   fingerprint is not as expected, which is read before a connection that was made again serves anybody.
 //!
 //! Bounds: the queue holds one entry per caller that waits; per connection `depth` requests and
 //! `in_flight_bytes_max` (plus at most one request) are in flight.
@@ -22,11 +23,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::nbd::proto::TransmissionFlags;
 use crate::local::{Notify, oneshot};
 use crate::log_limit::LogLimit;
+use crate::meta::codec::SourceFingerprint;
 use crate::net::Stream;
 use crate::source::nbd::assembly::Ask;
 use crate::source::nbd::dial::dial;
 use crate::source::nbd::handshake::{Export, negotiate};
 use crate::source::nbd::link::{Answer, Job, Link};
+use crate::source::nbd::verify::{Verdict, verify};
 use crate::source::nbd::{NbdSourceOptions, SourceEvent, SourceState};
 use crate::source::uri::NbdUri;
 use crate::units::ByteRange;
@@ -34,6 +37,7 @@ use futures_lite::future::or;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hasher};
+use std::pin::pin;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
@@ -66,6 +70,8 @@ pub(super) struct Client {
     /// Nothing works any more, and why.
     latched: RefCell<Option<Error>>,
     closed: Cell<bool>,
+    /// What a connection that is made again must lead to.
+    expected: Cell<Option<SourceFingerprint>>,
     /// Wakes tasks that pause: the client was closed or latched.
     stop: Notify,
     /// When a request was last answered.
@@ -92,6 +98,7 @@ impl Client {
             links: RefCell::default(),
             latched: RefCell::default(),
             closed: Cell::new(false),
+            expected: Cell::new(None),
             stop: Notify::default(),
             state: RefCell::default(),
             listener: RefCell::default(),
@@ -118,6 +125,12 @@ impl Client {
     }
     pub fn state(&self) -> SourceState {
         self.state.borrow().clone()
+    }
+    pub fn expect(&self, fingerprint: Option<SourceFingerprint>) {
+        self.expected.set(fingerprint);
+    }
+    pub fn expected(&self) -> Option<SourceFingerprint> {
+        self.expected.get()
     }
     pub fn set_listener(&self, listener: Listener) {
         *self.listener.borrow_mut() = Some(listener);
@@ -175,6 +188,7 @@ impl Client {
     /// Keeps one connection, until the client ends.
     async fn keep(self: Rc<Self>, index: usize, mut fresh: Option<(Stream, Export)>) {
         let mut backoff = Backoff::default();
+        let mut again = false;
         while !self.stopping() {
             let made = match fresh.take() {
                 Some(made) => Ok(made),
@@ -185,7 +199,7 @@ impl Client {
             }
             match made.and_then(|(stream, export)| Ok((stream, self.admit(index, export)?))) {
                 Ok((stream, export)) => {
-                    if self.run(Rc::new(Link::new(stream, export))).await {
+                    if self.run(Rc::new(Link::new(stream, export)), again).await {
                         backoff = Backoff::default();
                     }
                 }
@@ -194,6 +208,7 @@ impl Client {
             if self.stopping() {
                 return;
             }
+            again = true;
             or(self.env.sleep(backoff.next()), self.stop.notified()).await;
         }
     }
@@ -217,21 +232,37 @@ impl Client {
         Ok(export)
     }
 
-    /// Uses a connection until it ends; says whether it ever answered a request.
-    async fn run(self: &Rc<Self>, link: Rc<Link>) -> bool {
-        self.links.borrow_mut().push(link.clone());
-        self.note_connected();
+    /// Uses a connection until it ends; says whether it ever answered a request. `again`: it is not the first one.
+    async fn run(self: &Rc<Self>, link: Rc<Link>, again: bool) -> bool {
         self.spawn(|_| {
             let link = link.clone();
             async move { link.send().await }
         });
-        self.dispatch();
         let now = || self.env.now();
+        let in_use = Cell::new(false);
         let completed = || {
-            self.progress.set(self.env.now());
-            self.dispatch();
+            if in_use.get() {
+                self.progress.set(self.env.now());
+                self.dispatch();
+            }
         };
-        let cause = link.receive(&now, &completed).await;
+        let mut receiving = pin!(link.receive(&now, &completed));
+        if let Some(expected) = self.expected.get().filter(|_| again) {
+            let ended = async { Err(receiving.as_mut().await) };
+            let verified = or(ended, self.verify(&link, expected)).await;
+            if self.stopping() || verified.is_err() {
+                let error = verified.err().unwrap_or_else(|| self.closed_error());
+                link.end(error.clone());
+                self.note_failure(error);
+                return false;
+            }
+        }
+        in_use.set(true);
+        let answered_before = link.answered();
+        self.links.borrow_mut().push(link.clone());
+        self.note_connected();
+        self.dispatch();
+        let cause = receiving.await;
 
         self.links.borrow_mut().retain(|other| !Rc::ptr_eq(other, &link));
         let mut given_up = Vec::new();
@@ -266,7 +297,33 @@ impl Client {
         }
         self.fail_queue_if_stopping();
         self.dispatch();
-        link.answered() > 0
+        link.answered() > answered_before
+    }
+
+    /// Fails when the connection leads to another source, which latches that, or does not answer.
+    async fn verify(&self, link: &Link, expected: SourceFingerprint) -> Result<()> {
+        let silence = self.options.request_timeout;
+        let late = async {
+            or(self.env.sleep(silence), self.stop.notified()).await;
+            bail!(Io, "no answer from the server for {} s", silence.as_secs_f32())
+        };
+        let verdict = async { Ok(verify(link, expected, self.env.now()).await) };
+        match or(verdict, late).await? {
+            Verdict::Same => Ok(()),
+            Verdict::Another => {
+                let text =
+                    format!("source {}: the server now has other data there: this is not the same source", self.uri);
+                let error = Error::new(ErrorKind::SourceChanged, text);
+                self.latch(error.clone());
+                Err(error)
+            }
+            Verdict::Unknown(error) if link.is_ended() => Err(error),
+            Verdict::Unknown(error) => {
+                let what = format!("source {}: it can't be seen whether it is the same as before", self.uri);
+                self.warn(&error.within(what));
+                Ok(())
+            }
+        }
     }
 
     /// Everything fails with `error` from now on.

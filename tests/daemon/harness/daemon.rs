@@ -99,6 +99,11 @@ impl CloneCommand {
         self.wrapper = before.map(OsString::from).to_vec();
         self
     }
+    /// Run by a program and its arguments.
+    pub fn wrapped(mut self, words: &[&str]) -> Self {
+        self.wrapper = words.iter().map(OsString::from).collect();
+        self
+    }
     /// Where io_uring is forbidden.
     pub fn without_io_uring(mut self) -> Self {
         self.wrapper = ["/usr/bin/python3", "-c", WITHOUT_IO_URING].map(OsString::from).to_vec();
@@ -210,13 +215,18 @@ impl Daemon {
         Self::serve_files(bench, &[&path], &[])
     }
 
-    /// `hydrant serve`, until it has a control socket. Its clones may still be starting.
-    pub fn serve_files(bench: &Bench, files: &[&Path], args: &[&str]) -> Self {
+    /// `hydrant serve`, without waiting for anything.
+    pub fn spawn_serve(bench: &Bench, files: &[&Path], args: &[&str]) -> Self {
         let runtime = bench.runtime();
         let mut command = hydrant(&runtime);
         command.arg("serve").args(files).args(args);
         let dir = runtime.join("hydrant");
-        let daemon = Self::spawn(command, "daemon", dir.join("none"), dir.join("control"), &runtime);
+        Self::spawn(command, "daemon", dir.join("none"), dir.join("control"), &runtime)
+    }
+
+    /// `hydrant serve`, until it has a control socket. Its clones may still be starting.
+    pub fn serve_files(bench: &Bench, files: &[&Path], args: &[&str]) -> Self {
+        let daemon = Self::spawn_serve(bench, files, args);
         let start = Instant::now();
         // An answer, not only a connection: the kernel keeps the socket of a daemon that was killed for a moment.
         while daemon.client().status_of_all().is_err() && !daemon.has_ended() && start.elapsed() < START_TIME_MAX {
@@ -245,7 +255,12 @@ impl Daemon {
 
     /// Of the export of one of its clones, at the default address.
     pub fn uri_of(&self, name: &str) -> String {
-        format!("nbd+unix:///{name}?socket={}", self.runtime.join("hydrant").join(format!("{name}.sock")).display())
+        format!("nbd+unix:///{name}?socket={}", self.socket_of(name).display())
+    }
+
+    /// The default address of the export of one of its clones.
+    pub fn socket_of(&self, name: &str) -> PathBuf {
+        self.runtime.join("hydrant").join(format!("{name}.sock"))
     }
 
     /// Runs the command line, which must succeed; what it prints.
@@ -293,7 +308,7 @@ impl Daemon {
         }
     }
 
-    fn has_ended(&self) -> bool {
+    pub fn has_ended(&self) -> bool {
         // A zombie counts; try_wait would need it mutable.
         std::fs::read_to_string(format!("/proc/{}/stat", self.pid()))
             .map_or(true, |stat| stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" Z")))
@@ -356,9 +371,14 @@ impl Daemon {
         log
     }
 
+    /// SIGKILL, at once and without waiting for its end.
+    pub fn kill_now(&mut self) {
+        self.child.as_mut().unwrap().kill().unwrap();
+    }
+
     /// SIGKILL: nothing is drained, nothing committed; returns the log.
     pub fn kill9(mut self) -> String {
-        self.signal("KILL");
+        self.kill_now();
         let (status, log) = self.end_within(STOP_TIME_MAX);
         assert_eq!(status.signal(), Some(9), "{log}");
         log

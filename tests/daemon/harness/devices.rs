@@ -1,6 +1,6 @@
 //! Block devices and small file systems, gone when their guard is, and with the process.
 
-use super::tools::{run, run_for_status};
+use super::tools::{run, run_for_status, wait_for};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -37,6 +37,13 @@ impl FileSystem {
         fs::create_dir_all(mount).unwrap();
         run("mount", &[&device.path, mount]);
         Self { mount: mount.into(), device }
+    }
+    /// Unmounts it, when nobody has a file open there any more, and mounts it again.
+    pub fn mount_again(&self) {
+        // The kernel ends what a process that was killed had in flight, and closes its files then.
+        let is_unmounted = || run_for_status("umount", &[&self.mount]).0 == 0;
+        wait_for("the file system is not in use", std::time::Duration::from_secs(10), is_unmounted);
+        run("mount", &[&self.device.path, &self.mount]);
     }
     /// The block device under it.
     pub fn device(&self) -> &Path {

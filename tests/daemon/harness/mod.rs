@@ -2,12 +2,14 @@
 
 mod daemon;
 mod devices;
+mod faulty;
 mod images;
 mod servers;
 mod tools;
 
 pub use daemon::{CloneCommand, Daemon};
 pub use devices::{FileSystem, Loop};
+pub use faulty::FaultyFile;
 pub use images::{allocated, assert_same, assert_same_files, checksums, pattern, random_bytes, read_first};
 pub use servers::{Nbdkit, QemuNbd};
 pub use tools::{have, nbdsh, run, run_for_status, wait_for};

@@ -77,6 +77,11 @@ impl Nbdkit {
         let _ = std::fs::remove_file(&self.pid_file);
     }
 
+    /// False when it has ended by itself, too.
+    pub fn is_running(&mut self) -> bool {
+        self.child.as_mut().is_some_and(|child| child.try_wait().unwrap().is_none())
+    }
+
     /// Stops it without closing its connections, or lets it go on: a source that hangs.
     pub fn freeze(&self, freeze: bool) {
         let pid = self.child.as_ref().unwrap().id().to_string();

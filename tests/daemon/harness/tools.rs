@@ -12,13 +12,17 @@ pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
 /// No tool needs longer, or something hangs.
 const TIME_MAX_SECONDS: &str = "100";
 
-/// Whether a program is there (or `root`, or `loop` devices).
+/// Whether a program is there (or `root`, or `loop` devices, or all that `FaultyFile` needs: `fuse`).
 pub fn have(what: &str) -> Result<(), String> {
     let is_root = || std::fs::metadata("/proc/self").is_ok_and(|stat| stat.uid() == 0);
     let found = match what {
         "root" => is_root(),
         "loop" => is_root() && Path::new("/dev/loop-control").exists(),
         "nbdkit-plugin-python" => have("nbdkit").is_ok() && run_for_status("nbdkit", &["python", "--version"]).0 == 0,
+        "fuse" => {
+            let is_there = is_root() && Path::new("/dev/fuse").exists();
+            is_there && ["nbdfuse", "setpriv", "nbdkit-plugin-python"].into_iter().all(|tool| have(tool).is_ok())
+        }
         program => PATH.split(':').any(|dir| Path::new(dir).join(program).exists()),
     };
     if found { Ok(()) } else { Err(format!("needs {what}")) }
