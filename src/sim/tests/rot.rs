@@ -30,7 +30,7 @@ fn stopped(sim: &Sim, setup: &Setup) -> (Devices, Vec<u8>) {
 }
 
 fn with_metadata(sim: &Sim, devices: &Devices, image: Vec<u8>) -> Devices {
-    Devices { metadata: SimDisk::new(sim, image, SECTOR as u32), ..devices.clone() }
+    Devices { metadata: SimDisk::new(sim, "metadata", image, SECTOR as u32), ..devices.clone() }
 }
 
 fn setup() -> Setup {
