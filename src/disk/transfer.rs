@@ -96,13 +96,11 @@ mod tests {
         ]
     }
 
+    /// How it ended, what was moved, and what the kernel said each time.
+    type Driven = (Result<(), Stop>, Vec<u8>, Vec<Result<u32, i32>>);
+
     /// Drives a transfer as the ring does, against a kernel that does what the script says, and all after its end.
-    fn drive(
-        len: usize,
-        block: u32,
-        script: &[Kernel],
-        writes: bool,
-    ) -> (Result<(), Stop>, Vec<u8>, Vec<Result<u32, i32>>) {
+    fn drive(len: usize, block: u32, script: &[Kernel], writes: bool) -> Driven {
         let from: Vec<u8> = (0..len).map(|i| (i * 7 + i / 251) as u8 | 1).collect();
         let mut to = vec![0; len];
         let mut transfer = Transfer::new(len as u64, block);

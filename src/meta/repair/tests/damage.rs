@@ -132,7 +132,9 @@ impl Shape {
         };
         // All of them for the small shapes, a third at each sector of the others.
         let flipped = [0, 3, 4, 7, 8, 15, 16, 24, 31, 32, 33, 40, 100, 300, 504, 511].into_iter().enumerate();
-        for (_, byte) in flipped.filter(|(i, _)| self.sectors() == 24 && !self.is_large() || (i + sector) % 3 == 0) {
+        for (_, byte) in
+            flipped.filter(|(i, _)| self.sectors() == 24 && !self.is_large() || (i + sector).is_multiple_of(3))
+        {
             put(&format!("bit of byte {byte}"), &|image| image[at + byte] ^= 1 << (byte % 8));
         }
         put("two bits", &|image| {
