@@ -313,9 +313,11 @@ fn an_answer_without_end_is_given_up() {
                 let mut endless = encode_error_chunk(request.cookie, ErrorCode::EIO, &long);
                 // Its flags: not the last chunk.
                 endless[4..6].fill(0);
-                while number == 0 {
-                    send(&mut stream, &endless)?;
-                    std::thread::sleep(Duration::from_millis(1));
+                if number == 0 {
+                    loop {
+                        send(&mut stream, &endless)?;
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
                 }
                 send(&mut stream, honest(request, true))?;
             }
