@@ -147,7 +147,7 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
                 }
                 _ => destination_of_clone(&destination, config)?,
             };
-            let found_fingerprint = fingerprint_of(config, &source, superblock.source_len()).await?;
+            let found_fingerprint = readable_fingerprint_of(config, &source, superblock.source_len()).await?;
             let expected = Expected {
                 size: as_table::size_wanted(config, superblock.geometry.size()),
                 source_size: Some(source.source.size()),
@@ -165,9 +165,12 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
                 tell_of_longer(config, device, superblock.geometry.size());
             }
             let opened = load(&metadata, recovered).await?;
+            let superblock = opened.store.superblock();
+            // What could not be read now is not forgotten.
+            let is_better = superblock.source.is_known() && !found_fingerprint.is_known();
             Ok(Prepared {
-                geometry: opened.store.superblock().geometry,
-                fingerprint: found_fingerprint,
+                geometry: superblock.geometry,
+                fingerprint: if is_better { superblock.source } else { found_fingerprint },
                 source: Some(source),
                 destination,
                 metadata,
@@ -179,7 +182,7 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
             if size > has {
                 bail!(TooSmall, "source {} is too small: it has {has} bytes, {size} are to be cloned", config.source);
             }
-            let found_fingerprint = fingerprint_of(config, &source, size).await?;
+            let found_fingerprint = readable_fingerprint_of(config, &source, size).await?;
             let geometry = geometry_for(size, config.region_size.unwrap_or_default())?;
             check_new(config, &geometry, &destination, &metadata).await?;
             Ok(Prepared {
@@ -199,6 +202,22 @@ pub async fn fingerprint_of(config: &CloneConfig, source: &OpenSource, len: u64)
     let len = len.min(source.source.size());
     let seen = PaddedSource::view(source.source.clone(), len, len);
     fingerprint(&*seen).await.map_err(|error| error.within(format!("source {}", config.source)))
+}
+
+/// As [`fingerprint_of`], but bad sectors of the source must not keep a clone from starting: they are what many a clone is
+/// made for, and a clone that was written to is needed whatever its source does. Then nothing is known but the size.
+async fn readable_fingerprint_of(config: &CloneConfig, source: &OpenSource, len: u64) -> Result<SourceFingerprint> {
+    match fingerprint_of(config, source, len).await {
+        Err(error) if error.kind() == ErrorKind::Io => {
+            log::warn!(
+                "clone '{}': {error}; so it is not checked, but for its size, that this is the source of the clone",
+                config.name
+            );
+            let size = len.min(source.source.size());
+            Ok(SourceFingerprint { size, ..SourceFingerprint::UNKNOWN })
+        }
+        result => result,
+    }
 }
 
 /// Logs where sizes that may differ do. A clone that is larger than what is given may have grown, or may never have had

@@ -3,9 +3,10 @@
 //! Read-only. Well-known signatures first, at the places their formats give; then samples: head, tail and places
 //! spread between, of what is allocated. `None` means "everything looked at is zero", not "everything is zero".
 
-use super::{Device, DeviceKind, sys};
+use super::{Device, DeviceKind, Role, sys};
 use crate::dma_buf::is_zero;
 use crate::error::{Error, Result};
+use crate::meta::codec::{BLOCK_SIZE, is_of_unfinished_format};
 use crate::signatures::{SIGNATURES_END, identify};
 use std::os::unix::fs::FileExt;
 
@@ -24,7 +25,8 @@ const EXTENTS_SCANNED_MAX: usize = 4096;
 /// Size of one read, in bytes.
 const CHUNK: u64 = 1 << 20;
 
-/// Says what a device holds; `None` when everything looked at is zero.
+/// Says what a device holds; `None` when everything looked at is zero. Metadata that a format has begun and not finished
+/// (its process was killed) are nothing, too: no bit of them was ever set.
 pub fn contents(device: &Device) -> Result<Option<String>> {
     let head = read(device, 0, SIGNATURES_END.min(device.size))?;
     if let Some(found) = identify(&head) {
@@ -36,6 +38,10 @@ pub fn contents(device: &Device) -> Result<Option<String>> {
         while at < end {
             let bytes = read(device, at, CHUNK.min(end - at))?;
             if !is_zero(&bytes) {
+                if device.role == Role::Metadata && holds_unfinished_format(device, &extents)? {
+                    log::info!("{} holds a format that was interrupted, and nothing else", device.label());
+                    return Ok(None);
+                }
                 let first = bytes.iter().position(|byte| *byte != 0).unwrap_or(0) as u64;
                 return Ok(Some(format!("data at offset {}", at + first)));
             }
@@ -43,6 +49,29 @@ pub fn contents(device: &Device) -> Result<Option<String>> {
         }
     }
     Ok(None)
+}
+
+/// Whether all of it, not only samples, is what a format leaves that was interrupted.
+fn holds_unfinished_format(device: &Device, extents: &[(u64, u64)]) -> Result<bool> {
+    if extents.len() == EXTENTS_SCANNED_MAX {
+        return Ok(false);
+    }
+    const BLOCK: u64 = BLOCK_SIZE as u64;
+    for (start, end) in extents {
+        // Holes are zeros: it does not matter how much of them is read.
+        let mut at = start / BLOCK * BLOCK;
+        while at < *end {
+            let len = CHUNK.min(device.size - at);
+            let bytes = read(device, at, len)?;
+            let (blocks, rest) = bytes.as_chunks::<BLOCK_SIZE>();
+            let all = (at / BLOCK..).zip(blocks).all(|(index, block)| is_of_unfinished_format(index, block));
+            if !all || !is_zero(rest) {
+                return Ok(false);
+            }
+            at += len;
+        }
+    }
+    Ok(true)
 }
 
 /// The parts of a device that may hold data, in order: start and end of each, in bytes.

@@ -403,6 +403,19 @@ pub struct DecodedZone {
     pub bad: Vec<BadSector>,
 }
 
+/// Whether a block is as a format leaves it that is interrupted before it writes a superblock: `index` counts blocks from
+/// the start of the device. The superblock copies are zero, other sectors are zero or have no bits and generation 0. Nothing
+/// was ever committed there, so there is nothing to lose. The checksum can't be judged: the uuid is not known.
+pub fn is_of_unfinished_format(index: u64, block: &Block) -> bool {
+    let is_fresh = |sector: &[u8]| {
+        sector[4..8] == SECTOR_MAGIC
+            && u64_at(sector, 8) == 0
+            && index.checked_sub(SUPERBLOCK_COPIES) == Some(u64_at(sector, 16))
+            && crate::dma_buf::is_zero(&sector[BITS_AT..])
+    };
+    block.chunks_exact(SECTOR_BYTES).all(|sector| crate::dma_buf::is_zero(sector) || is_fresh(sector))
+}
+
 /// Encodes and decodes the bitmap blocks of one clone.
 #[derive(Clone, Copy, Debug)]
 pub struct ZoneCodec {

@@ -175,7 +175,8 @@ pub struct Expected {
     pub source_size: Option<u64>,
     /// `None` when the user gave none: then the metadata's counts.
     pub region_size: Option<RegionSize>,
-    /// Of as many bytes as went into that of the metadata, if the source has so many; else of all.
+    /// Of as many bytes as went into that of the metadata, if the source has so many; else of all. One that is not
+    /// known, since the source has bad sectors, says nothing of its content.
     pub source: SourceFingerprint,
     pub destination_id: [u8; 16],
 }
@@ -247,7 +248,7 @@ pub fn mismatches(superblock: &Superblock, expected: &Expected) -> Vec<Mismatch>
     let source = &superblock.source;
     if let Some(given) = expected.source_size.filter(|given| *given < superblock.source_len()) {
         found.push(Mismatch::SourceSize { metadata: superblock.source_len(), given });
-    } else if source.is_known() && expected.source != *source {
+    } else if source.is_known() && expected.source.is_known() && expected.source != *source {
         found.push(Mismatch::SourceContent);
     }
     if !fits(expected.destination_id, superblock.destination_id) {

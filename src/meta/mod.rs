@@ -52,6 +52,9 @@
 //! | in (c) | new or zero, zero | never formatted, or the new clone: its bitmap is durable and empty |
 //! | in (d) | new, new or zero | the new clone |
 //!
+//! What (b) has left in a new device is no foreign data: no bit of it was ever set
+//! ([`codec::is_of_unfinished_format`]), so the next start formats it again without a word of `--force`.
+//!
 //! So metadata must be formatted *before* the destination is touched: until (a) is over the old clone may come back.
 //!
 //! **The superblock's state** changes from active to complete by writing copy A, flush, copy B, flush, after the bits were

@@ -196,7 +196,7 @@ h.pread(4096, 5 * R)
 h.pread(R, 4 * R)
 h.pread(2 * R, 6 * R)
 h.pread(8192, 6 * R - 4096)
-h.pread(R - 1, 255 * R)
+h.pread(R - 4096, 255 * R)
 fails(errno.EIO, lambda: h.pread(2, 256 * R - 2))
 # Overwriting one whole heals it.
 h.pwrite(b'n' * R, 50 * R)
@@ -230,6 +230,37 @@ h.pwrite(b'n' * R, 50 * R)
     assert_same(&bench.copy(), &expected);
 }
 
+/// The places that tell one source from another can be bad too. What clients wrote is needed whatever the source does.
+#[test]
+fn bad_sectors_do_not_keep_a_clone_from_starting() {
+    need!("nbdkit", "nbdkit-plugin-python", "nbdsh");
+    let bench = Bench::new();
+    let disk = BadDisk::start(&bench, 32 * REGION, &[]);
+    let command = bench.clone_of(disk.server.uri()).args("--no-hydration");
+    let daemon = command.start();
+    nbdsh(&daemon.uri(), "h = connect(); h.pwrite(b'w' * 65536, 65536); h.flush()");
+    daemon.stop();
+    disk.set_bad(&[(0, 4096)]);
+    let daemon = command.start();
+    daemon.wait_log("so it is not checked, but for its size, that this is the source of the clone");
+    nbdsh(
+        &daemon.uri(),
+        "h = connect(); assert h.pread(65536, 65536) == b'w' * 65536; fails(errno.EIO, lambda: h.pread(1, 0))",
+    );
+    daemon.stop();
+    // What was known of it is not forgotten.
+    bench.clone_of(bench.random("other", 32 * REGION)).refused(&["not that of the one the clone was made from"]);
+    disk.set_bad(&[]);
+    let daemon = command.start();
+    assert!(!daemon.log().contains("it is not checked"));
+    daemon.message("enable_hydration");
+    daemon.wait_hydrated();
+    daemon.stop();
+    let mut expected = disk.content();
+    expected[REGION as usize..2 * REGION as usize].fill(b'w');
+    assert_same(&bench.copy(), &expected);
+}
+
 /// The key of a configuration file; a restart begins anew; clients complete a clone that has stopped.
 #[test]
 fn a_restart_begins_anew_and_clients_can_complete_it() {
@@ -241,13 +272,13 @@ fn a_restart_begins_anew_and_clients_can_complete_it() {
         disk.server.uri()
     );
     let daemon = Daemon::serve(&bench, &config);
-    daemon.wait_log("serving 1 clones of 1");
+    daemon.wait_log("serving NBD at");
     let stopped = |status: &Status| is_stopped(status) && status.hydrated_regions == 28;
     let status = daemon.wait_status_of("vm", "stopped", stopped);
     assert_eq!(status.hydration.failures_max, 3);
     daemon.stop();
     let daemon = Daemon::serve(&bench, &config);
-    daemon.wait_log("serving 1 clones of 1");
+    daemon.wait_log("serving NBD at");
     daemon.wait_status_of("vm", "stopped again", stopped);
     nbdsh(&daemon.uri_of("vm"), &format!("h = connect(); h.pwrite(b'n' * {}, 0); h.flush()", 4 * REGION));
     let status = daemon.wait_status_of("vm", "complete", Status::is_complete);

@@ -78,3 +78,46 @@ fn metadata_in_use_can_be_looked_at() {
     daemon.wait_hydrated();
     daemon.stop();
 }
+
+/// As SIGKILL or a power cut leaves them before the superblock is written: the same command begins again. But where a
+/// commit has ever been, the loss of both superblock copies is damage.
+#[test]
+fn a_format_that_was_interrupted_is_begun_again() {
+    need!("nbdsh");
+    let bench = Bench::new();
+    let source = bench.random("source", 3 * MIB + 100);
+    let path = bench.meta();
+    let path = path.to_str().unwrap();
+    let make = || {
+        let _ = fs::remove_file(path);
+        assert_eq!(meta(&["format", "--size", &(3 * MIB + 100).to_string(), path]).0, 0);
+        let mut bytes = fs::read(path).unwrap();
+        bytes[..8192].fill(0);
+        bytes
+    };
+    let whole = make();
+    let unwritten = { [&whole[..8192 + 1024], &[0; 1024], &whole[8192 + 2048..]].concat() };
+    for bytes in [&whole, &unwritten] {
+        fs::write(path, bytes).unwrap();
+        assert_eq!(meta(&["format", "--size", "3MiB", path]).0, 0, "by the tool");
+        fs::write(path, bytes).unwrap();
+        let _ = fs::remove_file(bench.copy());
+        let daemon = bench.clone_of(&source).args("--no-hydration").start();
+        daemon.wait_log("holds a format that was interrupted, and nothing else");
+        nbdsh(&daemon.uri(), "h = connect(); h.pwrite(b'x' * 100, 70000); h.flush()");
+        daemon.kill9();
+    }
+    // Now it has a bit, and the destination its data.
+    let mut bytes = fs::read(path).unwrap();
+    bytes[..8192].fill(0);
+    fs::write(path, &bytes).unwrap();
+    bench.clone_of(&source).refused(&["metadata", "holds data at offset 819", "--force"]);
+    assert_eq!(fs::read(path).unwrap(), bytes);
+    // A bit in what looks fresh; anything else in it.
+    for at in [8192 + 32, 8192 + 8, 8192 + 4] {
+        let mut bytes = make();
+        bytes[at] ^= 1;
+        fs::write(path, &bytes).unwrap();
+        bench.clone_of(&source).refused(&["metadata", "holds data at offset 819", "--force"]);
+    }
+}

@@ -323,3 +323,34 @@ proptest! {
         identify(&block);
     }
 }
+
+proptest! {
+    /// Only what says nothing: a bit, a commit or anything that is not the format's own makes it something.
+    #[test]
+    fn an_unfinished_format_is_told_from_all_else((superblock, zone, bits) in zones(), at in 0..BLOCK_SIZE, zeroed in 0u8..=255) {
+        let index = zone_block(zone);
+        let empty = vec![0; bits.len()];
+        let mut fresh = encode(&superblock, zone, 0, &empty);
+        prop_assert!(is_of_unfinished_format(index, &fresh));
+        prop_assert!(!is_of_unfinished_format(index + 1, &fresh));
+        prop_assert!(!is_of_unfinished_format(0, &fresh));
+        prop_assert!(!is_of_unfinished_format(index, &encode(&superblock, zone, 1, &empty)));
+        let has_bits = bits.iter().any(|word| *word != 0);
+        prop_assert_eq!(is_of_unfinished_format(index, &encode(&superblock, zone, 0, &bits)), !has_bits);
+        let other = superblock.encode();
+        prop_assert!(!is_of_unfinished_format(0, &other));
+        // Any of its sectors may not have been written yet.
+        for (sector, bytes) in fresh.chunks_mut(SECTOR_BYTES).enumerate() {
+            if zeroed >> sector & 1 == 1 {
+                bytes.fill(0);
+            }
+        }
+        prop_assert!(is_of_unfinished_format(index, &fresh));
+        prop_assert!(is_of_unfinished_format(0, &[0; BLOCK_SIZE]));
+        // But for the checksum and the first region, which depend on what is not known, every byte counts.
+        if zeroed >> (at / SECTOR_BYTES) & 1 == 0 && !matches!(at % SECTOR_BYTES, 0..4 | 24..32) {
+            fresh[at] ^= 1;
+            prop_assert!(!is_of_unfinished_format(index, &fresh));
+        }
+    }
+}

@@ -151,6 +151,10 @@ fn what_is_not_known_fits() {
     let none = |superblock: &Superblock, expected: &Expected| mismatches(superblock, expected).is_empty();
     let unknown = Superblock { source: SourceFingerprint::UNKNOWN, ..sample(1) };
     assert!(none(&unknown, &expected));
+    // A source that could not be read is any of that size.
+    let unread = SourceFingerprint { size, ..SourceFingerprint::UNKNOWN };
+    assert!(none(&sample(1), &Expected { source: unread, ..expected }));
+    assert!(!none(&sample(1), &Expected { source: unread, source_size: Some(size - 1), ..expected }));
     // dm-clone's source may be larger, never smaller.
     let of = |size: u64| Expected { source_size: Some(size), ..expected };
     assert!(none(&unknown, &of(size + 1)) && !none(&unknown, &of(size - 1)));

@@ -22,27 +22,32 @@ pub fn target(data: &[u8]) {
     let Some((grammar, data)) = data.split_first() else { return };
     let text = String::from_utf8_lossy(data);
     match grammar % 8 {
-        0 => round_trip::<Message>(&text),
+        0 => round_trip::<Message>(&text, whole),
         1 => source(data),
-        2 => round_trip::<NbdAddress>(&text),
-        3 => round_trip::<ByteSize>(&text),
-        4 => round_trip::<RegionSize>(&text),
-        5 => round_trip::<CloneName>(&text),
+        2 => round_trip::<NbdAddress>(&text, whole),
+        3 => round_trip::<ByteSize>(&text, without_unit),
+        4 => round_trip::<RegionSize>(&text, without_unit),
+        5 => round_trip::<CloneName>(&text, whole),
         6 => query(&text),
         _ => sizes(data),
     }
 }
 
-fn round_trip<T: FromStr<Err: Display> + Display + PartialEq + Debug>(text: &str) {
+/// `input_of`: what was printed, as it is to be read.
+fn round_trip<T: FromStr<Err: Display> + Display + PartialEq + Debug>(text: &str, input_of: fn(&str) -> &str) {
     match text.parse::<T>() {
         Ok(value) => {
             let printed = value.to_string();
-            let text = without_unit(&printed);
+            let text = input_of(&printed);
             let again = text.parse::<T>().unwrap_or_else(|why| panic!("{printed:?} is refused: {why}"));
             assert_eq!(again, value, "{printed}");
         }
         Err(why) => one_line("value", &why.to_string()),
     }
+}
+
+fn whole(printed: &str) -> &str {
+    printed
 }
 
 /// A size that is whole in no unit says "bytes", for people.

@@ -302,6 +302,37 @@ fn errors_of_every_form_fail_the_read_alone() {
 }
 
 #[test]
+fn an_answer_without_end_is_given_up() {
+    on_executor(|env| async move {
+        // Always something new, never the end of it: silence is not what ends this connection.
+        let server = Scripted::new(|number, mut stream| {
+            handshake(&mut stream, TERMS)?;
+            loop {
+                let request = next_request(&mut stream)?;
+                let long = "x".repeat(4000);
+                let mut endless = encode_error_chunk(request.cookie, ErrorCode::EIO, &long);
+                // Its flags: not the last chunk.
+                endless[4..6].fill(0);
+                if number == 0 {
+                    loop {
+                        send(&mut stream, &endless)?;
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                }
+                send(&mut stream, honest(request, true))?;
+            }
+        });
+        let options = NbdSourceOptions { request_timeout: Duration::from_millis(100), ..quick() };
+        let source = connect(&server.uri(), options, &env).await;
+        let start = env.now();
+        assert_eq!(source.read(range(5000, 1000)).await.unwrap()[..], truth(5000, 1000));
+        assert!(env.now() - start < Duration::from_secs(10));
+        assert!(source.state().last_error.unwrap().to_string().contains("no answer from the server for 0.1 s"));
+        source.close().await;
+    });
+}
+
+#[test]
 fn block_status_that_is_wrong_or_refused() {
     const FORMS: [(u64, Answer); 5] = [
         (1, |r| encode_block_status_chunk(DONE, r.cookie, CONTEXT + 1, &[StatusDescriptor { len: 512, flags: 0 }])),
