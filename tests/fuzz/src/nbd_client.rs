@@ -186,8 +186,10 @@ fn server(input: &mut Input<'_>) -> (Vec<u8>, bool) {
     if how & 8 != 0 {
         out.extend(ExportInfo { size, flags }.encode());
     }
+    // Else the client asks for whole blocks, and a reply that does not say what it is would be of other bytes.
+    let is_exact = structured || (how & 0x88 == 0 && minimum == 1);
     while !input.is_empty() && out.len() < STREAM_MAX {
-        is_true &= reply(input, structured, &mut out);
+        is_true &= reply(input, structured, &mut out) && is_exact;
     }
     (out, is_true)
 }
@@ -248,6 +250,10 @@ fn reply(input: &mut Input<'_>, structured: bool, out: &mut Vec<u8>) -> bool {
         _ => {
             let error = Some(input.pick(&errors)).filter(|_| kind & 0x80 != 0 || structured && kind & 0x40 == 0);
             out.extend(SimpleReply { error, cookie }.encode());
+            if error == Some(ErrorCode(0)) {
+                // That is success: what follows counts as data.
+                return false;
+            }
             if error.is_none() {
                 out.extend(content(len));
                 // It does not say what it is: what was asked for.
