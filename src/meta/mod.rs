@@ -7,6 +7,22 @@
 //! * [`dump`]: what a dump in JSON says. * [`dm`]: the metadata of the kernel's dm-clone, read and written.
 //! * [`growth`]: what the size of a clone may become.
 //!
+//! # The fault model
+//!
+//! What may happen, and what the metadata owe then (docs/reliability.md has all of hydrant, with the tests):
+//!
+//! | who | may | then |
+//! |---|---|---|
+//! | media | lose, tear between sectors, reorder what is not flushed | nothing acknowledged is lost: argued below |
+//! | media | fail any read, write or flush | the first failed write or flush is latched: `ro`. A failed read refuses the start |
+//! | media | damage sectors, lose one superblock copy | refused by name; one good copy serves, and the bad one is written again |
+//! | media | keep an old, valid sector instead of a flushed write | can't be seen but in a complete clone: assumption 2 excludes it |
+//! | kernel | kill the process anywhere; keep its writes in caches for the next one | opening flushes, see below |
+//! | kernel | end a transfer early (short, EINTR) | gone on with below the `Disk` trait: here an operation is whole or failed |
+//! | peers | answer late, wrongly, never | no bit is set but after a completed write to the destination: nothing a source does is in here |
+//! | operators | bring other devices, two daemons, a smaller device | uuid, source fingerprint, destination id, sizes; locks |
+//! | operators | bring back an older copy of the metadata, with a destination that went on | can't be seen: do not |
+//!
 //! # Why a crash loses nothing
 //!
 //! **Assumptions about the media.** (1) A 512-byte sector is written whole or not at all; a larger write may be torn
