@@ -121,11 +121,18 @@ pub fn recover(copies: [CopyFound; 2]) -> Recovery {
         (Ok(Valid(valid)), other) => beside(valid, other, 1),
         (other, Ok(Valid(valid))) => beside(valid, other, 0),
         (Ok(Empty), Ok(Empty)) => Recovery::NeverFormatted,
+        (Ok(Unsupported(what)), _) | (_, Ok(Unsupported(what))) => Recovery::Unsupported(what),
+        // It may be the good one: nothing can be said before it can be read.
+        (Ok(Damaged(what)), Err(error)) => {
+            Recovery::Unreadable(error.within(format!("superblock copy A: {what}; copy B can't be read")))
+        }
+        (Err(error), Ok(Damaged(what))) => {
+            Recovery::Unreadable(error.within(format!("superblock copy B: {what}; copy A can't be read")))
+        }
+        (Err(error), _) | (_, Err(error)) => Recovery::Unreadable(error),
         (Ok(Damaged(what)), _) => Recovery::Damaged(format!("superblock copy A: {what}; copy B is not valid either")),
         (_, Ok(Damaged(what))) => Recovery::Damaged(format!("superblock copy B: {what}; copy A is not valid either")),
         (Ok(Foreign(what)), _) | (_, Ok(Foreign(what))) => Recovery::Foreign(what),
-        (Err(error), _) | (_, Err(error)) => Recovery::Unreadable(error),
-        (Ok(Unsupported(what)), _) | (_, Ok(Unsupported(what))) => Recovery::Unsupported(what),
     }
 }
 

@@ -62,11 +62,11 @@ fn every_pair_of_copies() {
         assert_eq!(verdict(valid(3), make()), expected, "valid, {name}");
         assert_eq!(verdict(make(), valid(3)), expected, "{name}, valid");
     }
-    // Without a valid copy the gravest finding counts.
+    // Without a valid copy the gravest finding counts; what can't be read may be a good copy.
     let rank = ["never formatted", "damaged", "unreadable", "foreign", "unsupported"];
     for (i, (a_name, a)) in makers.iter().enumerate() {
         for (j, (b_name, b)) in makers.iter().enumerate() {
-            let expected = ["unsupported", "damaged", "foreign", "unreadable", "never formatted"]
+            let expected = ["unsupported", "unreadable", "damaged", "foreign", "never formatted"]
                 .into_iter()
                 .find(|v| rank[i] == *v || rank[j] == *v);
             assert_eq!(Some(verdict(a(), b()).as_str()), expected, "{a_name}, {b_name}");
