@@ -136,7 +136,8 @@ impl Bucket {
     fn set_rate(&mut self, rate: HydrationRate, now: Duration) {
         self.refill(now);
         self.rate = rate;
-        self.starved_at = Duration::MAX;
+        // A debt stays one: clients can't make it due earlier than it is paid at the new rate.
+        self.starved_at = if self.level < 0 { self.opens_after(0) } else { Duration::MAX };
         self.refill(now);
     }
 
@@ -146,11 +147,16 @@ impl Bucket {
 
     /// When it is open after another `ahead` bytes were taken.
     fn opens_at(&self, ahead: u128) -> Duration {
+        let at = self.opens_after(ahead);
+        if ahead == 0 { at.min(self.starved_at) } else { at }
+    }
+
+    /// The same by the level alone.
+    fn opens_after(&self, ahead: u128) -> Duration {
         let ahead = i128::try_from(ahead).unwrap_or(i128::MAX).saturating_mul(NANOS);
         let missing = ahead.saturating_sub(self.level);
         let wait = if missing < 0 { 0 } else { missing / self.per_nano() + 1 };
-        let at = self.at.saturating_add(Duration::from_nanos(u64::try_from(wait).unwrap_or(u64::MAX)));
-        if ahead == 0 { at.min(self.starved_at) } else { at }
+        self.at.saturating_add(Duration::from_nanos(u64::try_from(wait).unwrap_or(u64::MAX)))
     }
 
     fn grant(&mut self, bytes: u64, now: Duration) {

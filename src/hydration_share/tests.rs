@@ -390,6 +390,21 @@ proptest! {
     }
 }
 
+/// Nor does an order in between: what was granted too much is paid for before the next grant.
+#[test]
+fn setting_a_rate_again_forgives_no_debt() {
+    let mut world = World::new(Some(64 << 10), Duration::from_micros(500));
+    world.add(1, None, 1, 4 * MIB);
+    world.run(SECOND);
+    assert_eq!(world.total(), 4 * MIB, "one grant, worth 64 seconds");
+    for _ in 0..3 {
+        world.share.set_total_rate(Some(rate(64 << 10)), world.now);
+        world.share.charge(world.clones[0].id, 1, world.now);
+        world.run(2 * SECOND);
+    }
+    assert_eq!(world.total(), 4 * MIB);
+}
+
 /// The largest numbers overflow nothing.
 #[test]
 fn extremes() {

@@ -69,6 +69,19 @@ fn a_failed_metadata_flush_makes_read_only() {
 fn a_failed_destination_flush_makes_read_only() {
     scenario(&setup(), |clone| after_a_failed_commit(clone, |c| fail(&c.devices.destination, |op| *op == Op::Flush)));
 }
+/// A flush that fails once has lost what it failed on, and would succeed without it if it were tried again.
+#[test]
+fn a_flush_that_fails_once_is_not_tried_again() {
+    for of_metadata in [false, true] {
+        scenario(&setup(), |clone| {
+            after_a_failed_commit(clone, move |c| {
+                let disk = if of_metadata { &c.devices.metadata } else { &c.devices.destination };
+                let mut errno = Some(libc::EIO);
+                disk.set_fault(move |op| if *op == Op::Flush { errno.take() } else { None });
+            })
+        });
+    }
+}
 /// A shard's bits are lost to the coordinator: no later flush may say that they are durable.
 #[test]
 fn a_shard_that_does_not_answer_makes_read_only() {
