@@ -355,7 +355,8 @@ impl SimClone {
             match event.kind {
                 HydrationStarted | HydrationPaused | HydrationFailed | HydrationStopped => {
                     // It is told again how many regions are bad when they get more or less.
-                    let news = before.iter().all(|other| other.text != event.text) && event.kind == HydrationFailed;
+                    let last = before.iter().rfind(|other| other.kind == HydrationFailed);
+                    let news = event.kind == HydrationFailed && last.is_none_or(|last| last.text != event.text);
                     let summary = news || event.text.contains("in quick succession");
                     assert!(hydration != Some(event.kind) || summary, "told twice: {events:#?}");
                     let first = hydration.is_none() && event.kind != HydrationStarted;
