@@ -85,7 +85,9 @@ impl Drop for Raised<'_> {
 pub struct Semaphore {
     total: u64,
     free: Cell<u64>,
-    waiting: RefCell<VecDeque<(u64, oneshot::Sender<Permit>)>>,
+    /// By ticket: how many, and who.
+    waiting: RefCell<BTreeMap<u64, (u64, oneshot::Sender<Permit>)>>,
+    next_ticket: Cell<u64>,
 }
 
 /// Permits taken from a [`Semaphore`]; given back when dropped.
@@ -96,7 +98,12 @@ pub struct Permit {
 
 impl Semaphore {
     pub fn new(permits: u64) -> Rc<Self> {
-        Rc::new(Self { total: permits, free: Cell::new(permits), waiting: RefCell::default() })
+        Rc::new(Self {
+            total: permits,
+            free: Cell::new(permits),
+            waiting: RefCell::default(),
+            next_ticket: Cell::new(0),
+        })
     }
 
     /// Waits for `count` permits (at most the total: a larger wish gets all of them, alone).
@@ -106,7 +113,9 @@ impl Semaphore {
             return permit;
         }
         let (sender, receiver) = oneshot();
-        self.waiting.borrow_mut().push_back((count, sender));
+        let ticket = self.next_ticket.replace(self.next_ticket.get() + 1);
+        self.waiting.borrow_mut().insert(ticket, (count, sender));
+        let _place = Place { semaphore: self, ticket };
         receiver.await.expect("the queue of a semaphore is only dropped with it, and self is borrowed")
     }
 
@@ -120,9 +129,9 @@ impl Semaphore {
         self.free.get()
     }
 
-    /// Whether somebody waits, or gave up waiting a moment ago.
-    pub fn is_wanted(&self) -> bool {
-        !self.waiting.borrow().is_empty()
+    /// How many permits all who wait ask for together.
+    pub fn wanted(&self) -> u64 {
+        self.waiting.borrow().values().fold(0, |sum, (count, _)| sum.saturating_add(*count))
     }
 
     fn take(self: &Rc<Self>, count: u64) -> Permit {
@@ -132,17 +141,37 @@ impl Semaphore {
 
     fn give_back(self: &Rc<Self>, count: u64) {
         self.free.set(self.free.get() + count);
+        self.give_out();
+    }
+
+    fn give_out(self: &Rc<Self>) {
         loop {
             let next = {
                 let mut waiting = self.waiting.borrow_mut();
-                match waiting.front() {
-                    Some((count, _)) if *count <= self.free.get() => waiting.pop_front(),
+                match waiting.first_entry() {
+                    Some(first) if first.get().0 <= self.free.get() => Some(first.remove()),
                     _ => None,
                 }
             };
             let Some((count, sender)) = next else { break };
             // A waiter that is gone drops the permit, which comes back here.
             sender.send(self.take(count));
+        }
+    }
+}
+
+/// A place in the queue of a [`Semaphore`]; given up when dropped.
+struct Place<'a> {
+    semaphore: &'a Rc<Semaphore>,
+    ticket: u64,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        let given_up = self.semaphore.waiting.borrow_mut().remove(&self.ticket);
+        if given_up.is_some() {
+            // Those behind it may want less.
+            self.semaphore.give_out();
         }
     }
 }
@@ -347,6 +376,23 @@ mod tests {
             assert_eq!(semaphore.free(), 0);
             assert!(semaphore.try_acquire(1).is_none());
             drop((large, small));
+            assert_eq!(semaphore.free(), 4);
+        });
+    }
+
+    #[test]
+    fn a_waiter_that_gives_up_leaves_the_queue_of_a_semaphore() {
+        block_on(async {
+            let semaphore = Semaphore::new(4);
+            let three = semaphore.acquire(3).await;
+            let mut large = Box::pin(semaphore.acquire(2));
+            let mut small = Box::pin(semaphore.acquire(1));
+            assert!(poll_once(&mut large).await.is_none());
+            assert!(poll_once(&mut small).await.is_none());
+            assert_eq!(semaphore.wanted(), 3);
+            drop(large);
+            assert_eq!(semaphore.wanted(), 0, "the small one has its permit");
+            drop((poll_once(&mut small).await.unwrap(), three));
             assert_eq!(semaphore.free(), 4);
         });
     }

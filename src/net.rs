@@ -4,6 +4,7 @@ use crate::dma_buf::DmaBuf;
 use crate::ring::Ring;
 use bytes::{Buf, Bytes};
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::rc::Rc;
 
@@ -26,7 +27,8 @@ impl Stream {
     /// Receives at least one byte into `buf[at..]` (not empty). Zero bytes: the peer has ended the stream.
     pub async fn recv(&self, mut buf: DmaBuf, at: usize) -> io::Result<(usize, DmaBuf)> {
         loop {
-            let (result, (back, _)) = self.ring.recv(&self.fd, buf, at, 0).await;
+            let end = buf.len();
+            let (result, (back, _)) = self.ring.recv(&self.fd, buf, at..end, 0).await;
             match result {
                 Ok(count) => return Ok((count as usize, back)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => buf = back,
@@ -36,9 +38,16 @@ impl Stream {
     }
 
     /// Fills `buf[at..]` completely; [`io::ErrorKind::UnexpectedEof`] when the stream ends before.
-    pub async fn recv_exact(&self, mut buf: DmaBuf, mut at: usize) -> io::Result<DmaBuf> {
-        while at < buf.len() {
-            let (result, (back, _)) = self.ring.recv(&self.fd, buf, at, libc::MSG_WAITALL).await;
+    pub async fn recv_exact(&self, buf: DmaBuf, at: usize) -> io::Result<DmaBuf> {
+        let end = buf.len();
+        self.recv_exact_to(buf, at..end).await
+    }
+
+    /// The same for `buf[window]`.
+    pub async fn recv_exact_to(&self, mut buf: DmaBuf, window: Range<usize>) -> io::Result<DmaBuf> {
+        let mut at = window.start;
+        while at < window.end {
+            let (result, (back, _)) = self.ring.recv(&self.fd, buf, at..window.end, libc::MSG_WAITALL).await;
             buf = back;
             match result {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),

@@ -15,6 +15,7 @@ use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::pin::Pin;
 use std::rc::Rc;
@@ -335,19 +336,21 @@ impl Ring {
         unsafe { self.operation(entry, fd.clone()) }
     }
 
-    /// recv(2) into `buf[at..]`.
+    /// recv(2) into `buf[window]`.
     pub fn recv<B: IoBufMut>(
         self: &Rc<Self>,
         fd: &Rc<OwnedFd>,
         mut buf: B,
-        at: usize,
+        window: Range<usize>,
         flags: i32,
     ) -> Operation<(B, Rc<OwnedFd>)> {
         let (ptr, len) = buf.window();
-        assert!(at < len as usize, "receive into an empty window");
-        // SAFETY: `at` is inside the window.
-        let ptr = unsafe { ptr.add(at) };
-        let entry = opcode::Recv::new(types::Fd(fd.as_raw_fd()), ptr, len - at as u32).flags(flags).build();
+        let end = window.end.min(len as usize);
+        assert!(window.start < end, "receive into an empty window");
+        // SAFETY: the start is inside the window.
+        let ptr = unsafe { ptr.add(window.start) };
+        let len = (end - window.start) as u32;
+        let entry = opcode::Recv::new(types::Fd(fd.as_raw_fd()), ptr, len).flags(flags).build();
         // SAFETY: as for `read`.
         unsafe { self.operation(entry, (buf, fd.clone())) }
     }

@@ -8,9 +8,8 @@ use crate::config::CloneName;
 use crate::environment::open_files_max;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::nbd::listen::{NbdAddress, bind, configure_accepted};
-use crate::io_frontend::nbd::{ConnectionStats, Counted, Exports, Limits, Served, Stay, serve};
+use crate::io_frontend::nbd::{ConnectionStats, Counted, Exports, Limits, Memory, Served, Stay, serve};
 use crate::io_frontend::request::{Volume, VolumeInfo};
-use crate::local::Semaphore;
 use crate::local::latch::Latch;
 use crate::log_limit::LogLimit;
 use crate::metrics::schema::NbdMetrics;
@@ -27,10 +26,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::*};
 use std::time::Duration;
 
-/// Connections of one listener at a time; more are closed at once.
+/// Connections of one listener at a time; more are closed at once. Each may hold [`Limits::payload_bytes_own`] beside the
+/// memory that all share: 256 MiB for all of a listener.
 pub const CONNECTIONS_MAX: u64 = 1024;
-/// Payload of requests in flight, of all NBD connections of a shard together, in bytes: requests wait for their turn. What
-/// one connection may hold is in [`Limits`].
+/// Payload of requests in flight, of all NBD connections of a shard together, in bytes: requests wait for their turn,
+/// except small ones (see [`Limits::payload_bytes_own`]). What one connection may hold is in [`Limits`].
 const PAYLOAD_BYTES_PER_SHARD_MAX: u64 = 512 << 20;
 /// Descriptors that clients leave to everything else (the control socket, the source that is connected again, files that
 /// are opened later): an eighth of those that the process may have, within these bounds. A client that would take one of
@@ -101,7 +101,7 @@ thread_local! {
     /// Of all listeners: counters stay when one is closed.
     static STATS: Rc<ConnectionStats> = Rc::default();
     /// Of all listeners.
-    static MEMORY: Rc<Semaphore> = Semaphore::new(PAYLOAD_BYTES_PER_SHARD_MAX);
+    static MEMORY: Rc<Memory> = Memory::new(PAYLOAD_BYTES_PER_SHARD_MAX);
 }
 
 /// What the NBD connections of the current shard have done.

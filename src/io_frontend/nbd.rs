@@ -5,6 +5,7 @@
 //! * [`admit`]: what a request asks, checked; pure.
 //! * [`reply`]: from a completion to the bytes that answer it; pure.
 //! * [`server`]: one connection, which puts these together on a socket.
+//! * [`memory`]: what connections share for payloads.
 //! * [`listen`]: addresses and listening sockets.
 
 pub mod admit;
@@ -12,6 +13,7 @@ pub mod handshake;
 mod inbox;
 pub mod limits;
 pub mod listen;
+pub mod memory;
 pub mod proto;
 pub mod reply;
 pub mod server;
@@ -24,5 +26,6 @@ pub const VERSION: Version = Version(1, 0, 0);
 
 pub use handshake::{CONTEXT_HYDRATED, Exports};
 pub use limits::Limits;
+pub use memory::Memory;
 pub use server::{Counted, Served, Stay, serve};
 pub use stats::ConnectionStats;

@@ -16,29 +16,29 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// No answer to a good client takes longer here, on a machine that does ten other things.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
-trait Socket: Read + Write + Send {}
+pub(super) trait Socket: Read + Write + Send {}
 impl<T: Read + Write + Send> Socket for T {}
 
-fn unix(path: &Path) -> UnixStream {
+pub(super) fn unix(path: &Path) -> UnixStream {
     let stream = UnixStream::connect(path).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream
 }
 
 /// Through the handshake; an error when the server closes instead.
-fn negotiate(stream: &mut impl Socket) -> std::io::Result<()> {
+pub(super) fn negotiate(stream: &mut impl Socket) -> std::io::Result<()> {
     stream.read_exact(&mut [0; GREETING_LEN])?;
     stream.write_all(&[&3u32.to_be_bytes()[..], &ClientOption::ExportName(String::new()).encode()].concat())?;
     stream.read_exact(&mut [0; 10])
 }
 
-fn request(command: Command, offset: u64, len: u32) -> [u8; REQUEST_LEN] {
+pub(super) fn request(command: Command, offset: u64, len: u32) -> [u8; REQUEST_LEN] {
     RequestHeader { flags: 0, command, cookie: 7, offset, len }.encode()
 }
 
-fn read(stream: &mut impl Socket, offset: u64, len: u32) -> std::io::Result<Vec<u8>> {
+pub(super) fn read(stream: &mut impl Socket, offset: u64, len: u32) -> std::io::Result<Vec<u8>> {
     stream.write_all(&request(Command::READ, offset, len))?;
     let mut reply = [0; SIMPLE_REPLY_LEN];
     stream.read_exact(&mut reply)?;
@@ -86,18 +86,18 @@ impl Good {
 }
 
 /// In bytes.
-fn resident(daemon: &Daemon) -> u64 {
+pub(super) fn resident(daemon: &Daemon) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * KIB
 }
 
-fn descriptors(daemon: &Daemon) -> usize {
+pub(super) fn descriptors(daemon: &Daemon) -> usize {
     std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count()
 }
 
 /// Processor time so far.
-fn cpu_time(daemon: &Daemon) -> Duration {
+pub(super) fn cpu_time(daemon: &Daemon) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).unwrap();
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_ascii_whitespace().collect();
     // utime and stime, in ticks of 10 ms.
@@ -110,13 +110,13 @@ fn count_lines(log: &str, words: &str) -> usize {
 }
 
 /// Nothing of what clients held is left.
-fn is_as_before(daemon: &Daemon, before: usize) {
+pub(super) fn is_as_before(daemon: &Daemon, before: usize) {
     wait_for("the descriptors to come back", PATIENCE, || descriptors(daemon) <= before);
     assert_eq!(daemon.status().nbd.connections, 0);
 }
 
 /// As many open files for this test as it may have.
-fn many_files() {
+pub(super) fn many_files() {
     hydrant::environment::check_nofile(1).unwrap();
     assert!(hydrant::environment::open_files_max().unwrap() > 4000, "the test needs open files: ulimit -Hn");
 }

@@ -16,6 +16,7 @@ mod dm_clone;
 mod dm_clone_kernel;
 mod events;
 mod faults;
+mod greedy;
 mod hostile;
 mod large;
 mod load;

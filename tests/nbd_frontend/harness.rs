@@ -5,11 +5,10 @@ use hydrant::env::Env;
 use hydrant::env::glommio::GlommioEnv;
 use hydrant::error::{Error, ErrorKind, Result};
 use hydrant::io_frontend::nbd::listen::{NbdAddress, bind, configure_accepted};
-use hydrant::io_frontend::nbd::{ConnectionStats, Exports, Limits, Served, serve};
+use hydrant::io_frontend::nbd::{ConnectionStats, Exports, Limits, Memory, Served, serve};
 use hydrant::io_frontend::request::{
     Allocation, Completion, LocalBoxFuture, Request, RequestFlags, StatusExtents, Volume, VolumeInfo, push_extent,
 };
-use hydrant::local::Semaphore;
 use hydrant::local::latch::Latch;
 use hydrant::net::{Listener, Stream};
 use hydrant::ring::Ring;
@@ -300,7 +299,7 @@ async fn accept_all(
         watch_listener.close();
     });
     let mut tasks = Vec::new();
-    let memory = Semaphore::new(setup.memory);
+    let memory = Memory::new(setup.memory);
     while let Ok(fd) = listener.accept().await {
         let stream = Stream::new(configure_accepted(fd, &address).unwrap());
         let (exports, env, stats, latch) = (exports.clone(), env.clone(), stats.clone(), latch.clone());

@@ -266,11 +266,12 @@ fn a_client_that_reads_no_replies_is_not_read_from() {
     drop(stream);
 }
 
-/// Reads and writes of 1 MiB, four at a time on all connections together.
+/// Reads and writes of 1 MiB, four at a time on all connections together, which have nothing of their own.
 fn little_memory() -> Setup {
     let limits = Limits {
         payload_bytes_in_flight_max: 4 << 20,
         payload_bytes_max: 1 << 20,
+        payload_bytes_own: 0,
         stall_time_max: Duration::from_millis(400),
         ..Limits::default()
     };

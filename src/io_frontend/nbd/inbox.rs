@@ -10,6 +10,8 @@ use crate::error::{Error, Result};
 use crate::net::Stream;
 use std::io;
 
+/// A client that sends less than this of a long payload at a time can't be told from one that sends nothing, in bytes.
+const PAYLOAD_STEP_BYTES: usize = 256 << 10;
 /// What one receive takes at most, in bytes.
 const RECEIVE_BYTES: usize = 64 << 10;
 /// The same, while large payloads are coming: what it takes beyond the next header has to be copied.
@@ -86,7 +88,8 @@ impl Inbox {
     }
 
     /// The next `len` bytes, as a payload for device offset `offset`: aligned so that it can be written as it is.
-    pub async fn payload(&mut self, offset: u64, len: usize) -> Result<DmaBuf> {
+    /// Calls `progress` whenever some of it has come.
+    pub async fn payload(&mut self, offset: u64, len: usize, progress: impl Fn()) -> Result<DmaBuf> {
         if len <= COPY_BYTES_MAX {
             self.receive_bytes = RECEIVE_BYTES;
             self.fill_payload(len).await?;
@@ -94,13 +97,16 @@ impl Inbox {
             self.receive_bytes = RECEIVE_BYTES_BETWEEN_PAYLOADS;
         }
         let mut payload = DmaBuf::with_head((offset % DMA_ALIGN as u64) as usize, len);
-        let here = self.bytes().len().min(len);
+        let mut here = self.bytes().len().min(len);
         payload[..here].copy_from_slice(&self.bytes()[..here]);
         self.consume(here);
-        if here == len {
-            return Ok(payload);
+        while here < len {
+            let end = len.min(here + PAYLOAD_STEP_BYTES);
+            payload = self.stream.recv_exact_to(payload, here..end).await.map_err(lost)?;
+            here = end;
+            progress();
         }
-        self.stream.recv_exact(payload, here).await.map_err(lost)
+        Ok(payload)
     }
 
     /// Throws the next `len` bytes away.

@@ -17,13 +17,17 @@ pub struct Limits {
     pub requests_in_flight_max: u64,
     /// Payload of those requests, in bytes, both directions together. At least `payload_bytes_max`.
     pub payload_bytes_in_flight_max: u64,
+    /// What a connection has of those for itself, in bytes. The rest is from the memory that connections share: requests
+    /// that don't fit wait for their turn.
+    pub payload_bytes_own: u64,
     /// Payload of one READ or WRITE, in bytes; a longer one is refused. Advertised to clients.
     pub payload_bytes_max: u32,
     /// The payload of a refused WRITE is read and thrown away up to this length, in bytes; a client that announces
     /// more is dropped, since its stream can't be followed at a reasonable price.
     pub discard_bytes_max: u32,
-    /// How long a client that holds memory may take nothing of its replies, or send nothing of a payload, while others wait
-    /// for memory; a slower one is dropped. It may take as long as it likes while nobody does.
+    /// How long a client that holds shared memory may take nothing of its replies (or less than 256 KiB of them), or send
+    /// nothing of a payload (the same), while others wait for memory; a slower one is dropped, those that stall longest
+    /// first. It may take as long as it likes while nobody waits.
     pub stall_time_max: Duration,
     /// After a stop: how long replies to requests in flight may take until the socket is closed anyway. (The
     /// requests themselves are waited for as long as they take.)
@@ -38,9 +42,10 @@ impl Default for Limits {
             handshake_time_max: Duration::from_secs(10),
             requests_in_flight_max: 128,
             payload_bytes_in_flight_max: 64 << 20,
+            payload_bytes_own: 256 << 10,
             payload_bytes_max: PAYLOAD_DEFAULT_MAX,
             discard_bytes_max: 64 << 20,
-            stall_time_max: Duration::from_secs(30),
+            stall_time_max: Duration::from_secs(2),
             drain_time_max: Duration::from_secs(5),
         }
     }

@@ -6,7 +6,10 @@
 //! Invariants:
 //! * A request holds its permits (of [`Limits`], and of the memory that many connections share) from before its payload
 //!   is received until its reply was sent. So memory is bounded, and a client that reads no replies is soon not read from.
-//! * A client that holds memory while others wait for some, and does not go on, is dropped.
+//! * A client that holds memory while others wait for some, and does not go on, is dropped ([`Memory`]).
+//! * When replies can't be sent any more, nothing more is begun: what the client still asks for can't be answered. That
+//!   includes writes, of which nobody was told anything: a client that wants to know waits for its replies. (One that only
+//!   ended what it sends still gets them.) What was begun is carried out.
 //! * [`serve`] returns only when no request is in flight any more.
 //! * A client that breaks the protocol loses this connection and nothing else.
 
@@ -14,6 +17,7 @@ use super::admit::{Terms, Verdict, admit};
 use super::handshake::{Exports, Handshake, Next, Session, Step};
 use super::inbox::Inbox;
 use super::limits::Limits;
+use super::memory::{Held, Memory, Share};
 use super::proto::{Command, REQUEST_LEN, RequestHeader};
 use super::reply::{Batch, Outcome};
 use super::stats::{ConnectionStats, Raised, add};
@@ -25,17 +29,16 @@ use crate::local::{Permit, Queue, Semaphore, oneshot};
 use crate::net::Stream;
 use bytes::Bytes;
 use futures_lite::future::{self, or};
-use std::cell::Cell;
+use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::AcqRel};
-use std::time::Duration;
 
 /// The sender gathers replies up to about this many bytes for one send: enough to save system calls, not so much
 /// that permits come back in gulps.
 const SEND_BATCH_BYTES: usize = 1 << 20;
-/// In how many steps [`Limits::stall_time_max`] passes.
-const STALL_LOOKS: u32 = 4;
+/// Replies are sent so many bytes at a time: a client that takes less can't be told from one that takes nothing.
+const SEND_STEP_BYTES: usize = 256 << 10;
 
 /// Exports that can come and go while their listener stays.
 pub trait Served: Exports {
@@ -71,14 +74,13 @@ impl Drop for Counted {
 
 /// Serves one connection until its client leaves, breaks the protocol (an error), or `stop` opens (or the end of its
 /// export): then no new requests are read, those in flight are finished and answered, and the connection is closed.
-/// `memory` has a permit for each byte of payload that all connections which share it may hold together; at least
-/// [`Limits::payload_bytes_max`] of them.
+/// `memory` is for payloads, and has at least [`Limits::payload_bytes_max`].
 pub async fn serve(
     stream: Stream,
     exports: Rc<dyn Served>,
     env: Rc<dyn Env>,
     limits: Limits,
-    memory: Rc<Semaphore>,
+    memory: Rc<Memory>,
     stats: Rc<ConnectionStats>,
     stop: Rc<Latch>,
 ) -> Result<()> {
@@ -98,7 +100,7 @@ async fn connection(
     exports: &dyn Served,
     env: Rc<dyn Env>,
     limits: Limits,
-    memory: Rc<Semaphore>,
+    memory: Rc<Memory>,
     stats: Rc<ConnectionStats>,
     stop: &Latch,
 ) -> Result<()> {
@@ -126,11 +128,19 @@ async fn connection(
         or(stop.opened(), stay.ends.opened()).await;
         Ok(())
     };
-    let stalled = async { Err(connection.stalled().await) };
-    let result = or(connection.read_requests(&mut inbox), or(stopped, stalled)).await;
+    let gone = async {
+        connection.gone.opened().await;
+        Ok(())
+    };
+    let evicted = async {
+        let (what, time_max) = (connection.share.evicted().await, connection.limits.stall_time_max);
+        Err(Error::new(ErrorKind::Limit, format!("{what} for {time_max:?}, others wait for the memory")))
+    };
+    // Whoever has gone is not read from any more, whatever there still is.
+    let result = or(gone, or(evicted, or(stopped, connection.read_requests(&mut inbox)))).await;
     drop(inbox);
     if result.is_err() {
-        stream.shutdown();
+        connection.give_up();
     }
     connection.drain(or(stop.opened(), stay.ends.opened())).await;
     connection.replies.close();
@@ -183,18 +193,16 @@ struct Connection {
     stats: Rc<ConnectionStats>,
     requests: Rc<Semaphore>,
     payload_bytes: Rc<Semaphore>,
-    /// Of many connections.
-    memory: Rc<Semaphore>,
+    share: Share,
     replies: Queue<Reply>,
-    /// Since when the client is waited for: to send a payload, to take replies.
-    receiving: Cell<Option<Duration>>,
-    sending: Cell<Option<Duration>>,
+    /// Open: no reply reaches the client any more.
+    gone: Latch,
 }
 
 struct Permits {
     _request: Permit,
     /// Of the connection, and of the memory that it shares.
-    _payload: Option<(Permit, Permit)>,
+    _payload: Option<(Permit, Held)>,
 }
 
 struct Reply {
@@ -209,7 +217,7 @@ impl Connection {
         session: Session,
         env: Rc<dyn Env>,
         limits: Limits,
-        memory: Rc<Semaphore>,
+        memory: Rc<Memory>,
         stats: Rc<ConnectionStats>,
     ) -> Self {
         Self {
@@ -221,28 +229,27 @@ impl Connection {
             stats,
             requests: Semaphore::new(limits.requests_in_flight_max),
             payload_bytes: Semaphore::new(limits.payload_bytes_in_flight_max),
-            memory,
+            share: Share::new(memory, limits.payload_bytes_own),
             replies: Queue::default(),
-            receiving: Cell::new(None),
-            sending: Cell::new(None),
+            gone: Latch::default(),
         }
     }
 
-    async fn payload_permits(&self, bytes: u64) -> (Permit, Permit) {
-        (self.payload_bytes.acquire(bytes).await, self.memory.acquire(bytes).await)
-    }
-
-    /// Returns when the client has held memory for too long that others wait for. A volume that takes long is not its fault.
-    async fn stalled(&self) -> Error {
-        let time_max = self.limits.stall_time_max;
-        loop {
-            self.env.sleep(time_max / STALL_LOOKS).await;
-            let late = |since: Option<Duration>| since.is_some_and(|since| self.env.now() - since >= time_max);
-            if self.memory.is_wanted() && (late(self.sending.get()) || late(self.receiving.get())) {
-                let what = if late(self.sending.get()) { "took no replies" } else { "sent nothing of a payload" };
-                return Error::new(ErrorKind::Limit, format!("{what} for {time_max:?}, others wait for the memory"));
+    async fn payload_permits(&self, bytes: u64) -> (Permit, Held) {
+        let permit = self.payload_bytes.acquire(bytes).await;
+        // It may have nothing in flight whose reply could fail.
+        let look = || {
+            if self.stream.is_hung_up() {
+                self.give_up();
             }
-        }
+        };
+        (permit, self.share.acquire(bytes, &*self.env, self.limits.stall_time_max, look).await)
+    }
+
+    /// No reply reaches the client any more. What waits for its socket returns.
+    fn give_up(&self) {
+        self.gone.open();
+        self.stream.shutdown();
     }
 
     /// Returns when the client leaves.
@@ -266,9 +273,10 @@ impl Connection {
                 }
                 Verdict::Write { offset, len, flags } => {
                     let payload = self.payload_permits(u64::from(len)).await;
-                    self.receiving.set(Some(self.env.now()));
-                    let data = inbox.payload(offset, len as usize).await?.into();
-                    self.receiving.set(None);
+                    let progress = || self.share.set_receiving(Some(self.env.now()));
+                    progress();
+                    let data = inbox.payload(offset, len as usize, progress).await?.into();
+                    self.share.set_receiving(None);
                     let permits = Permits { _request: permit, _payload: Some(payload) };
                     self.start(header, Request::Write { offset, data, flags }, permits);
                 }
@@ -287,6 +295,9 @@ impl Connection {
     fn start(self: &Rc<Self>, header: RequestHeader, request: Request, permits: Permits) {
         let connection = self.clone();
         self.env.spawn(Box::pin(async move {
+            if connection.gone.is_open() && matches!(request, Request::Read(_)) {
+                return;
+            }
             let result = {
                 let _in_flight = Raised::new(&connection.stats.in_flight);
                 connection.volume.clone().submit(request).await
@@ -310,7 +321,6 @@ impl Connection {
     /// Sends replies until the queue is closed. When the socket fails, the rest are thrown away: their permits must
     /// come back all the same.
     async fn send_replies(&self) {
-        let mut broken = false;
         while let Some(first) = self.replies.pop().await {
             let mut batch = Batch::default();
             let mut permits = Vec::new();
@@ -320,18 +330,34 @@ impl Connection {
                 permits.push(reply.permits);
                 next = if batch.len() < SEND_BATCH_BYTES { self.replies.try_pop() } else { None };
             }
-            if broken {
+            if self.gone.is_open() {
                 continue;
             }
-            self.sending.set(Some(self.env.now()));
-            if let Err(error) = self.stream.send(batch.into_parts()).await {
+            if let Err(error) = self.send(batch.into_parts()).await {
                 log::debug!("nbd: replies can't be sent: {error}");
-                broken = true;
-                // Whatever the client still sends can't be answered.
-                self.stream.shutdown();
+                self.give_up();
             }
-            self.sending.set(None);
+            self.share.set_sending(None);
         }
+    }
+
+    async fn send(&self, parts: Vec<Bytes>) -> io::Result<()> {
+        let (mut step, mut bytes) = (Vec::new(), 0);
+        for mut part in parts {
+            while bytes + part.len() >= SEND_STEP_BYTES {
+                step.push(part.split_to(SEND_STEP_BYTES - bytes));
+                self.send_step(std::mem::take(&mut step)).await?;
+                bytes = 0;
+            }
+            bytes += part.len();
+            step.push(part);
+        }
+        self.send_step(step).await
+    }
+
+    async fn send_step(&self, parts: Vec<Bytes>) -> io::Result<()> {
+        self.share.set_sending(Some(self.env.now()));
+        self.stream.send(parts).await
     }
 
     /// Waits until no request is in flight and every reply was sent or thrown away. A client that does not take
@@ -343,14 +369,14 @@ impl Connection {
         let cut = async {
             stopped.await;
             self.env.sleep(self.limits.drain_time_max).await;
-            self.stream.shutdown();
+            self.give_up();
             future::pending().await
         };
-        let stalled = async {
-            self.stalled().await;
-            self.stream.shutdown();
+        let evicted = async {
+            self.share.evicted().await;
+            self.give_up();
             future::pending().await
         };
-        or(all, or(cut, stalled)).await;
+        or(all, or(cut, evicted)).await;
     }
 }
