@@ -298,6 +298,64 @@ fn a_client_that_takes_no_replies_gives_way_when_others_want_its_memory() {
 }
 
 #[test]
+fn a_modest_client_has_memory_of_its_own() {
+    let limits = Limits {
+        payload_bytes_own: 64 << 10,
+        stall_time_max: Duration::from_secs(60),
+        drain_time_max: Duration::from_millis(100),
+        ..little_memory().limits
+    };
+    let server = Server::start(Setup { limits, ..little_memory() });
+    let mut greedy = transmission(&server);
+    let reads: Vec<u8> = (0..30).flat_map(|cookie| request(Command::READ, cookie, 0, 1 << 20)).collect();
+    greedy.write_all(&reads).unwrap();
+    wait_for(|| server.log().len() >= 4, "all of the memory to be taken");
+    serves_the_next(&server);
+    assert_eq!(server.wait_ended(1), [Ok(())], "nobody had to give way");
+    server.stop();
+}
+
+#[test]
+fn a_slow_client_that_goes_on_keeps_its_place() {
+    let limits = Limits { stall_time_max: Duration::from_secs(1), ..little_memory().limits };
+    let server = Server::start(Setup { limits, ..little_memory() });
+    let mut slow = transmission(&server);
+    let mut eager = transmission(&server);
+    let reads: Vec<u8> = (0..4).flat_map(|cookie| request(Command::READ, cookie, 0, 1 << 20)).collect();
+    slow.write_all(&reads).unwrap();
+    wait_for(|| server.log().len() >= 4, "all of the memory to be taken");
+    // More than there is, again and again: it always waits.
+    eager.write_all(&reads.repeat(8)).unwrap();
+    let eager = std::thread::spawn(move || {
+        eager.read_exact(&mut vec![0; 32 * (SIMPLE_REPLY_LEN + (1 << 20))]).unwrap();
+    });
+    // One reply takes longer than it may stall.
+    for _ in 0..12 {
+        slow.read_exact(&mut vec![0; 256 << 10]).unwrap();
+        std::thread::sleep(Duration::from_millis(350));
+    }
+    slow.read_exact(&mut vec![0; (1 << 20) + 4 * SIMPLE_REPLY_LEN]).unwrap();
+    eager.join().unwrap();
+    drop(slow);
+    assert_eq!(server.wait_ended(2), [Ok(()), Ok(())]);
+    server.stop();
+}
+
+#[test]
+fn nothing_is_begun_for_a_client_that_has_gone() {
+    let server = Server::start(little_memory());
+    let mut stream = transmission(&server);
+    let reads: Vec<u8> = (0..200).flat_map(|cookie| request(Command::READ, cookie, 0, 1 << 20)).collect();
+    stream.write_all(&reads).unwrap();
+    wait_for(|| server.log().len() >= 4, "all of the memory to be taken");
+    drop(stream);
+    server.wait_ended(1);
+    let begun = server.log().len();
+    assert!(begun <= 16, "{begun} reads for a client that has gone");
+    server.stop();
+}
+
+#[test]
 fn a_client_that_leaves_with_its_replies_unread_gives_way_too() {
     let server = Server::start(little_memory());
     let mut greedy = transmission(&server);

@@ -120,7 +120,7 @@ impl Share {
         Self { memory, id, holder, own: Semaphore::new(own_bytes), own_bytes }
     }
 
-    /// Waits for memory for a payload of `bytes`; calls `look` from time to time meanwhile.
+    /// Waits for memory for a payload of `bytes`; when it has to wait, calls `look` from time to time and at the end.
     pub async fn acquire(&self, bytes: u64, env: &dyn Env, stall_time_max: Duration, look: impl Fn()) -> Held {
         let of_own = |permit| Held { permit: Some(permit), holder: None };
         let of_shared = |permit| {
@@ -148,7 +148,9 @@ impl Share {
                 env.sleep(stall_time_max / LOOKS).await;
             }
         };
-        or(own, or(shared, looks)).await
+        let held = or(own, or(shared, looks)).await;
+        look();
+        held
     }
 
     /// The client is waited for from now on to take replies; `None`: it is not.
