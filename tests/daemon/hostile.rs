@@ -381,7 +381,7 @@ fn names_of_files_are_one_line_everywhere() {
     let is_plain = |text: &str| {
         !text.contains('\u{1b}') && !text.lines().any(|line| line.contains("ERROR") && !line.contains(r"d\n["))
     };
-    for text in [daemon.done(&["status", "vm"]), daemon.done(&["list"]), daemon.done(&["table", "vm"])] {
+    for text in [daemon.done(&["status", "vm"]), daemon.done(&["list"]), daemon.refused(&["table", "vm"])] {
         assert!(is_plain(&text), "{text:?}");
     }
     let log = daemon.log();
