@@ -119,7 +119,7 @@ impl Routes {
                     let log_as = format!("clone '{}': message {message}", name.escape_debug());
                     self.carry_out(log_as, self.controlled.message(name, &message), MESSAGE_TIME_MAX).await
                 }
-                Err(refused) => return refused,
+                Err(error) => Err(error),
             },
             Route::Create => match read_clone(&body) {
                 Ok(spec) => {
@@ -128,11 +128,11 @@ impl Routes {
                     let log_as = format!("clone '{name}': create");
                     self.carry_out_or(log_as, self.controlled.create(spec), MESSAGE_TIME_MAX, &advice).await
                 }
-                Err(refused) => return refused,
+                Err(error) => Err(error),
             },
             Route::Suspend(name) => match read_body::<SuspendBody>(&body, r#"{"timeout": 30}"#) {
                 Ok(body) => self.suspend(name, body).await,
-                Err(refused) => return refused,
+                Err(error) => Err(error),
             },
             Route::Resume(name) => {
                 let log_as = format!("clone '{}': resume", name.escape_debug());
@@ -144,7 +144,7 @@ impl Routes {
                     let log_as = format!("clone '{}': resize to {to}", name.escape_debug());
                     self.carry_out(log_as, self.controlled.resize(name, Wanted { size, zeros }), RESIZE_TIME_MAX).await
                 }
-                Err(refused) => return refused,
+                Err(error) => Err(error),
             },
             Route::Remove(name) => match read_body::<RemoveBody>(&body, r#"{"force": false}"#) {
                 Ok(RemoveBody { force }) => {
@@ -152,7 +152,7 @@ impl Routes {
                         format!("clone '{}': remove{}", name.escape_debug(), if force { " --force" } else { "" });
                     self.carry_out(log_as, self.controlled.remove(name, force), MESSAGE_TIME_MAX).await
                 }
-                Err(refused) => return refused,
+                Err(error) => Err(error),
             },
         };
         result.unwrap_or_else(|error| refusal(http_status(error.kind()), error.kind(), &error.to_string()))
@@ -337,22 +337,19 @@ fn seconds(query: &Query<'_>) -> Result<Option<Duration>> {
     Ok(query.number("timeout", 0..=WAIT_SECONDS_MAX)?.map(Duration::from_secs))
 }
 
-fn read_message(body: &[u8]) -> Result<Message, Response<Full<Bytes>>> {
+fn read_message(body: &[u8]) -> Result<Message> {
     let body: MessageBody = read_body(body, r#"{"message": "..."}"#)?;
-    let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
-    body.message.parse().map_err(bad)
+    body.message.parse().map_err(|error: Error| Error::new(ErrorKind::Usage, error.to_string()))
 }
 
-fn read_clone(body: &[u8]) -> Result<CloneSpec, Response<Full<Bytes>>> {
-    let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
-    CloneSpec::from_json(body).map_err(bad)
+fn read_clone(body: &[u8]) -> Result<CloneSpec> {
+    CloneSpec::from_json(body).map_err(|error| Error::new(ErrorKind::Usage, error.to_string()))
 }
 
 /// Reads JSON that is to look like `example`.
-fn read_body<T: DeserializeOwned>(body: &[u8], example: &str) -> Result<T, Response<Full<Bytes>>> {
-    serde_json::from_slice(body).map_err(|error| {
-        refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &format!("the body is not {example}: {error}"))
-    })
+fn read_body<T: DeserializeOwned>(body: &[u8], example: &str) -> Result<T> {
+    serde_json::from_slice(body)
+        .map_err(|error| Error::new(ErrorKind::Usage, format!("the body is not {example}: {error}")))
 }
 
 async fn read_bytes(body: Incoming, env: &dyn Env) -> Result<Bytes, Response<Full<Bytes>>> {
