@@ -379,7 +379,7 @@ fn names_of_files_are_one_line_everywhere() {
     let daemon = bench.clone_of(&source).destination(bench.path(name)).start();
     daemon.wait_hydrated();
     let is_plain = |text: &str| {
-        !text.contains('\u{1b}') && !text.lines().any(|line| line.contains("ERROR") && !line.contains(r"d\n["))
+        !text.contains('\u{1b}') && !text.lines().any(|line| line.contains("ERROR") && !line.contains(r"\n["))
     };
     for text in [daemon.done(&["status", "vm"]), daemon.done(&["list"]), daemon.refused(&["table", "vm"])] {
         assert!(is_plain(&text), "{text:?}");
