@@ -24,7 +24,7 @@ use crate::control::feed;
 use crate::control::server::Server;
 use crate::dma_buf::DmaBuf;
 use crate::environment;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, plain};
 use crate::local::Notify;
 use crate::metrics::dump::Dumper;
 use crate::ring::Ring;
@@ -225,5 +225,5 @@ async fn dry_run(context: &Rc<ShardContext>, plan: &Plan, stop: &Notify) -> Resu
 
 /// A line on standard output, which may be closed.
 fn say(line: &str) -> Result<()> {
-    writeln!(std::io::stdout(), "{line}").map_err(output_error)
+    writeln!(std::io::stdout(), "{}", plain(line)).map_err(output_error)
 }

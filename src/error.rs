@@ -142,9 +142,10 @@ struct Inner {
     source: Option<Error>,
 }
 
-/// The text without control characters, which are escaped: names and contents come from anywhere, and an error is one
+/// The text without control characters, which are escaped: names and contents come from anywhere, and what is said is one
 /// line, in the log and on the terminal.
-fn plain(text: String) -> String {
+pub fn plain(text: impl Into<String>) -> String {
+    let text = text.into();
     if !text.contains(char::is_control) {
         return text;
     }

@@ -38,6 +38,8 @@ pub enum Verdict {
 pub struct FailuresInARow {
     count: u64,
     pauses: u32,
+    /// So many that hydration was stopped: what ends after that counts neither way, so that the count says why.
+    stopped: bool,
     /// What began until then is not counted.
     counted_since: Option<Duration>,
     paused_until: Option<Duration>,
@@ -46,11 +48,12 @@ pub struct FailuresInARow {
 impl FailuresInARow {
     /// A copy that was begun at `began` has failed. `max` is the number that stops hydration; 0 is none.
     pub fn failed(&mut self, began: Duration, now: Duration, max: u32) -> Verdict {
-        if self.counted_since.is_some_and(|since| began <= since) {
+        if self.stopped || self.counted_since.is_some_and(|since| began <= since) {
             return Verdict::GoOn;
         }
         self.count = self.count.saturating_add(1);
         if max > 0 && self.count >= u64::from(max) {
+            self.stopped = true;
             return Verdict::Stop;
         }
         if !self.count.is_multiple_of(FAILURES_PER_PAUSE) {
@@ -64,10 +67,19 @@ impl FailuresInARow {
 
     /// A copy has succeeded.
     pub fn succeeded(&mut self) {
-        *self = Self::default();
+        if !self.stopped {
+            *self = Self::default();
+        }
     }
 
-    /// The user said so, or the source is back: what is in flight belongs to the past.
+    /// The source is back: as [`Self::begin_anew`], but for what was stopped.
+    pub fn source_is_back(&mut self, now: Duration) {
+        if !self.stopped {
+            self.begin_anew(now);
+        }
+    }
+
+    /// The user said so: what is in flight belongs to the past.
     pub fn begin_anew(&mut self, now: Duration) {
         *self = Self { counted_since: Some(now), ..Self::default() };
     }
@@ -205,6 +217,10 @@ mod tests {
         now += 2 * BACKOFF_MIN;
         (17..20).for_each(|_| assert_eq!(failures.failed(now, now, 20), Verdict::GoOn));
         assert_eq!(failures.failed(now, now, 20), Verdict::Stop);
+        // What was in flight, what clients copy and a source that comes back: the count still says why it stopped.
+        failures.succeeded();
+        failures.source_is_back(now);
+        assert_eq!((failures.failed(now, now, 20), failures.count()), (Verdict::GoOn, 20));
         failures.begin_anew(now);
         assert_eq!((failures.count(), failures.paused_until(now)), (0, None));
         assert_eq!(failures.failed(now, now + MS, 1), Verdict::GoOn, "it was in flight");

@@ -6,6 +6,7 @@ use hydrant::commands;
 use hydrant::config::Plan;
 use hydrant::daemon;
 use hydrant::environment;
+use hydrant::error::plain;
 use std::io::{Write, stderr, stdout};
 use std::process::ExitCode;
 
@@ -31,7 +32,14 @@ fn main() -> ExitCode {
     }
 }
 
-/// Logs to standard error what HYDRANT_LOG says, or else `words`.
+/// Logs to standard error what HYDRANT_LOG says, or else `words`. A line each, whatever the names have that are in it: none
+/// can look like a line of its own.
 fn start_log(words: &str) {
-    env_logger::Builder::from_env(env_logger::Env::new().filter_or("HYDRANT_LOG", words)).init();
+    let mut log = env_logger::Builder::from_env(env_logger::Env::new().filter_or("HYDRANT_LOG", words));
+    log.format(|out, record| {
+        let (time, level, style) = (out.timestamp(), record.level(), out.default_level_style(record.level()));
+        let text = plain(record.args().to_string());
+        writeln!(out, "[{time} {style}{level:<5}{style:#} {}] {text}", record.target())
+    });
+    log.init();
 }

@@ -100,14 +100,8 @@ impl RuntimeDir {
         if !meta.is_dir() {
             bail!(WrongType, "runtime directory {} is not a directory: remove it", dir.display());
         }
-        if meta.permissions().mode() & 0o022 != 0 {
-            bail!(PermissionDenied, "runtime directory {} is writable by others: chmod 0700 it", dir.display());
-        }
         let me = fs::metadata("/proc/self").map_err(what)?.uid();
-        if meta.uid() != me && me != 0 {
-            bail!(PermissionDenied, "runtime directory {} belongs to user {}, not to you", dir.display(), meta.uid());
-        }
-        Ok(())
+        judge(dir, meta.uid(), meta.permissions().mode(), me)
     }
 
     /// The clones that have, or had, a control socket here, by name.
@@ -138,6 +132,18 @@ impl RuntimeDir {
         clones.sort();
         Ok(clones)
     }
+}
+
+/// Whether user `me` can put sockets into a directory of `owner` with this mode. The owner comes first: nobody else can
+/// change the mode.
+fn judge(dir: &Path, owner: u32, mode: u32, me: u32) -> Result<()> {
+    if owner != me && me != 0 {
+        bail!(PermissionDenied, "runtime directory {} belongs to user {owner}, not to you", dir.display());
+    }
+    if mode & 0o022 != 0 {
+        bail!(PermissionDenied, "runtime directory {} is writable by others: chmod 0700 it", dir.display());
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -176,6 +182,21 @@ mod tests {
         assert_eq!(names, ["a.x", "b"]);
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
         assert!(dir.create(ADVICE_OF_CLONE).unwrap_err().to_string().contains("writable by others"));
+    }
+
+    #[test]
+    fn says_what_its_user_can_do() {
+        let said =
+            |owner, mode, me| judge(Path::new("/run/hydrant"), owner, mode, me).map_err(|error| error.to_string());
+        assert_eq!(said(1000, 0o40700, 1000), Ok(()));
+        assert_eq!(said(1000, 0o40700, 0), Ok(()));
+        for (owner, me) in [(1000, 1000), (1000, 0)] {
+            assert!(said(owner, 0o40777, me).unwrap_err().contains("chmod 0700"));
+        }
+        for mode in [0o40777, 0o40700] {
+            let said = said(1000, mode, 1001).unwrap_err();
+            assert!(said.contains("belongs to user 1000") && !said.contains("chmod"), "{said}");
+        }
     }
 
     #[test]

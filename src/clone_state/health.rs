@@ -131,6 +131,7 @@ impl CloneState {
     pub(super) fn hydration_begins_anew(&self) {
         let mut health = self.health();
         health.hydration = Condition::new(Hydration::Off);
+        health.in_a_row = FailuresInARow::default();
         health.failing.clear();
         self.hydration_told.store(false, Relaxed);
         self.hydration_stopped.store(false, Release);
@@ -271,7 +272,8 @@ impl CloneState {
     pub fn failure_report(&self) -> FailureReport {
         let health = self.health();
         FailureReport {
-            in_a_row: health.in_a_row.count(),
+            // Clients may have overwritten what hydration stopped at.
+            in_a_row: if self.is_complete() { 0 } else { health.in_a_row.count() },
             bad_regions: health.bad.count(),
             bad_runs: health.bad.runs(BAD_RUNS_LISTED_MAX),
             last: health.last_failure.clone(),
@@ -323,7 +325,7 @@ impl CloneState {
     pub fn source_found(&self, now: Duration) {
         self.source_is(SourceHealth::Found, "source found again".into(), now);
         // What failed before it went away may work now.
-        self.health().in_a_row.begin_anew(now);
+        self.health().in_a_row.source_is_back(now);
     }
     /// It is another one, for good.
     pub fn source_changed(&self, why: &Error, now: Duration) {

@@ -4,7 +4,7 @@ use super::output_error;
 use crate::bail;
 use crate::config::plan;
 use crate::config::{CloneConfig, Plan};
-use crate::error::Result;
+use crate::error::{Result, plain};
 use crate::runtime_dir::RuntimeDir;
 use crate::units::ByteSize;
 use std::io::Write;
@@ -13,9 +13,9 @@ use std::path::PathBuf;
 /// Prints a line per clone; fails, after a line per error, when something is wrong.
 pub fn check(files: &[PathBuf], out: &mut dyn Write) -> Result<()> {
     match plan::check(files, true, &RuntimeDir::of_user()) {
-        Ok(plan) => summary(&plan).iter().try_for_each(|line| writeln!(out, "{line}").map_err(output_error)),
+        Ok(plan) => summary(&plan).iter().try_for_each(|line| writeln!(out, "{}", plain(line)).map_err(output_error)),
         Err(problems) => {
-            problems.lines.iter().try_for_each(|line| writeln!(out, "{line}").map_err(output_error))?;
+            problems.lines.iter().try_for_each(|line| writeln!(out, "{}", plain(line)).map_err(output_error))?;
             if problems.more > 0 {
                 writeln!(out, "and {} more", problems.more).map_err(output_error)?;
             }

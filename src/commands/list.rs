@@ -4,7 +4,7 @@ use super::daemons;
 use super::output_error;
 use crate::cli::ListArgs;
 use crate::control::api::{CloneRunState, Status};
-use crate::error::Result;
+use crate::error::{Result, plain};
 use crate::human::{percent, size};
 use serde_json::json;
 use std::io::Write;
@@ -39,7 +39,8 @@ fn json_of(clones: &[&Status]) -> String {
 
 fn table_of(clones: &[&Status]) -> String {
     let header = ["NAME", "STATE", "HYDRATED", "SIZE", "CLIENTS", "SOURCE"].map(String::from);
-    let rows: Vec<[String; 6]> = std::iter::once(header).chain(clones.iter().map(|status| row_of(status))).collect();
+    let rows: Vec<[String; 6]> =
+        std::iter::once(header).chain(clones.iter().map(|status| row_of(status).map(plain))).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..5).map(width).collect();
     let line = |row: &[String; 6]| {
@@ -84,11 +85,11 @@ mod tests {
         running.hydration.state = HydrationState::Running;
         running.source = SourceStatus { spec: "nbd://backup/vm1".into(), ..Default::default() };
         let mut failed = Status { name: "database".into(), state: CloneRunState::Failed, ..Default::default() };
-        failed.error = Some("destination /dev/x: no such file".into());
+        failed.error = Some("destination /dev/x\n: no such file".into());
         let expected = "\
 NAME      STATE    HYDRATED  SIZE      CLIENTS  SOURCE
 vm1       running  25.0%     16.0 GiB  0        nbd://backup/vm1
-database  failed   -         -         0        destination /dev/x: no such file
+database  failed   -         -         0        destination /dev/x\\n: no such file
 ";
         assert_eq!(table_of(&[&running, &failed]), expected);
         let json = json_of(&[&failed]);

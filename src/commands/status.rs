@@ -6,7 +6,7 @@ use crate::bail;
 use crate::cli::StatusArgs;
 use crate::control::api::{CloneRunState, HydrationState, HydrationStatus, MetadataMode, SourceState, Status};
 use crate::control::client::{self, Client};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, plain};
 use crate::human::{count, duration, percent, rate, size};
 use crate::hydration_failures::words_of;
 use crate::hydration_share::PRIORITY_DEFAULT;
@@ -77,15 +77,20 @@ fn with_dm_line(mut found: Vec<(Client, Status)>) -> Result<Vec<(Client, Status)
     Ok(found)
 }
 
+/// A line of the text. Paths may have any character but NUL in them: none gets through to the terminal.
+fn write_line(text: &mut String, label: &str, value: String) -> std::fmt::Result {
+    writeln!(text, "  {label:<12} {}", plain(value))
+}
+
 /// Of a clone that does not run.
 fn write_idle_text(text: &mut String, status: &Status) -> std::fmt::Result {
     match &status.error {
-        Some(error) => writeln!(text, "{}: {}: {error}", status.name, status.state)?,
+        Some(error) => writeln!(text, "{}: {}: {}", status.name, status.state, plain(error.clone()))?,
         None => writeln!(text, "{}: {}", status.name, status.state)?,
     }
-    writeln!(text, "  {:<12} {}", "source", status.source.spec)?;
-    writeln!(text, "  {:<12} {}", "destination", status.destination)?;
-    writeln!(text, "  {:<12} {}", "metadata", status.metadata.path)
+    write_line(text, "source", status.source.spec.clone())?;
+    write_line(text, "destination", status.destination.clone())?;
+    write_line(text, "metadata", status.metadata.path.clone())
 }
 
 /// For people.
@@ -109,7 +114,7 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
         count(status.nr_regions),
         ByteSize(status.region_size)
     )?;
-    let mut line = |label: &str, value: String| writeln!(text, "  {label:<12} {value}");
+    let mut line = |label: &str, value: String| write_line(text, label, value);
     for warning in &status.warnings {
         line("WARNING", warning.clone())?;
     }
@@ -535,6 +540,21 @@ vm1: 16GiB, 262144 regions of 64KiB
         assert_eq!(error, expected);
         status.hydration.state = HydrationState::Failing;
         assert!(text_of(&status).contains("1000 regions could not be copied; tried again: region 7"));
+    }
+
+    #[test]
+    fn no_control_character_gets_through() {
+        let mut status = sample();
+        status.destination = "d\n[ERROR] x\u{1b}[31m".into();
+        status.metadata.path = "m\n\u{9b}".into();
+        status.source.spec = "s\r".into();
+        for state in [CloneRunState::Running, CloneRunState::Failed] {
+            status.state = state;
+            status.error = Some("e\n".into());
+            let text = text_of(&status);
+            assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "{text:?}");
+            assert!(text.contains(r"  destination  d\n[ERROR] x\u{1b}[31m") && text.contains(r"m\n\u{9b}"), "{text}");
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::api::{
 use super::query::Query;
 use super::waiters::Waiters;
 use crate::bail;
+use crate::config::NAME_LEN_MAX;
 use crate::config::spec::CloneSpec;
 use crate::coordinator::SUSPEND_TIME_MAX;
 use crate::env::Env;
@@ -18,6 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::Feed;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::oneshot;
+use crate::log_limit::LogLimit;
 use crate::meta::growth::Wanted;
 use crate::net::Stream;
 use crate::targets;
@@ -30,11 +32,15 @@ use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::borrow::Cow;
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
 /// Largest body of a request, in bytes.
 const BODY_MAX: usize = 64 << 10;
+/// Most characters of an error that are logged.
+const LOGGED_MAX: usize = 1000;
 /// How long the body may take to come: it is sent with the head.
 const BODY_TIME_MAX: Duration = Duration::from_secs(2);
 /// How long a message may take to be in force; longer, and the client is told that it goes on without it.
@@ -49,28 +55,51 @@ pub struct Routes {
     pub controlled: Rc<dyn Controlled>,
     pub feed: Rc<Feed>,
     pub env: Rc<dyn Env>,
+    /// Orders that were refused: whoever may connect can repeat them for ever.
+    pub refused: Rc<RefCell<LogLimit>>,
     pub(super) waiters: Waiters,
 }
 
 impl Routes {
-    /// `client`: the connection that the request came on.
-    pub async fn answer(&self, request: Request<Incoming>, client: &Stream) -> Response<Full<Bytes>> {
-        let path = request.uri().path().to_owned();
+    /// `client`: the connection that the request came on. `is_asked` is called when nothing more of the request is waited
+    /// for.
+    pub async fn answer(
+        &self,
+        request: Request<Incoming>,
+        client: &Stream,
+        is_asked: impl FnOnce(),
+    ) -> Response<Full<Bytes>> {
+        let (request, body) = request.into_parts();
+        let path = request.uri.path().to_owned();
         let route = path.strip_prefix(PREFIX).and_then(Route::of);
         let Some(route) = route else {
             return refusal(StatusCode::NOT_FOUND, ErrorKind::NotFound, "no such path in the control interface");
         };
-        if *request.method() != route.method() {
+        if request.method != route.method() {
             let text = format!("use {} here", route.method());
             let mut response = refusal(StatusCode::METHOD_NOT_ALLOWED, ErrorKind::Usage, &text);
             let allowed = if route.method() == Method::GET { "GET" } else { "POST" };
             response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
             return response;
         }
-        let query = match Query::parse(request.uri().query(), route.parameters()) {
+        let query = match Query::parse(request.uri.query(), route.parameters()) {
             Ok(query) => query,
             Err(error) => return refusal(StatusCode::BAD_REQUEST, error.kind(), &error.to_string()),
         };
+        if let Some(name) = route.name()
+            && name.len() > NAME_LEN_MAX
+        {
+            let text = format!("no clone has a name of {} characters: {NAME_LEN_MAX} at most", name.len());
+            return refusal(StatusCode::NOT_FOUND, ErrorKind::NotFound, &text);
+        }
+        let body = match route.has_body() {
+            true => match read_bytes(body, &*self.env).await {
+                Ok(body) => body,
+                Err(refused) => return refused,
+            },
+            false => Bytes::new(),
+        };
+        is_asked();
         let result = match route {
             Route::StatusOfAll => {
                 self.controlled.status(None).await.map(|clones| json(StatusCode::OK, &StatusList { clones }))
@@ -85,52 +114,46 @@ impl Routes {
             Route::Events => self.events(&query, client).await.map(|page| json(StatusCode::OK, &page)),
             Route::Wait(name) => self.wait(name, &query, client).await.map(|status| json(StatusCode::OK, &status)),
             Route::Stop => self.controlled.stop().map(|()| json(StatusCode::OK, &serde_json::json!({}))),
-            Route::Message(name) => match read_message(request.into_body(), &*self.env).await {
+            Route::Message(name) => match read_message(&body) {
                 Ok(message) => {
                     let log_as = format!("clone '{}': message {message}", name.escape_debug());
                     self.carry_out(log_as, self.controlled.message(name, &message), MESSAGE_TIME_MAX).await
                 }
-                Err(refused) => return refused,
+                Err(error) => Err(error),
             },
-            Route::Create => match read_clone(request.into_body(), &*self.env).await {
+            Route::Create => match read_clone(&body) {
                 Ok(spec) => {
                     let name = spec.name.as_ref().map(|name| name.to_string()).unwrap_or_default();
                     let advice = format!(": see 'hydrant list'; 'hydrant remove {name}' gives it up");
                     let log_as = format!("clone '{name}': create");
                     self.carry_out_or(log_as, self.controlled.create(spec), MESSAGE_TIME_MAX, &advice).await
                 }
-                Err(refused) => return refused,
+                Err(error) => Err(error),
             },
-            Route::Suspend(name) => {
-                match read_body::<SuspendBody>(request.into_body(), &*self.env, r#"{"timeout": 30}"#).await {
-                    Ok(body) => self.suspend(name, body).await,
-                    Err(refused) => return refused,
-                }
-            }
+            Route::Suspend(name) => match read_body::<SuspendBody>(&body, r#"{"timeout": 30}"#) {
+                Ok(body) => self.suspend(name, body).await,
+                Err(error) => Err(error),
+            },
             Route::Resume(name) => {
                 let log_as = format!("clone '{}': resume", name.escape_debug());
                 self.carry_out(log_as, self.controlled.resume(name), MESSAGE_TIME_MAX).await
             }
-            Route::Resize(name) => match read_body::<ResizeBody>(request.into_body(), &*self.env, r#"{"size": null}"#)
-                .await
-            {
+            Route::Resize(name) => match read_body::<ResizeBody>(&body, r#"{"size": null}"#) {
                 Ok(ResizeBody { size, zeros }) => {
                     let to = size.map_or("its source".into(), |size| ByteSize(size).to_string());
                     let log_as = format!("clone '{}': resize to {to}", name.escape_debug());
                     self.carry_out(log_as, self.controlled.resize(name, Wanted { size, zeros }), RESIZE_TIME_MAX).await
                 }
-                Err(refused) => return refused,
+                Err(error) => Err(error),
             },
-            Route::Remove(name) => {
-                match read_body::<RemoveBody>(request.into_body(), &*self.env, r#"{"force": false}"#).await {
-                    Ok(RemoveBody { force }) => {
-                        let log_as =
-                            format!("clone '{}': remove{}", name.escape_debug(), if force { " --force" } else { "" });
-                        self.carry_out(log_as, self.controlled.remove(name, force), MESSAGE_TIME_MAX).await
-                    }
-                    Err(refused) => return refused,
+            Route::Remove(name) => match read_body::<RemoveBody>(&body, r#"{"force": false}"#) {
+                Ok(RemoveBody { force }) => {
+                    let log_as =
+                        format!("clone '{}': remove{}", name.escape_debug(), if force { " --force" } else { "" });
+                    self.carry_out(log_as, self.controlled.remove(name, force), MESSAGE_TIME_MAX).await
                 }
-            }
+                Err(error) => Err(error),
+            },
         };
         result.unwrap_or_else(|error| refusal(http_status(error.kind()), error.kind(), &error.to_string()))
     }
@@ -201,11 +224,16 @@ impl Routes {
         advice: &str,
     ) -> Result<Response<Full<Bytes>>> {
         let (done, waiting) = oneshot();
+        let (env, refused) = (self.env.clone(), self.refused.clone());
         self.env.spawn(Box::pin(async move {
             let result = work.await;
             match &result {
                 Ok(()) => log::info!("{log_as}"),
-                Err(error) => log::warn!("{log_as}: {error}"),
+                Err(error) => {
+                    if let Some(line) = refused.borrow_mut().line(env.now(), error) {
+                        log::warn!("{log_as}: {}", clipped(&line));
+                    }
+                }
             }
             done.send(result);
         }));
@@ -265,6 +293,19 @@ impl<'a> Route<'a> {
             },
         }
     }
+    /// The clone that is asked for.
+    fn name(&self) -> Option<&'a str> {
+        match *self {
+            Self::Status(name) | Self::Table(name) | Self::Metrics(name) | Self::Message(name) | Self::Wait(name) => {
+                Some(name)
+            }
+            Self::Suspend(name) | Self::Resume(name) | Self::Resize(name) | Self::Remove(name) => Some(name),
+            Self::StatusOfAll | Self::Version | Self::MetricsOfAll | Self::Events | Self::Create | Self::Stop => None,
+        }
+    }
+    fn has_body(&self) -> bool {
+        matches!(self, Self::Message(_) | Self::Create | Self::Suspend(_) | Self::Resize(_) | Self::Remove(_))
+    }
     fn method(&self) -> Method {
         match self {
             Self::StatusOfAll | Self::Status(_) | Self::MetricsOfAll | Self::Metrics(_) => Method::GET,
@@ -283,32 +324,32 @@ impl<'a> Route<'a> {
     }
 }
 
+/// As much of a line as the log gets: a client may have said what is in it.
+fn clipped(line: &str) -> Cow<'_, str> {
+    match line.char_indices().nth(LOGGED_MAX) {
+        Some((end, _)) => Cow::Owned(format!("{}...", &line[..end])),
+        None => Cow::Borrowed(line),
+    }
+}
+
 /// How long a question may wait for its answer.
 fn seconds(query: &Query<'_>) -> Result<Option<Duration>> {
     Ok(query.number("timeout", 0..=WAIT_SECONDS_MAX)?.map(Duration::from_secs))
 }
 
-async fn read_message(body: Incoming, env: &dyn Env) -> Result<Message, Response<Full<Bytes>>> {
-    let body: MessageBody = read_body(body, env, r#"{"message": "..."}"#).await?;
-    let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
-    body.message.parse().map_err(bad)
+fn read_message(body: &[u8]) -> Result<Message> {
+    let body: MessageBody = read_body(body, r#"{"message": "..."}"#)?;
+    body.message.parse().map_err(|error: Error| Error::new(ErrorKind::Usage, error.to_string()))
 }
 
-async fn read_clone(body: Incoming, env: &dyn Env) -> Result<CloneSpec, Response<Full<Bytes>>> {
-    let bad = |error: Error| refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &error.to_string());
-    CloneSpec::from_json(&read_bytes(body, env).await?).map_err(bad)
+fn read_clone(body: &[u8]) -> Result<CloneSpec> {
+    CloneSpec::from_json(body).map_err(|error| Error::new(ErrorKind::Usage, error.to_string()))
 }
 
 /// Reads JSON that is to look like `example`.
-async fn read_body<T: DeserializeOwned>(
-    body: Incoming,
-    env: &dyn Env,
-    example: &str,
-) -> Result<T, Response<Full<Bytes>>> {
-    let bytes = read_bytes(body, env).await?;
-    serde_json::from_slice(&bytes).map_err(|error| {
-        refusal(StatusCode::BAD_REQUEST, ErrorKind::Usage, &format!("the body is not {example}: {error}"))
-    })
+fn read_body<T: DeserializeOwned>(body: &[u8], example: &str) -> Result<T> {
+    serde_json::from_slice(body)
+        .map_err(|error| Error::new(ErrorKind::Usage, format!("the body is not {example}: {error}")))
 }
 
 async fn read_bytes(body: Incoming, env: &dyn Env) -> Result<Bytes, Response<Full<Bytes>>> {

@@ -77,7 +77,13 @@ impl Server {
         let waiters = Waiters::default();
         let shared = Rc::new(Shared {
             idle: waiters.begun.clone(),
-            routes: Rc::new(Routes { feed: controlled.feed(), controlled, env: env.clone(), waiters }),
+            routes: Rc::new(Routes {
+                feed: controlled.feed(),
+                controlled,
+                env: env.clone(),
+                refused: Rc::default(),
+                waiters,
+            }),
             env: env.clone(),
             listener: Listener::new(fd),
             connections: RefCell::default(),
@@ -183,8 +189,8 @@ impl Shared {
             service_fn(move |request| {
                 let (shared, client, turn) = (shared.clone(), client.clone(), turn.clone());
                 async move {
-                    turn.ours.set(true);
-                    let answer = shared.routes.answer(request, &client).await;
+                    // A client that has sent half a body has not asked yet.
+                    let answer = shared.routes.answer(request, &client, || turn.ours.set(true)).await;
                     turn.ours.set(false);
                     turn.since.set(shared.env.now());
                     Ok::<_, Infallible>(answer)

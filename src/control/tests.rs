@@ -271,6 +271,7 @@ fn http_status_of_what_is_wrong() {
 
     let message = "/v1/clones/a/message";
     let large = format!(r#"{{"message": "{}"}}"#, "x".repeat(64 << 10));
+    let long_name = format!("/v1/clones/{}/message", "x".repeat(8000));
     let many_headers = format!("GET /v1/status HTTP/1.1\r\nHost: x\r\n{}\r\n", "A: b\r\n".repeat(100));
     let long_header = format!("GET /v1/status HTTP/1.1\r\nHost: x\r\nA: {}\r\n\r\n", "b".repeat(1 << 20));
     let cases = [
@@ -279,6 +280,11 @@ fn http_status_of_what_is_wrong() {
         (running.raw(b"GET /v1/clones//status HTTP/1.1\r\nHost: x\r\n\r\n"), "404", "not_found"),
         (running.raw(b"GET /v1/clones/a/b/status HTTP/1.1\r\nHost: x\r\n\r\n"), "404", "not_found"),
         (running.raw(b"GET /v1/clones/c/status HTTP/1.1\r\nHost: x\r\n\r\n"), "404", "no clone 'c'"),
+        (
+            running.post(&long_name, r#"{"message": "enable_hydration"}"#),
+            "404",
+            "no clone has a name of 8000 characters",
+        ),
         (running.raw(b"GET /v1/stop HTTP/1.1\r\nHost: x\r\n\r\n"), "405", "use POST here"),
         (running.post("/v1/status", ""), "405", "use GET here"),
         (running.post(message, ""), "400", "the body is not"),
@@ -315,6 +321,23 @@ fn broken_and_idle_clients_hold_up_nobody() {
     while let Err(error) = running.client().status_of_all() {
         assert!(Instant::now() < deadline, "{error}");
     }
+    running.stop();
+}
+
+/// They are no requests that are carried out: another client gets the place of one of them.
+#[test]
+fn half_a_body_keeps_no_place() {
+    let running = Running::start();
+    let _half: Vec<_> = (0..70)
+        .map(|_| {
+            let mut socket = UnixStream::connect(&running.path).unwrap();
+            let _ = socket.write_all(b"POST /v1/clones/a/message HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{");
+            socket
+        })
+        .collect();
+    let began = Instant::now();
+    running.client().status_of_all().unwrap();
+    assert!(began.elapsed() < Duration::from_millis(1500), "{:?}", began.elapsed());
     running.stop();
 }
 

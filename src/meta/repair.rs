@@ -24,6 +24,10 @@ use crate::units::{ByteRange, ByteSize, Generation, Geometry, RegionRange, ZoneI
 use std::collections::BTreeMap;
 use std::fmt;
 
+/// What is wrong with a superblock copy of a generation before the other's.
+const OLDER: &str = "is older";
+/// Sectors that a refusal names.
+const SECTORS_NAMED_MAX: usize = 16;
 /// Damaged sectors that are mended at most: with more, a dump is the better start.
 pub const SECTORS_MAX: usize = 1 << 16;
 
@@ -57,6 +61,10 @@ impl Damaged {
     fn new(geometry: &Geometry, zone: ZoneIndex, sector: u64, what: String, regions: Option<RegionRange>) -> Self {
         let bytes = regions.map(|regions| geometry.bytes_of(regions));
         Self { zone, sector, what, regions, bytes, is_proven: false }
+    }
+
+    fn has_known_bits(&self) -> bool {
+        self.is_proven && self.regions.is_some()
     }
 }
 
@@ -148,7 +156,7 @@ pub fn survey(read_block: &mut ReadBlock<'_>, device_size: u64, force: bool) -> 
     for (copy, found) in copies.iter().enumerate() {
         let what = match found {
             Ok(Classified::Valid(found)) if *found == superblock => continue,
-            Ok(Classified::Valid(_)) => "is older".to_string(),
+            Ok(Classified::Valid(_)) => OLDER.to_string(),
             Ok(Classified::Empty) => "is all zero".into(),
             Ok(Classified::Damaged(what) | Classified::Unsupported(what)) => format!("is damaged: {what}"),
             Ok(Classified::Foreign(what)) => format!("is {what}"),
@@ -199,6 +207,17 @@ fn restored(codec: &ZoneCodec, zone: ZoneIndex, mut block: Block) -> DecodedZone
     codec.decode(zone, &block)
 }
 
+/// `1 damaged sector (20)`, `40 damaged sectors (16, 17, 20 ... and 24 more)`.
+fn sectors_words(sectors: &[u64]) -> String {
+    let named: Vec<String> = sectors.iter().take(SECTORS_NAMED_MAX).map(u64::to_string).collect();
+    let named = named.join(", ");
+    match (sectors.len(), sectors.len().saturating_sub(SECTORS_NAMED_MAX)) {
+        (1, _) => format!("1 damaged sector ({named})"),
+        (all, 0) => format!("{all} damaged sectors ({named})"),
+        (all, more) => format!("{all} damaged sectors ({named} and {more} more)"),
+    }
+}
+
 /// What is going to be done.
 pub struct Decided {
     survey: Survey,
@@ -231,7 +250,11 @@ impl Survey {
     /// What is wrong, one line each.
     pub fn describe(&self) -> Vec<String> {
         let copies = self.copies.iter().map(|(copy, what)| format!("superblock copy {} {what}", COPY_NAMES[*copy]));
-        let mut lines: Vec<String> = copies.chain(self.damaged.iter().map(Damaged::to_string)).collect();
+        let damaged = self.damaged.iter().map(|damaged| match damaged.has_known_bits() {
+            true => format!("{damaged}: its bits are intact"),
+            false => damaged.to_string(),
+        });
+        let mut lines: Vec<String> = copies.chain(damaged).collect();
         if self.contradicts_itself() {
             let (hydrated, all) = (self.hydrated_count, self.superblock.geometry.nr_regions());
             lines.push(format!("marked complete, but {hydrated} of {all} regions are hydrated"));
@@ -244,7 +267,7 @@ impl Survey {
         for sector in assume.by_sector.keys() {
             match self.damaged.iter().find(|damaged| damaged.sector == *sector) {
                 None => bail!(Usage, "--assume: sector {sector} is not damaged"),
-                Some(damaged) if damaged.is_proven && damaged.regions.is_some() => {
+                Some(damaged) if damaged.has_known_bits() => {
                     bail!(Usage, "--assume: the bits of sector {sector} are known, nothing is to be assumed")
                 }
                 Some(_) => {}
@@ -255,7 +278,7 @@ impl Survey {
         if complete && (assume.others == Some(false) || assume.by_sector.values().any(|hydrated| !hydrated)) {
             bail!(Usage, "--assume unhydrated: the clone is marked complete, every region of it is hydrated");
         }
-        let (mut unknown, mut regions) = (0, 0);
+        let (mut unknown, mut regions) = (Vec::new(), 0);
         let mut hydrated = Vec::with_capacity(self.damaged.len());
         for damaged in &self.damaged {
             let Some(range) = damaged.regions.filter(|_| !damaged.is_proven) else {
@@ -265,14 +288,16 @@ impl Survey {
             let said = assume.by_sector.get(&damaged.sector).copied().or(assume.others);
             let assumed = said.or(complete.then_some(true)).or(assume.force.then_some(false));
             if assumed.is_none() {
-                (unknown, regions) = (unknown + 1, regions + range.count());
+                unknown.push(damaged.sector);
+                regions += range.count();
             }
             hydrated.push(assumed.unwrap_or(false));
         }
-        if unknown > 0 {
+        if !unknown.is_empty() {
+            let sectors = sectors_words(&unknown);
             bail!(
                 Damaged,
-                "nobody knows which of the {regions} regions of {unknown} damaged sectors were hydrated; nothing was \
+                "nobody knows which of the {regions} regions of {sectors} were hydrated; nothing was \
                  changed: choose with --assume (see --help), or --force: all of them are read from the source again, what \
                  was written to them is lost"
             );
@@ -303,7 +328,7 @@ impl Decided {
         for (damaged, hydrated) in survey.damaged.iter().zip(&self.hydrated) {
             lines.push(match (damaged.regions, hydrated) {
                 (None, _) => format!("{damaged}: written again, nothing is lost"),
-                _ if damaged.is_proven => {
+                _ if damaged.has_known_bits() => {
                     format!("{damaged}: its bits are intact; written again, nothing is lost")
                 }
                 (Some(_), true) => {
@@ -324,7 +349,23 @@ impl Decided {
             let (name, other) = (COPY_NAMES[*copy], COPY_NAMES[1 - *copy]);
             lines.push(format!("superblock copy {name} {what}: written again from copy {other}"));
         }
+        // One that is only older says nothing that the newer does not.
+        let is_lost = survey.copies.iter().any(|(_, what)| what != OLDER);
+        if is_lost && self.state == CloneState::Active && self.is_all_hydrated() {
+            lines.push(
+                "every region is hydrated; whether the clone was marked complete can't be proven: it is not, until a start of \
+                 it marks it again by itself"
+                    .into(),
+            );
+        }
         lines
+    }
+
+    /// Whether every bit is set when this is done.
+    fn is_all_hydrated(&self) -> bool {
+        let taken = self.survey.damaged.iter().zip(&self.hydrated).filter(|(_, hydrated)| **hydrated);
+        let taken: u64 = taken.filter_map(|(damaged, _)| damaged.regions).map(RegionRange::count).sum();
+        self.set_all || self.survey.hydrated_count + taken == self.survey.superblock.geometry.nr_regions()
     }
 
     /// How long the metadata are, in bytes.

@@ -142,6 +142,7 @@ fn hydration_stops_tells_everybody_and_goes_on_when_it_is_told_to() {
     let status = daemon.status();
     assert!(is_stopped(&status) && status.io.source_read_bytes > failed);
     assert_eq!(status.hydrated_regions, 3, "nothing but what clients asked for");
+    assert_eq!(status.hydration.failures_in_a_row, 12, "those that stopped it, whatever succeeds since");
     let started = Instant::now();
     daemon.message("enable_hydration");
     daemon.wait_hydrated();

@@ -347,6 +347,48 @@ fn the_control_socket_answers_whoever_else_is_there() {
     daemon.stop();
 }
 
+/// Neither by their number nor by what is in them.
+#[test]
+fn refused_orders_do_not_fill_the_log() {
+    let bench = Bench::new();
+    let source = bench.random("source", MIB);
+    let daemon = bench.clone_of(&source).start();
+    daemon.wait_hydrated();
+    let before = daemon.log().len();
+    let (long, body) = ("x".repeat(8000), r#"{"message": "enable_hydration"}"#);
+    for index in 0..300 {
+        let name = if index % 2 == 0 { &long } else { "nobody" };
+        let mut client = unix(&daemon.control);
+        let head = format!("POST /v1/clones/{name}/message HTTP/1.1\r\nHost: x\r\nContent-Length: {}", body.len());
+        client.write_all(format!("{head}\r\n\r\n{body}").as_bytes()).unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
+    }
+    let log = daemon.log();
+    assert!((1..=30).contains(&count_lines(&log, "nobody")) && log.len() - before < 8000, "{log}");
+    daemon.stop();
+}
+
+/// A name of a file is not a line of the log, and does nothing to a terminal.
+#[test]
+fn names_of_files_are_one_line_everywhere() {
+    let bench = Bench::new();
+    let source = bench.random("source", MIB);
+    let name = "d\n[2026-01-01T00:00:00Z ERROR hydrant] x\u{1b}[31m";
+    let daemon = bench.clone_of(&source).destination(bench.path(name)).start();
+    daemon.wait_hydrated();
+    let is_plain = |text: &str| {
+        !text.contains('\u{1b}') && !text.lines().any(|line| line.contains("ERROR") && !line.contains(r"\n["))
+    };
+    for text in [daemon.done(&["status", "vm"]), daemon.done(&["list"]), daemon.refused(&["table", "vm"])] {
+        assert!(is_plain(&text), "{text:?}");
+    }
+    let log = daemon.log();
+    daemon.stop();
+    assert!(is_plain(&log) && log.contains(r"d\n["), "{log:?}");
+}
+
 #[test]
 fn clients_leave_descriptors_to_the_rest() {
     need!("prlimit", "setpriv");

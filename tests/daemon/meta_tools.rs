@@ -276,7 +276,7 @@ fn damage_is_mended_by_choice_only() {
     let text = meta_refused(
         &bench,
         "repair @meta",
-        "nobody knows which of the 512 regions of 1 damaged sectors were hydrated",
+        "nobody knows which of the 512 regions of 1 damaged sector (16) were hydrated",
     );
     assert!(
         text.contains("sector 16: checksum") && text.contains("; regions 0 to 511, bytes 0 to 33554431 of the clone\n"),
@@ -284,8 +284,14 @@ fn damage_is_mended_by_choice_only() {
     );
     meta_refused(&bench, "repair --assume 17=hydrated @meta", "sector 17 is not damaged");
     meta_refused(&bench, "repair --assume hydrated --assume unhydrated @meta", "twice");
-    meta_refused(&bench, "repair --assume unhydrated --backup @source @meta", "backup");
     let before = checksums(bench.dir());
+    let text = meta_refused(
+        &bench,
+        "repair --assume unhydrated --backup @source @meta",
+        "can't be written; the metadata were not changed",
+    );
+    assert!(!text.contains("taken for"), "what is not done is not said: {text}");
+    assert_eq!(checksums(bench.dir()), before);
     let text = meta_ok(&bench, "repair --dry-run --assume unhydrated @meta");
     assert!(text.contains("taken for unhydrated") && text.contains("dry run: nothing was changed"), "{text}");
     assert_eq!(checksums(bench.dir()), before);

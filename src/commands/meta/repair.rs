@@ -69,14 +69,16 @@ pub fn run(args: &RepairArgs, out: &mut dyn Write) -> Result<()> {
             return Err(in_metadata(error));
         }
     };
-    print(&decided.describe(), out)?;
     if args.dry_run {
+        print(&decided.describe(), out)?;
         return writeln!(out, "dry run: nothing was changed").map_err(output_failed);
     }
     if let Some(path) = &args.backup {
         let copied = back_up(&mut image, decided.metadata_size(), path, out);
         copied.map_err(|error| error.within(format!("backup {}", path.display())))?;
     }
+    // Now that it is done: if the backup can't be made, nothing is.
+    print(&decided.describe(), out)?;
     mend(&disk, &decided, &mut |block| image.block(block)).map_err(&in_metadata)?;
     let mut again = Image::over(disk.device())?;
     match again.check().map_err(&in_metadata)?.findings.first() {
@@ -90,7 +92,7 @@ pub fn run(args: &RepairArgs, out: &mut dyn Write) -> Result<()> {
 
 /// Copies the metadata as they are to a new file, durably. What can't be read is zero there, and said.
 fn back_up(image: &mut Image, size: u64, path: &Path, out: &mut dyn Write) -> Result<()> {
-    let failed = |error| Error::from_io(error, "can't be written");
+    let failed = |error| Error::from_io(error, "can't be written; the metadata were not changed");
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
     for number in 0..size / BLOCK_SIZE as u64 {
         let block = match image.block(number) {

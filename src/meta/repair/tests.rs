@@ -73,10 +73,47 @@ fn nothing_is_assumed_by_itself() {
     );
     assert!(lines[2].starts_with("sector 151: ") && lines[2].ends_with("; no regions"), "{lines:?}");
     let nobody = "nobody knows which of the";
-    refused(&image, &assume(None, &[]), "nobody knows which of the 256 regions of 2 damaged sectors were hydrated");
-    refused(&image, &assume(None, &[(17, true)]), "the 128 regions of 1 damaged sectors");
+    refused(
+        &image,
+        &assume(None, &[]),
+        "nobody knows which of the 256 regions of 2 damaged sectors (17, 144) were hydrated",
+    );
+    refused(&image, &assume(None, &[(17, true)]), "the 128 regions of 1 damaged sector (144)");
     refused(&image, &assume(None, &[(17, true), (18, true)]), "--assume: sector 18 is not damaged");
     assert!(look(&image).decide(&assume(None, &[(17, true), (144, false)])).is_ok(), "{nobody}");
+}
+
+#[test]
+fn only_sectors_that_nobody_knows_are_asked_for() {
+    let mut image = damaged();
+    // Of the magic, which is known.
+    image[2 * 4096 + 4] ^= 1;
+    let lines = look(&image).describe();
+    assert!(
+        lines[0].starts_with("sector 16: ") && lines[0].ends_with(" of the clone: its bits are intact"),
+        "{lines:?}"
+    );
+    assert_eq!(lines.iter().filter(|line| line.contains("intact")).count(), 1, "{lines:?}");
+    refused(&image, &assume(None, &[]), "of the 256 regions of 2 damaged sectors (17, 144) were hydrated");
+    refused(&image, &assume(None, &[(16, true)]), "the bits of sector 16 are known");
+    assert_eq!(sectors_words(&[20]), "1 damaged sector (20)");
+    let many: Vec<u64> = (100..140).collect();
+    assert!(sectors_words(&many).ends_with("114, 115 and 24 more)"), "{}", sectors_words(&many));
+}
+
+/// The copy that is left may be from before the clone was marked.
+#[test]
+fn a_mark_that_may_be_lost_is_said() {
+    let said = |image: &[u8]| look(image).decide(&assume(Some(true), &[])).unwrap().describe().join("\n");
+    for (all, is_said) in [(true, true), (false, false)] {
+        let mut image = image(&sample(), |region| all || region != 7);
+        image[100] ^= 1;
+        assert_eq!(said(&image).contains("whether the clone was marked complete"), is_said, "{}", said(&image));
+        // Proven: the newer copy says that it is not.
+        let newer = Superblock { generation: Generation(sample().generation.0 + 1), ..sample() };
+        image[..4096].copy_from_slice(&newer.encode());
+        assert!(!said(&image).contains("whether"), "{}", said(&image));
+    }
 }
 
 #[test]

@@ -57,6 +57,8 @@ fn killed_at_random_moments_it_has_what_was_promised() {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
         now.as_nanos() as u64 % 1_000_000_000
     });
+    // At once: who ends this early can repeat what was begun.
+    eprintln!("crash: from seed {first}");
     let (began, mut report) = (Instant::now(), Report::new());
     for seed in (first..).take(rounds.unwrap_or(u64::MAX).try_into().unwrap()) {
         if began.elapsed() >= time_max {
