@@ -18,6 +18,7 @@ use crate::human;
 use crate::hydration_budget::BudgetMember;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::meta::codec::{self, SourceFingerprint, Superblock, metadata_size_needed};
+use crate::meta::commit::devices_to_record;
 use crate::meta::region_map::RegionMap;
 use crate::meta::store::Store;
 use crate::ring::Ring;
@@ -97,6 +98,20 @@ async fn open(role: Role, path: &Path, target: Target, size: u64) -> Result<(Dev
     opened.await
 }
 
+/// Says what of a known clone's devices was replaced; what was not known before is no news.
+fn tell_recorded(config: &CloneConfig, before: &Superblock, source: SourceFingerprint, destination_id: [u8; 16]) {
+    let is_replaced = before.destination_id != destination_id && before.destination_id != codec::DESTINATION_NONE_YET;
+    let (name, metadata) = (&config.name, config.metadata.display());
+    if is_replaced {
+        let path = config.destination.display();
+        log::warn!("clone '{name}': metadata {metadata} belong to destination {path} from now on; others are refused");
+    }
+    if before.source.is_known() && before.source != source {
+        let source = &config.source;
+        log::warn!("clone '{name}': metadata {metadata} belong to source {source} as it is now; others are refused");
+    }
+}
+
 /// What a shard makes its slice from.
 struct ShardParts {
     state: Arc<CloneState>,
@@ -134,11 +149,13 @@ pub async fn activate(
                 log::warn!("{}: {told}", metadata.label());
             }
             let (superblock, mut generation) = (opened.store.superblock(), opened.generation);
-            if superblock.lacks_devices() && superblock.state == codec::CloneState::Active {
-                // Made by `hydrant meta`: from now on they belong to these.
+            // Before anything is served: with `--force` the clone is these devices' from now on, and the ones before are
+            // refused. (What a crash leaves of it in one superblock copy counts.)
+            if let Some((source, id)) = devices_to_record(&superblock, fingerprint, destination.fingerprint_id()) {
                 generation = Generation(generation.0 + 1);
-                let recorded = opened.store.record_devices(fingerprint, destination.fingerprint_id(), generation).await;
+                let recorded = opened.store.record_devices(source, id, generation).await;
                 recorded.map_err(|error| error.within(metadata.label()))?;
+                tell_recorded(config, &superblock, source, id);
             }
             (opened.store, opened.zones, generation)
         }
