@@ -3,6 +3,7 @@
 use super::harness::*;
 use hydrant::control::api::{HydrationState, SourceState};
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Every read of the source fails while the file `broken` is there.
