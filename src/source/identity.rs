@@ -64,7 +64,7 @@ impl SourceIdentity {
             return Verdict::Another;
         }
         let had_any = inner.known.read_count() > 0;
-        inner.unchecked = compared == 0 && had_any || inner.unchecked && compared == 0;
+        inner.unchecked = (inner.unchecked || had_any) && compared == 0;
         inner.known = known;
         if seen.is_complete() { Verdict::Same } else { Verdict::Unknown }
     }
