@@ -118,6 +118,8 @@ mod tests {
         assert_eq!(grown(&active, Some(15 * MIB), false, Some(10 * MIB)), Some((15 * MIB, 10 * MIB)));
         assert_eq!(grown(&active, Some(15 * MIB), true, None), Some((15 * MIB, 10 * MIB)));
         // Where zeros were, zeros stay.
+        assert!(Wanted { size: Some(1), zeros: false }.needs_source() && Wanted::default().needs_source());
+        assert!(!Wanted { size: Some(1), zeros: true }.needs_source());
         let padded = clone_of(10 * MIB, 4 * MIB, CloneState::Active);
         assert_eq!(grown(&padded, Some(11 * MIB), false, Some(12 * MIB)), Some((11 * MIB, 4 * MIB)));
         assert_eq!(grown(&padded, None, false, Some(10 * MIB)), None);

@@ -229,6 +229,7 @@ fn mismatches_and_their_kinds() {
     // The source has grown; the clone has grown since its configuration was written.
     assert_eq!(error(&Expected { source_size: Some((1 << 30) + 512), ..expected }), None);
     assert_eq!(error(&Expected { size: Some(1 << 20), ..expected }), None);
+    assert_eq!(error(&Expected { size: Some(1 << 30), ..expected }), None);
     assert_eq!(error(&Expected { source_size: None, ..expected }), None);
     let smaller = Expected {
         source_size: Some((1 << 30) - 512),

@@ -125,7 +125,10 @@ impl CloneSlice {
     /// A write of hydrated bytes that is durable when it returns. A write that fails is its client's affair; but when
     /// only its flush failed, writes that were acknowledged before it may be lost too, as after any failed flush.
     async fn write_durably(&self, range: ByteRange, data: Bytes) -> Result<()> {
-        let Err(error) = self.write_destination(range, data.clone(), true).await else { return Ok(()) };
+        let Err(error) = self.write_destination(range, data.clone(), true).await else {
+            // A flush that failed meanwhile may have dropped what another write put over a part of this one.
+            return self.state.check_mode(true);
+        };
         if self.write_destination(range, data, false).await.is_ok() {
             self.state.degrade(Mode::ReadOnly, &error);
         }

@@ -303,3 +303,23 @@ fn copies_that_fail_are_not_counted_as_hydrated() {
         assert!(stats.copied_bytes <= 64 * REGION && stats.source_read_bytes > stats.copied_bytes, "{stats:?}");
     });
 }
+
+/// It may have been dropped together with a write that came over it: whatever its own end, it is not durable for sure.
+#[test]
+fn a_fua_write_during_a_flush_that_fails_is_not_acknowledged() {
+    let setup = setup();
+    scenario(&setup, |clone| async move {
+        let destination = &clone.devices.destination;
+        clone.write(0, &[1; 4096]).await.unwrap();
+        clone.flush().await.unwrap();
+        destination.set_gate(|op| matches!(op, Op::Write { fua: true, .. }));
+        let writer = clone.clone();
+        let write = start(&clone, async move { writer.write_flags(0, &[2; 4096], RequestFlags::FUA).await });
+        clone.sim.sleep(Duration::from_millis(5)).await;
+        fail(destination, |op| *op == Op::Flush);
+        clone.flush().await.unwrap_err();
+        destination.clear_fault();
+        destination.clear_gate();
+        assert_eq!(result(&clone, &write).await.unwrap_err().kind(), ErrorKind::ReadOnly);
+    });
+}

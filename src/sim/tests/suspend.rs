@@ -6,7 +6,9 @@ use super::super::seeds;
 use super::{Seed, content, result, scenario, start};
 use crate::clone_state::Mode;
 use crate::error::ErrorKind;
+use crate::io_frontend::request::{Request, RequestFlags};
 use crate::meta::growth::Wanted;
+use bytes::Bytes;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -51,6 +53,29 @@ fn requests_are_held_and_go_on_after_resume() {
         let kinds: Vec<_> = clone.log.after(0, None).events.iter().map(|event| event.kind.name()).collect();
         let told = |name| kinds.iter().filter(|kind| **kind == name).count();
         assert_eq!((told("suspended"), told("resumed"), told("hydration_completed")), (1, 1, 1), "{kinds:?}");
+    });
+}
+
+/// While a request is on its way from one shard to another nobody but the first one's gate knows of it.
+#[test]
+fn a_request_between_shards_is_waited_for() {
+    scenario(&setup(), |clone| async move {
+        let writer = clone.clone();
+        clone.net.latency_us_max.set(50_000);
+        let write = start(&clone, async move {
+            let (offset, data) = (2 * 4 * REGION, Bytes::from(vec![5; 4096]));
+            let write = Request::Write { offset, data, flags: RequestFlags::empty() };
+            writer.submit(1, write).await.unwrap();
+        });
+        clone.sim.sleep(Duration::from_micros(10)).await;
+        clone.net.latency_us_max.set(30);
+        clone.suspend().await.unwrap();
+        let before = operations(&clone);
+        clone.sim.sleep(Duration::from_secs(1)).await;
+        assert_eq!(operations(&clone), before);
+        clone.resume().await.unwrap();
+        result(&clone, &write).await;
+        assert_eq!(clone.read(8 * REGION, REGION).await.unwrap(), [5; 4096]);
     });
 }
 
