@@ -222,6 +222,9 @@ pub struct CloneArgs {
     pub source_timeout: u32,
 
     /// Use a destination that holds something unknown: it is overwritten
+    ///
+    /// And vouch for a source or destination that is not the one that the metadata know: it is recorded as that of the
+    /// clone, and the one before is refused from then on.
     #[arg(long)]
     pub force: bool,
 

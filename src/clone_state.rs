@@ -14,7 +14,7 @@ use crate::units::{CloneId, Geometry, ShardIndex};
 use health::Health;
 pub use health::{CopyFailure, FailureReport, LastFailure};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::*};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 /// dm-clone's metadata mode.
@@ -89,6 +89,8 @@ pub struct CloneState {
     /// The background copy is under way as far as the events go: spares the lock.
     hydration_told: AtomicBool,
     budget: BudgetMember,
+    /// The source turned out to be another one.
+    source_refusal: OnceLock<Error>,
 }
 
 impl CloneState {
@@ -128,6 +130,7 @@ impl CloneState {
             health: Mutex::default(),
             hydration_told: AtomicBool::new(false),
             budget: BudgetMember::alone(),
+            source_refusal: OnceLock::new(),
         }
     }
 
@@ -281,6 +284,13 @@ impl CloneState {
         // Clients may have overwritten what could not be copied.
         self.hydration_stopped.store(false, Release);
         self.events.set_complete();
+    }
+    /// Nothing more is read from the source, on no shard, until the clone is started again; and why.
+    pub fn refuse_source(&self, why: Error) {
+        let _ = self.source_refusal.set(why);
+    }
+    pub fn source_refusal(&self) -> Option<&Error> {
+        self.source_refusal.get()
     }
     pub fn is_stopping(&self) -> bool {
         self.stopping.load(Acquire)

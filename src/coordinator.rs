@@ -346,6 +346,22 @@ impl Coordinator {
         Ok(())
     }
 
+    /// Records, durably, what the source is, unless the metadata say that already or are not written any more.
+    pub async fn record_source(&self, source: codec::SourceFingerprint) -> Result<()> {
+        let _writing = self.writing.acquire(1).await;
+        let store = self.store.borrow().clone();
+        let before = store.superblock();
+        if self.state.is_stopping() || self.state.is_complete() || before.source == source {
+            return Ok(());
+        }
+        self.state.check_mode(true)?;
+        let generation = Generation(self.generation.get().0 + 1);
+        let recorded = store.record_devices(source, before.destination_id, generation).await;
+        recorded.map_err(|error| self.degrade(error))?;
+        self.generation.set(generation);
+        Ok(())
+    }
+
     fn degrade(&self, error: Error) -> Error {
         let gone = matches!(error.os_errno(), Some(libc::ENODEV | libc::ENXIO | libc::ENOMEDIUM));
         self.state.degrade(if gone { Mode::Failed } else { Mode::ReadOnly }, &error);

@@ -16,6 +16,7 @@ mod registry;
 mod resize;
 mod running;
 mod shard_source;
+mod source_watch;
 
 use crate::bail;
 use crate::commands::output_error;

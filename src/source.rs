@@ -2,6 +2,7 @@
 
 pub mod file;
 pub mod fingerprint;
+pub mod identity;
 pub mod nbd;
 pub mod padded;
 pub mod remote;

@@ -25,7 +25,7 @@ const LAYERS: [&str; 5] = [
     "disk env source local local/* event_log hydration_budget clone_state clone_state/* coordinator coordinator/*
      meta/store meta/store/sim shard shard/slice shard/slice/* shard/copy shard/copy_pool shard/hydrator
      shard/dispatch shard/gate shard/locks
-     source/file source/padded source/remote source/fingerprint source/nbd/status_cache
+     source/file source/padded source/remote source/fingerprint source/identity source/nbd/status_cache
      sim sim/*",
     // 3, edges: the kernel, sockets, glommio.
     "ring ring/* net metrics/* disk/ring disk/blocking env/glommio shard/pool environment service_manager unix_socket devices devices/*

@@ -179,7 +179,14 @@ const CLONE: &[Key] = &[
         Is("60"),
         "How long reads wait for a source that is gone before they fail.",
     ),
-    key("force", Boolean, Is("false"), "Use a destination that holds something unknown: it is overwritten."),
+    key(
+        "force",
+        Boolean,
+        Is("false"),
+        "For one start: use a destination that holds something unknown (it is overwritten), and vouch for a source or \
+         destination that is not the one the metadata know: they are recorded as those of the clone, and the ones before \
+         are refused from then on. Not to stay in the file: it would let every mix-up pass.",
+    ),
     key(
         "table",
         Other("a line of dm-clone's table: `0 LEN clone METADATA DESTINATION SOURCE REGION_SIZE ...`"),

@@ -18,6 +18,7 @@ use crate::human;
 use crate::hydration_budget::BudgetMember;
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::meta::codec::{self, SourceFingerprint, Superblock, metadata_size_needed};
+use crate::meta::commit::devices_to_record;
 use crate::meta::region_map::RegionMap;
 use crate::meta::store::Store;
 use crate::ring::Ring;
@@ -25,6 +26,7 @@ use crate::shard::pool::ShardContext;
 use crate::shard::slice::{CloneSlice, SliceParts};
 use crate::shard::{Mesh, ShardRequest};
 use crate::source::Source;
+use crate::source::identity::SourceIdentity;
 use crate::source::nbd::{NbdSource, SourceEvent};
 use crate::units::{CloneId, Generation, Geometry, ShardIndex, ZoneIndex};
 use futures_lite::future::yield_now;
@@ -54,8 +56,18 @@ pub struct ActiveClone {
     pub devices: RefCell<[Device; 2]>,
     /// A source that is a file or block device: its path, and what was there.
     pub source_place: RefCell<Option<(PathBuf, DeviceId)>>,
+    pub source_check: RefCell<Option<Rc<SourceCheck>>>,
     /// The clone is being resized: one at a time.
     pub resizing: Cell<bool>,
+}
+
+/// Whether the source is the one that the clone was made from.
+pub struct SourceCheck {
+    pub identity: Arc<SourceIdentity>,
+    /// The metadata say what it is.
+    pub recorded: Cell<bool>,
+    /// So many regions were hydrated before the metadata did, by a daemon before this one.
+    pub copied_before: Option<u64>,
 }
 
 /// How often an NBD source was lost, and found again.
@@ -97,6 +109,20 @@ async fn open(role: Role, path: &Path, target: Target, size: u64) -> Result<(Dev
     opened.await
 }
 
+/// Says what of a known clone's devices was replaced; what was not known before is no news.
+fn tell_recorded(config: &CloneConfig, before: &Superblock, source: SourceFingerprint, destination_id: [u8; 16]) {
+    let is_replaced = before.destination_id != destination_id && before.destination_id != codec::DESTINATION_NONE_YET;
+    let (name, metadata) = (&config.name, config.metadata.display());
+    if is_replaced {
+        let path = config.destination.display();
+        log::warn!("clone '{name}': metadata {metadata} belong to destination {path} from now on; others are refused");
+    }
+    if before.source.is_known() && before.source != source {
+        let source = &config.source;
+        log::warn!("clone '{name}': metadata {metadata} belong to source {source} as it is now; others are refused");
+    }
+}
+
 /// What a shard makes its slice from.
 struct ShardParts {
     state: Arc<CloneState>,
@@ -122,11 +148,12 @@ pub async fn activate(
     shared: Shared,
 ) -> Result<ActiveClone> {
     let Shared { events, budget } = shared;
-    let Prepared { geometry, fingerprint, source, destination, metadata, found } = prepared;
+    let Prepared { geometry, fingerprint, samples, source, destination, metadata, found } = prepared;
     let (destination, created_destination) =
         open(Role::Destination, &config.destination, destination, geometry.size()).await?;
     let metadata_size = metadata_size_needed(&geometry);
     let (metadata, created_metadata) = open(Role::Metadata, &config.metadata, metadata, metadata_size).await?;
+    let mut source_was_known = true;
     let (store, zones, generation) = match found {
         FoundMetadata::Ours(opened) => {
             // What is wrong with a superblock copy was told when it was found.
@@ -134,11 +161,14 @@ pub async fn activate(
                 log::warn!("{}: {told}", metadata.label());
             }
             let (superblock, mut generation) = (opened.store.superblock(), opened.generation);
-            if superblock.lacks_devices() && superblock.state == codec::CloneState::Active {
-                // Made by `hydrant meta`: from now on they belong to these.
+            source_was_known = superblock.source.is_known();
+            // Before anything is served: with `--force` the clone is these devices' from now on, and the ones before are
+            // refused. (What a crash leaves of it in one superblock copy counts.)
+            if let Some((source, id)) = devices_to_record(&superblock, fingerprint, destination.fingerprint_id()) {
                 generation = Generation(generation.0 + 1);
-                let recorded = opened.store.record_devices(fingerprint, destination.fingerprint_id(), generation).await;
+                let recorded = opened.store.record_devices(source, id, generation).await;
                 recorded.map_err(|error| error.within(metadata.label()))?;
+                tell_recorded(config, &superblock, source, id);
             }
             (opened.store, opened.zones, generation)
         }
@@ -179,10 +209,22 @@ pub async fn activate(
     let state = Arc::new(state.with_budget(budget).with_hydration_failures_max(config.hydration_failures_max));
     let complete = store.superblock().state == codec::CloneState::Complete;
     let source_counts = Rc::<SourceCounts>::default();
-    let nbd_source = source.as_ref().and_then(|source| watch(context, source, fingerprint, &state, &source_counts));
+    // A user vouches for what can't be read now.
+    let must_be = if config.force && samples.as_ref().is_some_and(|seen| !seen.is_complete()) {
+        SourceFingerprint::UNKNOWN
+    } else {
+        fingerprint
+    };
+    let identity = samples.map(|samples| Arc::new(SourceIdentity::new(must_be, samples)));
+    let watched = source.as_ref().zip(identity.as_ref());
+    let nbd_source = watched.and_then(|(source, identity)| watch(context, source, identity, &state, &source_counts));
     let source_place = source.as_ref().and_then(OpenSource::place);
     let source = (!complete).then(|| (source, fingerprint.size.min(geometry.size())));
     attach_slices(context, &state, &geometry, zones, &destination, source).await?;
+    let source_check = identity.map(|identity| {
+        let copied_before = Some(state.hydrated()).filter(|hydrated| !source_was_known && *hydrated > 0);
+        Rc::new(SourceCheck { identity, recorded: Cell::new(must_be.is_known()), copied_before })
+    });
     if geometry.nr_zones() >= ZONES_WORTH_A_TRIM {
         // What was loaded is in the maps now; it is not to stay in the memory of the process as well.
         let _ = Ring::current().blocking(environment::give_back_memory).await;
@@ -216,6 +258,7 @@ pub async fn activate(
         source_counts,
         devices: RefCell::new([destination, metadata]),
         source_place: RefCell::new(source_place),
+        source_check: RefCell::new(source_check),
         resizing: Cell::new(false),
     })
 }
@@ -237,19 +280,22 @@ pub async fn abandon(context: &Rc<ShardContext>, id: CloneId) {
 pub(super) fn watch(
     context: &Rc<ShardContext>,
     source: &OpenSource,
-    fingerprint: SourceFingerprint,
+    identity: &Arc<SourceIdentity>,
     state: &Arc<CloneState>,
     counts: &Rc<SourceCounts>,
 ) -> Option<Weak<NbdSource>> {
     let OpenSourceKind::Nbd { source, .. } = &source.kind else { return None };
-    source.expect(fingerprint);
+    source.expect(identity.clone());
     let (state, mesh, env, counts) = (state.clone(), context.mesh.clone(), context.env.clone(), counts.clone());
     source.on_event(move |event| match event {
         SourceEvent::Lost(error) => {
             counts.losses.set(counts.losses.get() + 1);
             state.source_lost(error, env.now());
         }
-        SourceEvent::Changed(error) => state.source_changed(error, env.now()),
+        SourceEvent::Changed(error) => {
+            state.refuse_source(error.clone());
+            state.source_changed(error, env.now());
+        }
         SourceEvent::Found => {
             counts.reconnects.set(counts.reconnects.get() + 1);
             state.source_found(env.now());

@@ -147,9 +147,9 @@ impl RunningClone {
         }
     }
 
-    /// What is wrong with the files of the clone, and what to do about it; a line each.
+    /// What is wrong with the files of the clone, or not certain of its source, and what to do about it; a line each.
     pub fn warnings(&self) -> Vec<String> {
-        (0..WATCHED).filter_map(|index| self.words(index)).collect()
+        (0..WATCHED).filter_map(|index| self.words(index)).chain(self.source_warning()).collect()
     }
 
     fn words(&self, index: usize) -> Option<String> {

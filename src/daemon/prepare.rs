@@ -14,7 +14,7 @@ use crate::ring::Ring;
 use crate::shard::pool::ShardContext;
 use crate::source::Source;
 use crate::source::file::FileSource;
-use crate::source::fingerprint::fingerprint;
+use crate::source::fingerprint::{Samples, sample};
 use crate::source::nbd::{NbdSource, NbdSourceOptions};
 use crate::source::padded::PaddedSource;
 use crate::source::uri::{NbdUri, SourceSpec};
@@ -62,6 +62,8 @@ pub struct Prepared {
     pub geometry: Geometry,
     /// Of what the clone takes from its source: so many bytes from its start.
     pub fingerprint: SourceFingerprint,
+    /// What could be read of the source's samples; `None` when it was not looked at.
+    pub samples: Option<Samples>,
     /// `None`: the clone needs no source, it is complete or reads zeros where it is not hydrated.
     pub source: Option<OpenSource>,
     pub destination: Target,
@@ -147,7 +149,8 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
                 }
                 _ => destination_of_clone(&destination, config)?,
             };
-            let found_fingerprint = readable_fingerprint_of(config, &source, superblock.source_len()).await?;
+            let (found_fingerprint, samples) =
+                readable_fingerprint_of(config, &source, superblock.source_len()).await?;
             let expected = Expected {
                 size: as_table::size_wanted(config, superblock.geometry.size()),
                 source_size: Some(source.source.size()),
@@ -171,6 +174,7 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
             Ok(Prepared {
                 geometry: superblock.geometry,
                 fingerprint: if is_better { superblock.source } else { found_fingerprint },
+                samples: Some(samples),
                 source: Some(source),
                 destination,
                 metadata,
@@ -182,12 +186,13 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
             if size > has {
                 bail!(TooSmall, "source {} is too small: it has {has} bytes, {size} are to be cloned", config.source);
             }
-            let found_fingerprint = readable_fingerprint_of(config, &source, size).await?;
+            let (found_fingerprint, samples) = readable_fingerprint_of(config, &source, size).await?;
             let geometry = geometry_for(size, config.region_size.unwrap_or_default())?;
             check_new(config, &geometry, &destination, &metadata).await?;
             Ok(Prepared {
                 geometry,
                 fingerprint: found_fingerprint,
+                samples: Some(samples),
                 source: Some(source),
                 destination,
                 metadata,
@@ -198,26 +203,45 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
 }
 
 /// The fingerprint of the first `len` bytes of a source, or of all when it has not so many.
-pub async fn fingerprint_of(config: &CloneConfig, source: &OpenSource, len: u64) -> Result<SourceFingerprint> {
+pub async fn fingerprint_of(
+    config: &CloneConfig,
+    source: &OpenSource,
+    len: u64,
+) -> Result<(SourceFingerprint, Samples)> {
     let len = len.min(source.source.size());
     let seen = PaddedSource::view(source.source.clone(), len, len);
-    fingerprint(&*seen).await.map_err(|error| error.within(format!("source {}", config.source)))
+    let read = async {
+        let sampled = sample(&*seen).await?;
+        match (sampled.error, sampled.samples.fingerprint()) {
+            (None, Some(fingerprint)) => Ok((fingerprint, sampled.samples)),
+            (error, _) => Err(error.unwrap_or_else(|| Error::new(ErrorKind::Io, "not all samples could be read"))),
+        }
+    };
+    read.await.map_err(|error| error.within(format!("source {}", config.source)))
 }
 
 /// As [`fingerprint_of`], but bad sectors of the source must not keep a clone from starting: they are what many a clone is
-/// made for, and a clone that was written to is needed whatever its source does. Then nothing is known but the size.
-async fn readable_fingerprint_of(config: &CloneConfig, source: &OpenSource, len: u64) -> Result<SourceFingerprint> {
-    match fingerprint_of(config, source, len).await {
-        Err(error) if error.kind() == ErrorKind::Io => {
-            log::warn!(
-                "clone '{}': {error}; so it is not checked, but for its size, that this is the source of the clone",
-                config.name
-            );
-            let size = len.min(source.source.size());
-            Ok(SourceFingerprint { size, ..SourceFingerprint::UNKNOWN })
-        }
-        result => result,
+/// made for, and a clone that was written to is needed whatever its source does. Then nothing is known but the size, and
+/// the samples that could be read.
+async fn readable_fingerprint_of(
+    config: &CloneConfig,
+    source: &OpenSource,
+    len: u64,
+) -> Result<(SourceFingerprint, Samples)> {
+    let len = len.min(source.source.size());
+    let seen = PaddedSource::view(source.source.clone(), len, len);
+    let sampled = sample(&*seen).await.map_err(|error| error.within(format!("source {}", config.source)))?;
+    if let Some(error) = sampled.error {
+        let (read, all) = (sampled.samples.read_count(), sampled.samples.count());
+        log::warn!(
+            "clone '{}': source {}: {error}; {read} of {all} samples could be read, so it is not certain that this is the \
+             source of the clone; it is looked at again",
+            config.name,
+            config.source
+        );
     }
+    let unknown = SourceFingerprint { size: len, ..SourceFingerprint::UNKNOWN };
+    Ok((sampled.samples.fingerprint().unwrap_or(unknown), sampled.samples))
 }
 
 /// Logs where sizes that may differ do. A clone that is larger than what is given may have grown, or may never have had
@@ -379,7 +403,7 @@ async fn without_source(
     let (geometry, fingerprint) = (superblock.geometry, superblock.source);
     let opened = load(&metadata, recovered).await?;
     let found = FoundMetadata::Ours(Box::new(opened));
-    Ok(Prepared { geometry, fingerprint, source: None, destination, metadata, found })
+    Ok(Prepared { geometry, fingerprint, samples: None, source: None, destination, metadata, found })
 }
 
 /// Opens the source on the coordinator's shard. `others`: destination and metadata.

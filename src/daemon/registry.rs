@@ -162,7 +162,12 @@ impl Daemon {
                     Ok(Started::GivenUp)
                 }
                 Err(error) => {
-                    events.record(EventKind::StartFailed, format!("could not be started: {error}"));
+                    // Of a daemon for one clone it is the end, and `hydrant clone` begins again.
+                    let again = match keep && !daemon.config.one_clone {
+                        true => "; nothing tries again by itself: when that is mended, `hydrant create FILE` starts it",
+                        false => "",
+                    };
+                    events.record(EventKind::StartFailed, format!("could not be started: {error}{again}"));
                     events.set_ending();
                     if keep {
                         daemon

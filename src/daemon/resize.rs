@@ -8,7 +8,7 @@
 //! Who is killed in between leaves a longer destination. It is not cut back at the next start, which can't know whose
 //! doing that was (a destination may be larger than its clone, as with dm-clone); it is told instead.
 
-use super::activate;
+use super::activate::{self, SourceCheck};
 use super::prepare::{OpenSource, beside_clients, disk_parts, fingerprint_of, open_source};
 use super::running::RunningClone;
 use super::shard_source::SourceRecipe;
@@ -24,11 +24,14 @@ use crate::ring::Ring;
 use crate::shard::Mesh;
 use crate::shard::pool::ShardContext;
 use crate::source::Source;
+use crate::source::fingerprint::Samples;
+use crate::source::identity::SourceIdentity;
 use crate::source::uri::SourceSpec;
 use crate::units::{CloneId, Geometry, ShardIndex};
 use std::cell::Cell;
 use std::ffi::OsStr;
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// One resize at a time.
 struct Resizing<'a>(&'a Cell<bool>);
@@ -70,6 +73,8 @@ struct Growing {
     from_size: u64,
     geometry: Geometry,
     fingerprint: SourceFingerprint,
+    /// When it is opened anew.
+    samples: Option<Samples>,
     /// How much of its source.
     shown: u64,
 }
@@ -101,10 +106,13 @@ impl RunningClone {
         let (geometry, shown) = (growth.geometry, growth.source_len);
         // What is only let go of needs no new connection.
         let source = source.filter(|_| shown > 0);
-        let fingerprint = match &source {
-            Some(source) => fingerprint_of(&self.config, source, shown).await?,
-            None if shown == 0 => SourceFingerprint::NONE,
-            None => superblock.source,
+        let (fingerprint, samples) = match &source {
+            Some(source) => {
+                let (fingerprint, samples) = fingerprint_of(&self.config, source, shown).await?;
+                (fingerprint, Some(samples))
+            }
+            None if shown == 0 => (SourceFingerprint::NONE, None),
+            None => (superblock.source, None),
         };
 
         let [destination, metadata] = {
@@ -122,7 +130,7 @@ impl RunningClone {
                 return Err(error);
             }
         };
-        let growth = Growing { from_size: superblock.geometry.size(), geometry, fingerprint, shown };
+        let growth = Growing { from_size: superblock.geometry.size(), geometry, fingerprint, samples, shown };
         match self.grow_into(context, growth, source, [&destination.device, &metadata.device]).await {
             Ok(()) => {
                 *clone.devices.borrow_mut() = [destination.device, metadata.device];
@@ -142,13 +150,15 @@ impl RunningClone {
     async fn grow_into(
         &self,
         context: &Rc<ShardContext>,
-        Growing { from_size, geometry, fingerprint, shown }: Growing,
+        Growing { from_size, geometry, fingerprint, samples, shown }: Growing,
         source: Option<OpenSource>,
         [destination, metadata]: [&Device; 2],
     ) -> Result<()> {
         let clone = &self.clone;
+        let identity = samples.map(|samples| Arc::new(SourceIdentity::new(fingerprint, samples)));
+        let watched = source.as_ref().zip(identity.as_ref());
         let watched =
-            source.as_ref().and_then(|s| activate::watch(context, s, fingerprint, &clone.state, &clone.source_counts));
+            watched.and_then(|(s, known)| activate::watch(context, s, known, &clone.state, &clone.source_counts));
         let place = source.as_ref().and_then(OpenSource::place);
         let parts = GrowParts {
             from_size,
@@ -161,6 +171,10 @@ impl RunningClone {
         clone.coordinator.grow(parts).await?;
         if watched.is_some() || shown == 0 {
             *clone.nbd_source.borrow_mut() = watched;
+        }
+        if identity.is_some() || shown == 0 {
+            let check = |identity| Rc::new(SourceCheck { identity, recorded: Cell::new(true), copied_before: None });
+            *clone.source_check.borrow_mut() = identity.map(check);
         }
         if place.is_some() || shown == 0 {
             *clone.source_place.borrow_mut() = place;
@@ -183,7 +197,7 @@ impl RunningClone {
         let opened = open_source(context, config, spec, places, context.mesh.shards()).await;
         let source = opened.map_err(|error| error.within(format!("resize needs the source{}", hint())))?;
         if superblock.source.is_known() && source.source.size() >= superblock.source.size {
-            let found = fingerprint_of(config, &source, superblock.source.size).await?;
+            let (found, _) = fingerprint_of(config, &source, superblock.source.size).await?;
             if found != superblock.source && !config.force {
                 bail!(SourceChanged, "source {}: its content is not what the clone was made from", config.source);
             }

@@ -74,6 +74,7 @@ impl RunningClone {
             complete_since: Cell::new(None),
             watched: Watched::default(),
         });
+        running.watch_source(context);
         if let Err(error) = running.serve(context).await {
             // What it says of its end is less than why.
             let _ = running.end(context, listeners, context.env.now()).await;
@@ -335,6 +336,9 @@ impl RunningClone {
         status.reconnects = self.clone.source_counts.reconnects.get();
         if self.clone.state.is_complete() {
             status.state = SourceState::Released;
+        }
+        if status.state == SourceState::Connected && self.clone.state.source_refusal().is_some() {
+            status.state = SourceState::Changed;
         }
         let source = self.clone.nbd_source.borrow().as_ref().and_then(|source| source.upgrade());
         if status.state == SourceState::Connected

@@ -8,17 +8,18 @@ use super::prepare::{OpenSource, OpenSourceKind};
 use crate::bail;
 use crate::disk::ring::{DiskParts, RingDisk};
 use crate::error::Result;
-use crate::meta::codec::SourceFingerprint;
 use crate::shard::COORDINATOR;
 use crate::shard::pool::ShardContext;
 use crate::source::Source;
 use crate::source::file::FileSource;
+use crate::source::identity::SourceIdentity;
 use crate::source::nbd::{NbdSource, NbdSourceOptions};
 use crate::source::padded::PaddedSource;
 use crate::source::remote::RemoteSource;
 use crate::source::uri::NbdUri;
 use crate::units::CloneId;
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// What another shard makes its source from.
 enum Parts {
@@ -28,7 +29,7 @@ enum Parts {
         uri: NbdUri,
         options: NbdSourceOptions,
         size: u64,
-        expected: Option<SourceFingerprint>,
+        expected: Option<Arc<SourceIdentity>>,
     },
     Remote,
     /// What the shard's slice has already, seen with another size.

@@ -84,26 +84,42 @@ impl Recovery {
 }
 
 /// Whether both can be of one clone. Its size, and what it takes from its source, change when it grows: the newer one is
-/// larger then. What was not known when the metadata were made may be in one copy only: recording it writes one after
-/// the other.
+/// larger then. What was not known when the metadata were made, and what a forced start records anew
+/// ([`devices_to_record`]), may be in one copy only: one is written after the other.
 fn same_clone(a: &Superblock, b: &Superblock) -> bool {
     let division = |s: &Superblock| (s.geometry.region_size(), s.geometry.regions_per_zone());
     let immutable = |s: &Superblock| (s.uuid, division(s), s.created_unix_s);
     let same_source = a.source == b.source || !a.source.is_known() || !b.source.is_known();
     let (a_size, b_size) = (a.geometry.size(), b.geometry.size());
-    let same_or_grown = match a.generation.cmp(&b.generation) {
-        _ if a_size == b_size => same_source,
-        Ordering::Equal => false,
-        Ordering::Less => a_size < b_size,
-        Ordering::Greater => a_size > b_size,
+    let may_follow = match a.generation.cmp(&b.generation) {
+        Ordering::Equal => a_size == b_size && same_source && fits(a.destination_id, b.destination_id),
+        Ordering::Less => a_size <= b_size,
+        Ordering::Greater => a_size >= b_size,
     };
-    immutable(a) == immutable(b) && same_or_grown && fits(a.destination_id, b.destination_id)
+    immutable(a) == immutable(b) && may_follow
 }
 
 /// Whether two destination ids may be of the same one.
 fn fits(a: [u8; 16], b: [u8; 16]) -> bool {
     let open = |id| [DESTINATION_UNKNOWN, DESTINATION_NONE_YET].contains(&id);
     a == b || open(a) || open(b)
+}
+
+/// What the superblock is to say of source and destination after a start with these was admitted: what was not known
+/// before, and what a user has vouched for that is something else (so that the one before is refused from then on).
+/// `None`: it says that already. What is not known now does not replace what was.
+pub fn devices_to_record(
+    superblock: &Superblock,
+    source: SourceFingerprint,
+    destination_id: [u8; 16],
+) -> Option<(SourceFingerprint, [u8; 16])> {
+    let before = (superblock.source, superblock.destination_id);
+    let source = if source.is_known() { source } else { before.0 };
+    let destination_id = match fits(destination_id, before.1) && before.1 != DESTINATION_NONE_YET {
+        true => before.1,
+        false => destination_id,
+    };
+    Some((source, destination_id)).filter(|now| *now != before)
 }
 
 /// Judges the two copies. A valid copy counts beside a missing, damaged or unreadable one, bytes that nobody knows

@@ -236,8 +236,11 @@ impl CloneSlice {
         self.sched.borrow().is_paused() || self.state.hydration_paused_until(self.env.now()).is_some()
     }
 
-    /// The source; gone once everything is hydrated.
+    /// The source; gone once everything is hydrated. An error when it turned out to be another one.
     pub fn source(&self) -> Result<Rc<dyn Source>> {
+        if let Some(refusal) = self.state.source_refusal() {
+            return Err(refusal.clone());
+        }
         let source = self.source.borrow().clone();
         source.ok_or_else(|| {
             Error::new(ErrorKind::SourceLost, format!("clone '{}' has let go of its source", self.state.name))

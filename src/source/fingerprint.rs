@@ -12,7 +12,7 @@
 //! and the k-th quarter of every sample, in order; a sample of L bytes is quartered at `L*k/4`.
 
 use crate::dma_buf::DmaBuf;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::LocalBoxFuture;
 use crate::local::join_all;
 use crate::meta::codec::SourceFingerprint;
@@ -27,30 +27,128 @@ pub const SAMPLE_LEN: u64 = 4096;
 /// How many samples are read at the same time.
 const SAMPLES_IN_FLIGHT: usize = 16;
 
+/// So many samples that can't be read, and no more are tried: each may take a bad disk many seconds.
+const FAILED_SAMPLES_MAX: usize = 16;
+
+/// The checksums of the samples that could be read; they can be sent.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Samples {
+    size: u64,
+    /// The crc32c of each quarter.
+    found: Vec<Option<[u32; 4]>>,
+    /// Of all of them, when they were read at one time.
+    digest: Option<[u8; 16]>,
+}
+
+/// What a look at a source found.
+pub struct Sampled {
+    pub samples: Samples,
+    /// Why some are missing: the first error.
+    pub error: Option<Error>,
+}
+
+impl Samples {
+    /// In bytes: so many of the source, from its start.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+    pub fn count(&self) -> usize {
+        self.found.len()
+    }
+    pub fn read_count(&self) -> usize {
+        self.found.iter().flatten().count()
+    }
+    pub fn is_complete(&self) -> bool {
+        self.read_count() == self.count()
+    }
+
+    /// How many samples both know; `None` when one of them differs.
+    pub fn agrees(&self, other: &Samples) -> Option<usize> {
+        if self.size != other.size {
+            return None;
+        }
+        let both = self.found.iter().zip(&other.found).filter_map(|(a, b)| Some((a.as_ref()?, b.as_ref()?)));
+        let mut compared = 0;
+        for (a, b) in both {
+            if a != b {
+                return None;
+            }
+            compared += 1;
+        }
+        Some(compared)
+    }
+
+    /// What `other` has and this has not. They agree.
+    pub fn add(&mut self, other: &Samples) {
+        for (mine, theirs) in self.found.iter_mut().zip(&other.found) {
+            *mine = mine.or(*theirs);
+        }
+        self.digest = self.digest.or(other.digest);
+    }
+
+    /// `None` as long as one is missing.
+    pub fn fingerprint(&self) -> Option<SourceFingerprint> {
+        let found = self.found.iter().copied().collect::<Option<Vec<_>>>()?;
+        let digest = self.digest.unwrap_or_else(|| {
+            let mut lanes = [crc32c::crc32c(&self.size.to_le_bytes()); 4];
+            for (place, quarters) in sample_places(self.size).iter().zip(&found) {
+                let len = place.len() as usize;
+                for (k, lane) in lanes.iter_mut().enumerate() {
+                    *lane = crc32c::crc32c_combine(*lane, quarters[k], len * (k + 1) / 4 - len * k / 4);
+                }
+            }
+            digest_of(lanes)
+        });
+        Some(SourceFingerprint { size: self.size, samples: found.len() as u32, digest })
+    }
+}
+
 /// Reads the samples of `source`, 16 at a time, and digests them. Fails as the reads fail.
 pub async fn fingerprint(source: &dyn Source) -> Result<SourceFingerprint> {
+    let Sampled { samples, error } = sample(source).await?;
+    match (error, samples.fingerprint()) {
+        (None, Some(fingerprint)) => Ok(fingerprint),
+        (Some(error), _) => Err(error),
+        (None, None) => unreachable!("what is missing has an error"),
+    }
+}
+
+/// Reads the samples of `source`, 16 at a time. One that fails by itself (`Io`: a bad sector) is left out; fails as the
+/// reads fail for any other reason.
+pub async fn sample(source: &dyn Source) -> Result<Sampled> {
     let size = source.size();
     let places = sample_places(size);
-    let samples: RefCell<Vec<Option<DmaBuf>>> = RefCell::new(places.iter().map(|_| None).collect());
-    let next = Cell::new(0);
+    let read: RefCell<Vec<Option<DmaBuf>>> = RefCell::new(places.iter().map(|_| None).collect());
+    let (next, failed, first) = (Cell::new(0), Cell::new(0), RefCell::new(None));
     let readers = (0..SAMPLES_IN_FLIGHT.min(places.len())).map(|_| {
-        let (places, samples, next) = (&places, &samples, &next);
+        let (places, read, next, failed, first) = (&places, &read, &next, &failed, &first);
         Box::pin(async move {
-            while let Some(place) = places.get(next.replace(next.get() + 1)) {
+            while failed.get() < FAILED_SAMPLES_MAX
+                && let Some(place) = places.get(next.replace(next.get() + 1))
+            {
                 let index = next.get() - 1;
-                let sample = source.read(*place).await?;
-                samples.borrow_mut()[index] = Some(sample);
+                match source.read(*place).await {
+                    Ok(sample) => read.borrow_mut()[index] = Some(sample),
+                    Err(error) if error.kind() == ErrorKind::Io => {
+                        failed.set(failed.get() + 1);
+                        first.borrow_mut().get_or_insert(error);
+                    }
+                    Err(error) => return Err(error),
+                }
             }
             Ok(())
         }) as LocalBoxFuture<'_, Result<()>>
     });
     join_all(readers.collect()).await.into_iter().collect::<Result<Vec<()>>>()?;
-    let samples = samples.into_inner();
-    Ok(SourceFingerprint {
-        size,
-        samples: samples.len() as u32,
-        digest: digest(size, samples.iter().flatten().map(|sample| &sample[..])),
-    })
+    let read = read.into_inner();
+    let all = read.iter().all(Option::is_some);
+    let digest = all.then(|| digest(size, read.iter().flatten().map(|sample| &sample[..])));
+    let found = read.iter().map(|sample| sample.as_ref().map(|sample| quarters(sample).map(crc32c::crc32c))).collect();
+    Ok(Sampled { samples: Samples { size, found, digest }, error: first.into_inner() })
+}
+
+fn quarters(sample: &[u8]) -> [&[u8]; 4] {
+    std::array::from_fn(|k| &sample[sample.len() * k / 4..sample.len() * (k + 1) / 4])
 }
 
 /// Where the samples of a source of `size` bytes are.
@@ -75,11 +173,14 @@ fn sample_places(size: u64) -> Vec<ByteRange> {
 fn digest<'a>(size: u64, samples: impl Iterator<Item = &'a [u8]>) -> [u8; 16] {
     let mut lanes = [crc32c::crc32c(&size.to_le_bytes()); 4];
     for sample in samples {
-        for (k, lane) in lanes.iter_mut().enumerate() {
-            let quarter = &sample[sample.len() * k / 4..sample.len() * (k + 1) / 4];
+        for (lane, quarter) in lanes.iter_mut().zip(quarters(sample)) {
             *lane = crc32c::crc32c_append(*lane, quarter);
         }
     }
+    digest_of(lanes)
+}
+
+fn digest_of(lanes: [u32; 4]) -> [u8; 16] {
     let mut digest = [0; 16];
     for (place, lane) in digest.chunks_exact_mut(4).zip(lanes) {
         place.copy_from_slice(&lane.to_le_bytes());
@@ -88,7 +189,7 @@ fn digest<'a>(size: u64, samples: impl Iterator<Item = &'a [u8]>) -> [u8; 16] {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::bail;
     use crate::io_frontend::request::{Allocation, Extent};
@@ -177,6 +278,32 @@ mod tests {
         assert_eq!(source.most.get(), SAMPLES_IN_FLIGHT);
         source.fails_at = Some((1 << 30) - 1);
         assert_eq!(block_on(fingerprint(&source)).unwrap_err().to_string(), "bad sector");
+    }
+
+    /// What a source of 1 GiB of `byte` has: those samples of it.
+    pub fn of_parts(byte: u8, parts: std::ops::Range<usize>) -> Samples {
+        let Sampled { mut samples, .. } = block_on(sample(&pattern(1 << 30, &|at| byte ^ (at >> 20) as u8))).unwrap();
+        samples.digest = None;
+        samples.found.iter_mut().enumerate().filter(|(i, _)| !parts.contains(i)).for_each(|(_, one)| *one = None);
+        samples
+    }
+    pub fn whole(byte: u8) -> SourceFingerprint {
+        of(1 << 30, &|at| byte ^ (at >> 20) as u8)
+    }
+
+    #[test]
+    fn what_was_read_in_parts_has_the_same_digest() {
+        let mut parts = of_parts(7, 0..20);
+        assert_eq!(parts.fingerprint(), None);
+        parts.add(&of_parts(7, 20..64));
+        assert_eq!(parts.fingerprint(), Some(whole(7)));
+        let mut source = pattern(100_001, &|at| at as u8);
+        source.fails_at = Some(100_000);
+        let Sampled { mut samples, error } = block_on(sample(&source)).unwrap();
+        assert_eq!((samples.read_count(), error.unwrap().to_string().as_str()), (24, "bad sector"));
+        source.fails_at = Some(5000);
+        samples.add(&block_on(sample(&source)).unwrap().samples);
+        assert_eq!(samples.fingerprint(), Some(of(100_001, &|at| at as u8)), "the last sample is short");
     }
 
     proptest! {

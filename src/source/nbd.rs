@@ -27,8 +27,8 @@ use crate::error::{Error, Result};
 use crate::io_frontend::nbd::proto::TransmissionFlags;
 use crate::io_frontend::request::{Allocation, Extent, LocalBoxFuture};
 use crate::local::Semaphore;
-use crate::meta::codec::SourceFingerprint;
 use crate::source::Source;
+use crate::source::identity::SourceIdentity;
 use crate::source::uri::NbdUri;
 use crate::units::ByteRange;
 use crate::version::Version;
@@ -38,6 +38,7 @@ use link::Answer;
 use status_cache::StatusCache;
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Of what is asked of a server.
@@ -168,14 +169,13 @@ impl NbdSource {
         self.client.state()
     }
 
-    /// From now on a connection that is made again must lead to a source with this fingerprint, else the source has
-    /// changed. Not of a source that has none.
-    pub fn expect(&self, fingerprint: SourceFingerprint) {
-        self.client.expect(Some(fingerprint).filter(|fingerprint| fingerprint.samples > 0));
+    /// From now on a connection that is made again must lead to the source that is known, else the source has changed.
+    pub fn expect(&self, identity: Arc<SourceIdentity>) {
+        self.client.expect(identity);
     }
 
     /// What is expected of it.
-    pub fn expected(&self) -> Option<SourceFingerprint> {
+    pub fn expected(&self) -> Option<Arc<SourceIdentity>> {
         self.client.expected()
     }
 

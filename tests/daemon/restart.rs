@@ -131,3 +131,58 @@ fn without_a_flush_metadata_is_committed_every_second() {
     assert!(after >= before, "{after} regions are left of {before}");
     daemon.stop();
 }
+
+/// The destination was copied by hand and `--force` vouches for the copy: from then on the clone is the copy's.
+#[test]
+fn a_forced_destination_is_the_clones_from_then_on() {
+    need!("nbdsh");
+    let bench = Bench::new();
+    let source = bench.random("source", 2 * MIB);
+    let written = "h = connect(); h.pwrite(b'w' * 65536, 65536); h.flush()";
+    let daemon = bench.clone_of(&source).args("--no-hydration").start();
+    nbdsh(&daemon.uri(), written);
+    daemon.stop();
+    let moved = bench.path("moved");
+    fs::copy(bench.copy(), &moved).unwrap();
+    let stale = || bench.clone_of(&source);
+    let right = || bench.clone_of(&source).destination(&moved);
+    right().refused(&["belong to another destination", "--force"]);
+    let daemon = right().args("--no-hydration --force").start();
+    daemon.wait_log("from now on; others are refused");
+    daemon.kill9();
+    stale().refused(&["belong to another destination"]);
+    right().args("--no-hydration").start().stop();
+    // And back, to one of a complete clone, which stays complete.
+    let daemon = right().start();
+    daemon.wait_hydrated();
+    daemon.stop();
+    stale().refused(&["belong to another destination"]);
+    let again = bench.path("again");
+    fs::copy(&moved, &again).unwrap();
+    let daemon = bench.clone_of(&source).destination(&again).args("--force").start();
+    assert!(daemon.status().is_complete());
+    daemon.kill9();
+    right().refused(&["belong to another destination"]);
+    let daemon = bench.clone_of(&source).destination(&again).start();
+    assert!(daemon.status().is_complete());
+    daemon.stop();
+    let mut expected = fs::read(&source).unwrap();
+    expected[65536..131072].fill(b'w');
+    assert_same(&again, &expected);
+}
+
+#[test]
+fn a_forced_source_is_the_clones_from_then_on() {
+    let bench = Bench::new();
+    let (source, other) = (bench.random("source", 2 * MIB), bench.filled("other", 2 * MIB, 7));
+    bench.clone_of(&source).args("--no-hydration").start().stop();
+    bench.clone_of(&other).refused(&["the source's content is not that of the one", "--force"]);
+    let daemon = bench.clone_of(&other).args("--no-hydration --force").start();
+    daemon.wait_log("as it is now; others are refused");
+    daemon.kill9();
+    bench.clone_of(&source).refused(&["the source's content is not that of the one"]);
+    let daemon = bench.clone_of(&other).start();
+    daemon.wait_hydrated();
+    daemon.stop();
+    assert_same(&bench.copy(), &fs::read(&other).unwrap());
+}

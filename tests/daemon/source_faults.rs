@@ -3,6 +3,7 @@
 use super::harness::*;
 use hydrant::control::api::{HydrationState, SourceState};
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Every read of the source fails while the file `broken` is there.
@@ -215,4 +216,58 @@ fn a_source_that_comes_back_smaller_is_refused() {
     assert!(text.contains("changed: nothing more is read from it; when the right one is back, remove and"), "{text}");
     daemon.stop();
     bench.clone_of(server.uri()).refused(&["16MiB", "15MiB"]);
+}
+
+/// An export of a file, of which no read succeeds as long as `broken` is there.
+fn breakable(source: &Path, broken: &Path) -> String {
+    let (source, broken) = (source.display(), broken.display());
+    format!("-r --filter=error file {source} error-pread=EIO error-pread-rate=100% error-pread-file={broken}")
+}
+
+/// A source that can't be read when the clone is made is known as soon as it can be; another one is not mixed in then, in
+/// this life or the next.
+#[test]
+fn a_source_that_was_unreadable_at_first_is_known_later() {
+    need!("nbdkit", "nbdsh");
+    let bench = Bench::new();
+    let (source, other) = (bench.random("one", 2 * MIB), bench.filled("other", 2 * MIB, 7));
+    let broken = bench.filled("broken", 1, 0);
+    let mut server = Nbdkit::start(&bench, &breakable(&source, &broken));
+    let daemon = bench.clone_of(server.uri()).args("--no-hydration --shards 2").start();
+    let status = daemon.status();
+    assert!(status.warnings.concat().contains("0 of 64 samples of its content could be read"), "{:?}", status.warnings);
+    fs::remove_file(&broken).unwrap();
+    daemon.wait_status("known", |status| status.warnings.is_empty());
+    daemon.wait_log("all of its samples can be read, it is known now");
+    nbdsh(&daemon.uri(), "h = connect(); h.pread(65536, 0); h.flush()");
+    server.kill();
+    server.again(&format!("-r file {}", other.display()));
+    daemon.wait_status("changed", |status| status.source.state == SourceState::Changed);
+    nbdsh(&daemon.uri(), "h = connect(); fails(errno.EIO, lambda: h.pread(65536, 1 << 20))");
+    daemon.kill9();
+    bench.clone_of(&other).refused(&["the source's content is not that of the one"]);
+    let daemon = bench.clone_of(&source).start();
+    daemon.wait_hydrated();
+    daemon.stop();
+    assert_same_files(&bench.copy(), &source);
+}
+
+/// A known clone is started while its source can't be read, and it is another one: that is told, and noticed.
+#[test]
+fn another_source_that_was_unreadable_at_the_start_is_found_out() {
+    need!("nbdkit", "nbdsh");
+    let bench = Bench::new();
+    let (source, other) = (bench.random("one", 2 * MIB), bench.filled("other", 2 * MIB, 7));
+    bench.clone_of(&source).args("--no-hydration").start().stop();
+    let broken = bench.filled("broken", 1, 0);
+    let server = Nbdkit::start(&bench, &breakable(&other, &broken));
+    let daemon = bench.clone_of(server.uri()).args("--no-hydration --shards 2").start();
+    assert!(daemon.status().warnings.concat().contains("it is not certain that it is the source of this clone"));
+    fs::remove_file(&broken).unwrap();
+    daemon.wait_status("changed", |status| status.source.state == SourceState::Changed);
+    daemon.wait_event("now that it can be read, it is not the one the clone was made from");
+    nbdsh(&daemon.uri(), "h = connect(); fails(errno.EIO, lambda: h.pread(65536, 1 << 20))");
+    assert!(daemon.status().warnings.is_empty());
+    daemon.stop();
+    bench.clone_of(&source).args("--no-hydration").start().stop();
 }

@@ -136,10 +136,44 @@ fn copies_may_differ_in_what_was_not_known() {
     for (a, b) in [(sample(4), before.clone()), (before.clone(), sample(4))] {
         assert_eq!(verdict(Ok(Classified::Valid(a)), Ok(Classified::Valid(b))), "use 4");
     }
-    let other = Superblock { destination_id: [3; 16], ..sample(4) };
-    assert_eq!(verdict(valid(3), Ok(Classified::Valid(other))), "damaged");
-    let other = Superblock { source: SourceFingerprint { samples: 8, ..sample(3).source }, ..sample(4) };
-    assert_eq!(verdict(valid(3), Ok(Classified::Valid(other))), "damaged");
+    // A forced start was killed between the two: the newer one counts. Two of one generation were never written.
+    let other_destination = |generation| Superblock { destination_id: [3; 16], ..sample(generation) };
+    let source = SourceFingerprint { samples: 8, ..sample(3).source };
+    let other_source = |generation| Superblock { source, ..sample(generation) };
+    for other in [&other_destination as &dyn Fn(u64) -> Superblock, &other_source] {
+        let other = |generation| Ok(Classified::Valid(other(generation)));
+        assert_eq!(verdict(valid(3), other(4)), "use 4");
+        assert_eq!(verdict(other(4), valid(3)), "use 4");
+        assert_eq!(verdict(valid(4), other(4)), "damaged");
+    }
+}
+
+#[test]
+fn what_a_start_records() {
+    let size = 1 << 30;
+    let known = sample(1).source;
+    let (other, unread) = (SourceFingerprint { digest: [9; 16], ..known }, SourceFingerprint::UNKNOWN);
+    let unread = SourceFingerprint { size, ..unread };
+    let record = |superblock: &Superblock, source, id| devices_to_record(superblock, source, [id; 16]);
+    // As it is there; and what can't be seen now.
+    assert_eq!(record(&sample(1), known, 2), None);
+    assert_eq!(record(&sample(1), unread, 2), None);
+    assert_eq!(devices_to_record(&sample(1), known, DESTINATION_UNKNOWN), None);
+    // What a user has vouched for replaces what was there, each by itself.
+    assert_eq!(record(&sample(1), known, 3), Some((known, [3; 16])));
+    assert_eq!(record(&sample(1), other, 2), Some((other, [2; 16])));
+    assert_eq!(record(&sample(1), unread, 3), Some((known, [3; 16])));
+    let complete = Superblock { state: CloneState::Complete, ..sample(1) };
+    assert_eq!(record(&complete, known, 3), Some((known, [3; 16])));
+    // What was not known.
+    let unknown = Superblock { source: SourceFingerprint::UNKNOWN, ..sample(1) };
+    assert_eq!(record(&unknown, known, 2), Some((known, [2; 16])));
+    assert_eq!(record(&unknown, unread, 2), None);
+    let ahead = Superblock { destination_id: DESTINATION_NONE_YET, ..sample(1) };
+    assert_eq!(record(&ahead, known, 3), Some((known, [3; 16])));
+    assert_eq!(devices_to_record(&ahead, known, DESTINATION_UNKNOWN), Some((known, DESTINATION_UNKNOWN)));
+    let any = Superblock { destination_id: DESTINATION_UNKNOWN, ..sample(1) };
+    assert_eq!(record(&any, known, 3), None);
 }
 
 #[test]

@@ -23,8 +23,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::nbd::proto::TransmissionFlags;
 use crate::local::{Notify, oneshot};
 use crate::log_limit::LogLimit;
-use crate::meta::codec::SourceFingerprint;
 use crate::net::Stream;
+use crate::source::identity::SourceIdentity;
 use crate::source::nbd::assembly::Ask;
 use crate::source::nbd::dial::dial;
 use crate::source::nbd::handshake::{Export, negotiate};
@@ -39,6 +39,7 @@ use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hasher};
 use std::pin::pin;
 use std::rc::{Rc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// First and longest pause before a connection is made again.
@@ -71,7 +72,7 @@ pub(super) struct Client {
     latched: RefCell<Option<Error>>,
     closed: Cell<bool>,
     /// What a connection that is made again must lead to.
-    expected: Cell<Option<SourceFingerprint>>,
+    expected: RefCell<Option<Arc<SourceIdentity>>>,
     /// Wakes tasks that pause: the client was closed or latched.
     stop: Notify,
     /// When a request was last answered.
@@ -98,7 +99,7 @@ impl Client {
             links: RefCell::default(),
             latched: RefCell::default(),
             closed: Cell::new(false),
-            expected: Cell::new(None),
+            expected: RefCell::default(),
             stop: Notify::default(),
             state: RefCell::default(),
             listener: RefCell::default(),
@@ -126,11 +127,11 @@ impl Client {
     pub fn state(&self) -> SourceState {
         self.state.borrow().clone()
     }
-    pub fn expect(&self, fingerprint: Option<SourceFingerprint>) {
-        self.expected.set(fingerprint);
+    pub fn expect(&self, identity: Arc<SourceIdentity>) {
+        *self.expected.borrow_mut() = Some(identity);
     }
-    pub fn expected(&self) -> Option<SourceFingerprint> {
-        self.expected.get()
+    pub fn expected(&self) -> Option<Arc<SourceIdentity>> {
+        self.expected.borrow().clone()
     }
     pub fn set_listener(&self, listener: Listener) {
         *self.listener.borrow_mut() = Some(listener);
@@ -247,9 +248,9 @@ impl Client {
             }
         };
         let mut receiving = pin!(link.receive(&now, &completed));
-        if let Some(expected) = self.expected.get().filter(|_| again) {
+        if let Some(expected) = self.expected().filter(|_| again) {
             let ended = async { Err(receiving.as_mut().await) };
-            let verified = or(ended, self.verify(&link, expected)).await;
+            let verified = or(ended, self.verify(&link, &expected)).await;
             if self.stopping() || verified.is_err() {
                 let error = verified.err().unwrap_or_else(|| self.closed_error());
                 link.end(error.clone());
@@ -301,7 +302,7 @@ impl Client {
     }
 
     /// Fails when the connection leads to another source, which latches that, or does not answer.
-    async fn verify(&self, link: &Link, expected: SourceFingerprint) -> Result<()> {
+    async fn verify(&self, link: &Link, expected: &SourceIdentity) -> Result<()> {
         let silence = self.options.request_timeout;
         let late = async {
             or(self.env.sleep(silence), self.stop.notified()).await;
@@ -319,7 +320,8 @@ impl Client {
             }
             Verdict::Unknown(error) if link.is_ended() => Err(error),
             Verdict::Unknown(error) => {
-                let what = format!("source {}: it can't be seen whether it is the same as before", self.uri);
+                let what =
+                    format!("source {}: it can't be seen for certain whether it is the same as before", self.uri);
                 self.warn(&error.within(what));
                 Ok(())
             }

@@ -11,9 +11,9 @@ use crate::dma_buf::DmaBuf;
 use crate::error::Result;
 use crate::io_frontend::request::{Allocation, Extent, LocalBoxFuture};
 use crate::local::oneshot;
-use crate::meta::codec::SourceFingerprint;
 use crate::source::Source;
-use crate::source::fingerprint::fingerprint;
+use crate::source::fingerprint::sample;
+use crate::source::identity::{self, SourceIdentity};
 use crate::units::ByteRange;
 use std::time::Duration;
 
@@ -21,16 +21,20 @@ use std::time::Duration;
 pub(super) enum Verdict {
     Same,
     Another,
-    /// The server did not let the samples be read: one of them may be on a bad sector.
+    /// The server did not let all samples be read: one of them may be on a bad sector. Those that it did are the same.
     Unknown(crate::error::Error),
 }
 
 /// Reads through `link`, which somebody else drives.
-pub(super) async fn verify(link: &Link, expected: SourceFingerprint, now: Duration) -> Verdict {
-    match fingerprint(&Samples { link, size: expected.size, now }).await {
-        Ok(found) if found == expected => Verdict::Same,
-        Ok(_) => Verdict::Another,
-        Err(error) => Verdict::Unknown(error),
+pub(super) async fn verify(link: &Link, expected: &SourceIdentity, now: Duration) -> Verdict {
+    let seen = match sample(&Samples { link, size: expected.size(), now }).await {
+        Ok(seen) => seen,
+        Err(error) => return Verdict::Unknown(error),
+    };
+    match (expected.check(&seen.samples), seen.error) {
+        (identity::Verdict::Another, _) => Verdict::Another,
+        (identity::Verdict::Same | identity::Verdict::Unknown, None) => Verdict::Same,
+        (_, Some(error)) => Verdict::Unknown(error),
     }
 }
 
