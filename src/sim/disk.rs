@@ -6,7 +6,8 @@
 //!
 //! Any operation can be made to fail. A change that fails has written nothing, all, or any of its sectors. A flush that
 //! fails has made any of what it covers durable and dropped any of the rest, which counts as clean then: reads still
-//! return it, and the next flush succeeds without it, as on Linux.
+//! return it, and the next flush succeeds without it, as on Linux. The next process reads it too when the disk is
+//! [`SimDisk::buffered`] (no direct I/O), until somebody drops the clean pages.
 
 use super::executor::Sim;
 use super::report::Group;
@@ -117,6 +118,8 @@ pub struct SimDisk {
     pub stalls: Rc<Cell<(u64, Duration)>>,
     /// Whether it can zero by itself.
     pub can_zero: Rc<Cell<bool>>,
+    /// Whether all I/O goes through the page cache, which outlives a process.
+    pub buffered: Rc<Cell<bool>>,
 }
 
 impl SimDisk {
@@ -129,6 +132,7 @@ impl SimDisk {
             latency_us: Rc::new(Cell::new((5, 200))),
             stalls: Rc::default(),
             can_zero: Rc::new(Cell::new(true)),
+            buffered: Rc::default(),
         })
     }
 
@@ -146,6 +150,7 @@ impl SimDisk {
             latency_us: self.latency_us.clone(),
             stalls: self.stalls.clone(),
             can_zero: self.can_zero.clone(),
+            buffered: self.buffered.clone(),
         })
     }
 
@@ -158,6 +163,7 @@ impl SimDisk {
     pub fn crashed(&self) -> Rc<Self> {
         let new = Self::new(&self.sim, self.name, self.crash_image(), self.info.block);
         new.can_zero.set(self.can_zero.get());
+        new.buffered.set(self.buffered.get());
         new.latency_us.set(self.latency_us.get());
         new.stalls.set(self.stalls.get());
         new
@@ -266,12 +272,10 @@ impl SimDisk {
             next: old.next,
             ..State::default()
         };
-        // What a failed flush has dropped is not there for the next process: its reads go to the device, not to the pages
-        // that this one's flush has left clean.
-        state.live.clone_from(&state.durable);
-        for (sector, versions) in &state.cached {
-            let Some(last) = versions.last() else { continue };
-            state.live[sector * SECTOR..sector * SECTOR + last.data.len()].copy_from_slice(&last.data);
+        if !self.buffered.get() {
+            // What a failed flush has dropped is not there for the next process: its reads go to the device, not to the
+            // pages that this one's flush has left clean.
+            state.drop_clean();
         }
         for (write, Flight { offset, data, applied }) in std::mem::take(&mut old.in_flight) {
             for part in sectors(offset as usize, data.len()).split_off(applied) {
@@ -292,7 +296,15 @@ impl SimDisk {
             latency_us: self.latency_us.clone(),
             stalls: self.stalls.clone(),
             can_zero: self.can_zero.clone(),
+            buffered: self.buffered.clone(),
         })
+    }
+
+    /// Drops the pages that are clean, as `devices::open_target` does.
+    pub fn drop_clean_pages(&self) {
+        if self.buffered.get() {
+            self.state.borrow_mut().drop_clean();
+        }
     }
 
     fn check(&self, range: ByteRange) {
@@ -445,6 +457,14 @@ impl State {
         for part in sectors(offset as usize, data.len()) {
             let versions = self.cached.get_mut(&(part.start / SECTOR)).into_iter().flatten();
             versions.filter(|v| v.write == write).for_each(|v| v.completed = true);
+        }
+    }
+    /// What is read from now on is on the medium or in the volatile cache.
+    fn drop_clean(&mut self) {
+        self.live.clone_from(&self.durable);
+        for (sector, versions) in &self.cached {
+            let Some(last) = versions.last() else { continue };
+            self.live[sector * SECTOR..sector * SECTOR + last.data.len()].copy_from_slice(&last.data);
         }
     }
     fn forget(&mut self, sector: usize, seq: u64) {

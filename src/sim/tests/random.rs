@@ -392,6 +392,9 @@ pub fn simulate(seed: u64, failures: bool) -> Outcome {
     let oracle = Oracle::new(&content);
     let mut devices = Devices::new(&sim, &setup, content);
     devices.destination.can_zero.set(sim.draw(|rng| !rng.one_in(4)));
+    for disk in [&devices.destination, &devices.metadata] {
+        disk.buffered.set(sim.draw(|rng| rng.one_in(3)));
+    }
     for latency in [&*devices.destination.latency_us, &*devices.metadata.latency_us] {
         latency.set(sim.draw(|rng| rng.pick(&[(5, 200), (5, 200), (1, 10), (500, 20_000)])));
     }
