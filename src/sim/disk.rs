@@ -17,7 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::{Allocation, Extent, LocalBoxFuture, push_extent};
 use crate::units::ByteRange;
 use bytes::Bytes;
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, Ref, RefCell};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::rc::Rc;
@@ -100,6 +100,8 @@ struct State {
     in_flight: BTreeMap<u64, Flight>,
     next: u64,
     log: Vec<(Duration, Op)>,
+    /// What failed, with its errno.
+    failed: Vec<(Op, i32)>,
     fault: Option<Fault>,
     gate: Option<Gate>,
     watch: Option<Watch>,
@@ -173,6 +175,14 @@ impl SimDisk {
     pub fn rot(&self, range: ByteRange, rotten: &[u8]) {
         let mut state = self.state.borrow_mut();
         let state = &mut *state;
+        // Nothing in the cache covers it.
+        for part in sectors(range.start() as usize, range.len() as usize) {
+            let sector = part.start / SECTOR;
+            if state.cached.remove(&sector).is_some() {
+                let whole = sector * SECTOR..state.live.len().min((sector + 1) * SECTOR);
+                state.durable[whole.clone()].copy_from_slice(&state.live[whole]);
+            }
+        }
         for image in [&mut state.live, &mut state.durable] {
             image[range.start() as usize..range.end() as usize].copy_from_slice(rotten);
         }
@@ -196,6 +206,13 @@ impl SimDisk {
     }
     pub fn clear_log(&self) {
         self.state.borrow_mut().log.clear();
+    }
+    /// Operations that failed so far, in the order in which they did, with their errno.
+    pub fn failed(&self) -> Ref<'_, [(Op, i32)]> {
+        Ref::map(self.state.borrow(), |state| &state.failed[..])
+    }
+    pub fn forget_failures(&self) {
+        self.state.borrow_mut().failed.clear();
     }
     pub fn flushes(&self) -> usize {
         self.state.borrow().log.iter().filter(|(_, op)| *op == Op::Flush).count()
@@ -325,6 +342,7 @@ impl SimDisk {
         self.delay().await;
         let errno = self.state.borrow_mut().fault.as_mut().and_then(|fault| fault(&op));
         let Some(errno) = errno else { return Ok(()) };
+        self.state.borrow_mut().failed.push((op, errno));
         let what = if errno == libc::ENOSPC { "full" } else { "error" };
         self.sim.count(Group::Fault, &format!("{} {}: {what}", self.name, op.name()));
         self.sim.say(|| format!("{:<11} {op} FAILS with errno {errno}", self.name));
