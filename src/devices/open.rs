@@ -97,11 +97,29 @@ pub fn open_target(role: Role, path: &Path) -> Result<Target> {
     lock(role, path, &file, &stat, true)?;
     // Again, now that nobody new can claim it: what came between the look and the claim.
     check_unused(&sysfs, role, path, &place.id)?;
+    drop_what_may_be_lost(&file).map_err(|e| Error::from_io(e, format!("{}: page cache", label(role, path))))?;
     let device = describe(role, path, file, &stat, true)?;
     if device.kind == DeviceKind::Block && device.size == 0 {
         bail!(TooSmall, "{} has size 0: is a medium inserted, is the device attached?", device.label());
     }
     Ok(Target::Existing(device))
+}
+
+/// Drops from the page cache what a clone before this one may have left there and is not on the medium. What a failed
+/// flush could not write Linux keeps in pages that count as clean: reads return them, and the next flush succeeds without
+/// them. Whoever goes on from such bytes takes for durable what a power cut takes back. It concerns what goes through
+/// the page cache: files without direct I/O, and the tail of a file that ends within a block.
+///
+/// What stays are pages that are dirty, being written, or in the file system's journal. A flush of this process writes
+/// those or fails: an error that came up since this file was opened is reported to it, and so is one that nobody was told
+/// of before. So from here on what is read is on the medium, or is a matter of the next flush. No such pages are
+/// a reader's who has the file mapped into memory; nothing of ours does that.
+fn drop_what_may_be_lost(file: &File) -> io::Result<()> {
+    match sys::drop_clean_pages(file) {
+        // There are no pages then.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ENOSYS)) => Ok(()),
+        dropped => dropped,
+    }
 }
 
 /// Creates a missing destination or metadata file of `size` bytes, all a hole, mode 0600, locked, durable. When

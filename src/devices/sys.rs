@@ -214,6 +214,17 @@ pub(super) fn set_direct(file: &File, direct: bool) -> io::Result<()> {
     check(unsafe { libc::fcntl(fd, libc::F_SETFL, flags) }.into()).map(drop)
 }
 
+/// Drops the pages of an open file or block device from the page cache that are clean (posix_fadvise(2),
+/// POSIX_FADV_DONTNEED); the others stay, and are being written from now on.
+pub(super) fn drop_clean_pages(file: &File) -> io::Result<()> {
+    // SAFETY: takes a descriptor that is open while `file` lives, and integers (0, 0: all of it).
+    match unsafe { libc::posix_fadvise64(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) } {
+        0 => Ok(()),
+        // It is returned, not in errno.
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
 /// The next byte at or after `offset` that may be data; `None` when there is none.
 pub(super) fn seek_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
     seek(file, offset, libc::SEEK_DATA)

@@ -212,6 +212,58 @@ fn file_system_without_direct_io() {
     assert!(!created.direct && created.buffered.is_none());
 }
 
+/// ext4 with `data=journal` can't either: what is written there is read back, also by who opens it next.
+#[test]
+fn file_system_with_journaled_data() {
+    const NAME: &str = "file_system_with_journaled_data";
+    if !can(NAME, &["mount", "mkfs.ext4"]) {
+        return;
+    }
+    let directory = TempDir::new().unwrap();
+    let (image, mount) = (file(&directory, "image", 32 * MIB), directory.path().join("mount"));
+    fs::create_dir(&mount).unwrap();
+    run("mkfs.ext4", &["-q", image.to_str().unwrap()]);
+    run("mount", &["-o", "loop,data=journal", image.to_str().unwrap(), mount.to_str().unwrap()]);
+    let _unmount = Undo::new(&["umount", mount.to_str().unwrap()]);
+    let path = mount.join("new");
+    let created = create(Role::Destination, &path, 12_345).unwrap();
+    if created.direct {
+        return skipped(NAME, "this kernel has direct I/O there");
+    }
+    assert!(created.buffered.is_none());
+    created.file.write_all_at(&[7; 12_345], 0).unwrap();
+    drop(created);
+    let mut found = vec![0; 12_345];
+    let again = existing(Role::Destination, &path);
+    again.file.read_exact_at(&mut found, 0).unwrap();
+    assert!(!again.direct && found == [7; 12_345]);
+}
+
+/// A failed flush leaves pages that count as clean and are not on the medium: who opens a target gets rid of them.
+#[test]
+fn clean_pages_of_targets_are_dropped() {
+    const NAME: &str = "clean_pages_of_targets_are_dropped";
+    if !has_program("fincore") {
+        return skipped(NAME, "needs fincore (util-linux)");
+    }
+    let directory = TempDir::new().unwrap();
+    let cached = |path: &Path| run("fincore", &["-nbo", "PAGES", path.to_str().unwrap()]).trim().to_owned();
+    for (role, size) in [(Role::Destination, 10_000), (Role::Metadata, 8192)] {
+        let path = directory.path().join(role.to_string());
+        fs::write(&path, vec![7; size]).unwrap();
+        if run("stat", &["-f", "-c", "%T", path.to_str().unwrap()]) == "tmpfs" {
+            return skipped(NAME, "a tmpfs is all page cache");
+        }
+        File::open(&path).unwrap().sync_all().unwrap();
+        assert_eq!(cached(&path), size.div_ceil(4096).to_string());
+        let device = existing(role, &path);
+        assert_eq!(cached(&path), "0", "{role}");
+        let mut found = vec![0; size];
+        device.any_alignment().read_exact_at(&mut found, 0).unwrap();
+        assert!(found.iter().all(|byte| *byte == 7));
+    }
+}
+
 #[test]
 fn create_and_size() {
     let directory = TempDir::new().unwrap();

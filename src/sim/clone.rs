@@ -159,6 +159,9 @@ impl SimClone {
         budget: BudgetMember,
     ) -> Result<Rc<Self>> {
         let net = net.clone();
+        // Opening does that, before anything is read.
+        devices.destination.drop_clean_pages();
+        devices.metadata.drop_clean_pages();
         let metadata: Rc<dyn Disk> = devices.metadata.clone();
         let (store, zones, generation) = match Store::open(metadata.clone()).await? {
             Some(opened) => {

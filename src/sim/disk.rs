@@ -6,7 +6,8 @@
 //!
 //! Any operation can be made to fail. A change that fails has written nothing, all, or any of its sectors. A flush that
 //! fails has made any of what it covers durable and dropped any of the rest, which counts as clean then: reads still
-//! return it, and the next flush succeeds without it, as on Linux.
+//! return it, and the next flush succeeds without it, as on Linux. The next process reads it too when the disk is
+//! [`SimDisk::buffered`] (no direct I/O), until somebody drops the clean pages.
 
 use super::executor::Sim;
 use super::report::Group;
@@ -16,7 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::{Allocation, Extent, LocalBoxFuture, push_extent};
 use crate::units::ByteRange;
 use bytes::Bytes;
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, Ref, RefCell};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::rc::Rc;
@@ -99,6 +100,8 @@ struct State {
     in_flight: BTreeMap<u64, Flight>,
     next: u64,
     log: Vec<(Duration, Op)>,
+    /// What failed, with its errno.
+    failed: Vec<(Op, i32)>,
     fault: Option<Fault>,
     gate: Option<Gate>,
     watch: Option<Watch>,
@@ -117,6 +120,8 @@ pub struct SimDisk {
     pub stalls: Rc<Cell<(u64, Duration)>>,
     /// Whether it can zero by itself.
     pub can_zero: Rc<Cell<bool>>,
+    /// Whether all I/O goes through the page cache, which outlives a process.
+    pub buffered: Rc<Cell<bool>>,
 }
 
 impl SimDisk {
@@ -129,6 +134,7 @@ impl SimDisk {
             latency_us: Rc::new(Cell::new((5, 200))),
             stalls: Rc::default(),
             can_zero: Rc::new(Cell::new(true)),
+            buffered: Rc::default(),
         })
     }
 
@@ -146,6 +152,7 @@ impl SimDisk {
             latency_us: self.latency_us.clone(),
             stalls: self.stalls.clone(),
             can_zero: self.can_zero.clone(),
+            buffered: self.buffered.clone(),
         })
     }
 
@@ -158,6 +165,7 @@ impl SimDisk {
     pub fn crashed(&self) -> Rc<Self> {
         let new = Self::new(&self.sim, self.name, self.crash_image(), self.info.block);
         new.can_zero.set(self.can_zero.get());
+        new.buffered.set(self.buffered.get());
         new.latency_us.set(self.latency_us.get());
         new.stalls.set(self.stalls.get());
         new
@@ -167,6 +175,14 @@ impl SimDisk {
     pub fn rot(&self, range: ByteRange, rotten: &[u8]) {
         let mut state = self.state.borrow_mut();
         let state = &mut *state;
+        // Nothing in the cache covers it.
+        for part in sectors(range.start() as usize, range.len() as usize) {
+            let sector = part.start / SECTOR;
+            if state.cached.remove(&sector).is_some() {
+                let whole = sector * SECTOR..state.live.len().min((sector + 1) * SECTOR);
+                state.durable[whole.clone()].copy_from_slice(&state.live[whole]);
+            }
+        }
         for image in [&mut state.live, &mut state.durable] {
             image[range.start() as usize..range.end() as usize].copy_from_slice(rotten);
         }
@@ -190,6 +206,13 @@ impl SimDisk {
     }
     pub fn clear_log(&self) {
         self.state.borrow_mut().log.clear();
+    }
+    /// Operations that failed so far, in the order in which they did, with their errno.
+    pub fn failed(&self) -> Ref<'_, [(Op, i32)]> {
+        Ref::map(self.state.borrow(), |state| &state.failed[..])
+    }
+    pub fn forget_failures(&self) {
+        self.state.borrow_mut().failed.clear();
     }
     pub fn flushes(&self) -> usize {
         self.state.borrow().log.iter().filter(|(_, op)| *op == Op::Flush).count()
@@ -266,12 +289,10 @@ impl SimDisk {
             next: old.next,
             ..State::default()
         };
-        // What a failed flush has dropped is not there for the next process: its reads go to the device, not to the pages
-        // that this one's flush has left clean.
-        state.live.clone_from(&state.durable);
-        for (sector, versions) in &state.cached {
-            let Some(last) = versions.last() else { continue };
-            state.live[sector * SECTOR..sector * SECTOR + last.data.len()].copy_from_slice(&last.data);
+        if !self.buffered.get() {
+            // What a failed flush has dropped is not there for the next process: its reads go to the device, not to the
+            // pages that this one's flush has left clean.
+            state.drop_clean();
         }
         for (write, Flight { offset, data, applied }) in std::mem::take(&mut old.in_flight) {
             for part in sectors(offset as usize, data.len()).split_off(applied) {
@@ -292,7 +313,15 @@ impl SimDisk {
             latency_us: self.latency_us.clone(),
             stalls: self.stalls.clone(),
             can_zero: self.can_zero.clone(),
+            buffered: self.buffered.clone(),
         })
+    }
+
+    /// Drops the pages that are clean, as `devices::open_target` does.
+    pub fn drop_clean_pages(&self) {
+        if self.buffered.get() {
+            self.state.borrow_mut().drop_clean();
+        }
     }
 
     fn check(&self, range: ByteRange) {
@@ -313,6 +342,7 @@ impl SimDisk {
         self.delay().await;
         let errno = self.state.borrow_mut().fault.as_mut().and_then(|fault| fault(&op));
         let Some(errno) = errno else { return Ok(()) };
+        self.state.borrow_mut().failed.push((op, errno));
         let what = if errno == libc::ENOSPC { "full" } else { "error" };
         self.sim.count(Group::Fault, &format!("{} {}: {what}", self.name, op.name()));
         self.sim.say(|| format!("{:<11} {op} FAILS with errno {errno}", self.name));
@@ -445,6 +475,14 @@ impl State {
         for part in sectors(offset as usize, data.len()) {
             let versions = self.cached.get_mut(&(part.start / SECTOR)).into_iter().flatten();
             versions.filter(|v| v.write == write).for_each(|v| v.completed = true);
+        }
+    }
+    /// What is read from now on is on the medium or in the volatile cache.
+    fn drop_clean(&mut self) {
+        self.live.clone_from(&self.durable);
+        for (sector, versions) in &self.cached {
+            let Some(last) = versions.last() else { continue };
+            self.live[sector * SECTOR..sector * SECTOR + last.data.len()].copy_from_slice(&last.data);
         }
     }
     fn forget(&mut self, sector: usize, seq: u64) {

@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::request::{Allocation, Extent, LocalBoxFuture, push_extent};
 use crate::source::Source;
 use crate::units::ByteRange;
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, Ref, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -38,6 +38,8 @@ pub struct SimSource {
     pub stalls: Cell<(u64, Duration)>,
     bad: RefCell<Vec<ByteRange>>,
     reads: RefCell<Vec<ByteRange>>,
+    /// What failed with an I/O error.
+    failed: RefCell<Vec<ByteRange>>,
     in_flight_bytes: Cell<u64>,
     in_flight_bytes_max: Cell<u64>,
 }
@@ -58,6 +60,7 @@ impl SimSource {
             stalls: Cell::default(),
             bad: RefCell::default(),
             reads: RefCell::default(),
+            failed: RefCell::default(),
             in_flight_bytes: Cell::new(0),
             in_flight_bytes_max: Cell::new(0),
         })
@@ -82,6 +85,10 @@ impl SimSource {
     /// Every read so far.
     pub fn reads(&self) -> Vec<ByteRange> {
         self.reads.borrow().clone()
+    }
+    /// Operations that failed with an I/O error so far, in the order in which they did.
+    pub fn failed(&self) -> Ref<'_, [ByteRange]> {
+        Ref::map(self.failed.borrow(), |failed| &failed[..])
     }
     pub fn clear_reads(&self) {
         self.reads.borrow_mut().clear();
@@ -126,6 +133,7 @@ impl SimSource {
         if self.errors.get() > 0 && self.sim.draw(|rng| rng.one_in(self.errors.get())) {
             self.sim.count(Group::Fault, &format!("source {what}: error"));
             self.sim.say(|| format!("source      {what} {range:?} FAILS with EIO"));
+            self.failed.borrow_mut().push(range);
             return Err(Error::io(libc::EIO, format!("source: {what} {range}")));
         }
         Ok(())
@@ -186,6 +194,7 @@ impl Source for SimSource {
             self.answer("read", range).await?;
             if self.bad.borrow().iter().any(|bad| bad.overlaps(range)) {
                 self.sim.count(Group::Fault, "source read: bad place");
+                self.failed.borrow_mut().push(range);
                 return Err(Error::io(libc::EIO, format!("source: {range}")));
             }
             let mut buf = DmaBuf::new(range.len() as usize);

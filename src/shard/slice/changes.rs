@@ -125,11 +125,16 @@ impl CloneSlice {
     /// A write of hydrated bytes that is durable when it returns. A write that fails is its client's affair; but when
     /// only its flush failed, writes that were acknowledged before it may be lost too, as after any failed flush.
     async fn write_durably(&self, range: ByteRange, data: Bytes) -> Result<()> {
-        let Err(error) = self.write_destination(range, data.clone(), true).await else {
+        let outer = self.outer(range);
+        let hold = if outer == range { Hold::Shared } else { Hold::Exclusive };
+        let _held = self.locks.hold(outer, hold).await;
+        // What can't be read at its edges is no failed flush.
+        let whole = self.merged(range, data).await?;
+        let Err(error) = self.destination.write(outer.start(), whole.clone(), true).await else {
             // A flush that failed meanwhile may have dropped what another write put over a part of this one.
             return self.state.check_mode(true);
         };
-        if self.write_destination(range, data, false).await.is_ok() {
+        if self.destination.write(outer.start(), whole, false).await.is_ok() {
             self.state.degrade(Mode::ReadOnly, &error);
         }
         Err(error)
@@ -144,9 +149,15 @@ impl CloneSlice {
 
     /// Writes; the bytes around it, to whole blocks, are held exclusively unless the range is aligned.
     pub(in crate::shard) async fn write_held(&self, range: ByteRange, data: Bytes, fua: bool) -> Result<()> {
+        let whole = self.merged(range, data).await?;
+        self.destination.write(self.outer(range).start(), whole, fua).await
+    }
+
+    /// The whole blocks that a write of `data` to `range` changes, as they are afterwards.
+    async fn merged(&self, range: ByteRange, data: Bytes) -> Result<Bytes> {
         let outer = self.outer(range);
         if outer == range {
-            return self.destination.write(range.start(), data, fua).await;
+            return Ok(data);
         }
         // Read-modify-write of the blocks at the edges.
         let block = u64::from(self.destination.info().block);
@@ -163,7 +174,7 @@ impl CloneSlice {
         }
         let at = (range.start() - outer.start()) as usize;
         merged[at..at + data.len()].copy_from_slice(&data);
-        self.destination.write(outer.start(), merged.into(), fua).await
+        Ok(merged.into())
     }
 
     /// Zeroes; held as for [`Self::write_held`].

@@ -19,7 +19,7 @@ use crate::meta::growth::Wanted;
 use crate::meta::store::Store;
 use crate::source::Source;
 use crate::units::ByteRange;
-use faults::{heal, plague, rot_metadata};
+use faults::{Asked, Excuses, heal, plague, rot_metadata};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
@@ -91,7 +91,7 @@ struct Load {
     oracle: Oracle,
     laws: Rc<Laws>,
     /// Requests may fail for these reasons.
-    excuses: Rc<dyn Fn(&Error) -> bool>,
+    excuses: Rc<Excuses>,
     running: Cell<u32>,
     requests_left: Cell<u32>,
     /// What clients know of.
@@ -122,9 +122,11 @@ impl Load {
             let begun = self.oracle.begin_flush();
             let time_max =
                 Duration::from_micros(sim.draw(|rng| if rng.one_in(3) { rng.below(3000) } else { 30_000_000 }));
+            let asked = self.excuses.asked(&self.setup, None, true);
             match clone.coordinator.suspend(time_max).await {
                 Ok(()) => self.suspended(begun).await,
-                Err(error) => assert!(error.kind() == ErrorKind::Limit || (self.excuses)(&error), "{error:?}"),
+                Err(error) if error.kind() == ErrorKind::Limit => {}
+                Err(error) => drop(self.judge(&asked, Err::<(), _>(error))),
             }
             assert!(!clone.state.is_suspended());
             if sim.draw(|rng| rng.one_in(3)) {
@@ -164,6 +166,7 @@ impl Load {
         };
         bytes.resize((size - old) as usize, 0);
         self.growths.borrow_mut().push((old, size, bytes.clone()));
+        let asked = self.excuses.asked(&self.setup, None, true);
         match clone.grow(wanted, OLD_DESTINATION).await {
             Ok(grown) => {
                 assert_eq!(grown, size > old);
@@ -175,7 +178,8 @@ impl Load {
                     self.laws.check_durable(gained);
                 }
             }
-            Err(error) => assert!(error.kind() == ErrorKind::Limit || (self.excuses)(&error), "{error:?}"),
+            Err(error) if error.kind() == ErrorKind::Limit => {}
+            Err(error) => assert!(self.excuses.growth(&asked, &error, clone.state.mode()), "{error:?}"),
         }
         assert_eq!(clone.geometry().size(), self.size.get());
     }
@@ -207,10 +211,10 @@ impl Load {
         }
     }
 
-    fn judge<T>(&self, result: Result<T, Error>) -> Option<T> {
+    fn judge<T>(&self, asked: &Asked, result: Result<T, Error>) -> Option<T> {
         match result {
             Ok(value) => Some(value),
-            Err(error) if (self.excuses)(&error) => None,
+            Err(error) if self.excuses.request(asked, &error, self.clone.state.mode()) => None,
             Err(error) => panic!("no reason to fail: {error:?}"),
         }
     }
@@ -221,6 +225,8 @@ impl Load {
             (rng.below(100), random_range(rng, &self.setup, self.size.get()), rng.below(8) as usize, rng.one_in(5))
         });
         let flags = if fua { RequestFlags::FUA } else { RequestFlags::empty() };
+        let is_flush = (82..89).contains(&kind);
+        let asked = &self.excuses.asked(&self.setup, Some(range).filter(|_| !is_flush), is_flush || fua);
         let name = match kind {
             0..30 => "read",
             30..65 => "write",
@@ -237,7 +243,7 @@ impl Load {
         match kind {
             0..30 => {
                 let read = oracle.begin_read(range);
-                match self.judge(clone.read_via(via, range).await) {
+                match self.judge(asked, clone.read_via(via, range).await) {
                     Some(data) => oracle.end_read(read, &data),
                     None => oracle.abandon_read(read),
                 }
@@ -245,12 +251,12 @@ impl Load {
             30..65 => {
                 let (change, data) = oracle.begin_change(range, false, false);
                 let write = Request::Write { offset: range.start(), data, flags };
-                let done = self.judge(clone.submit(via, write).await).is_some();
+                let done = self.judge(asked, clone.submit(via, write).await).is_some();
                 self.changed(change, range, done, fua);
             }
             65..73 => {
                 let (change, _) = oracle.begin_change(range, true, true);
-                let done = self.judge(clone.submit(via, Request::Trim { range, flags }).await).is_some();
+                let done = self.judge(asked, clone.submit(via, Request::Trim { range, flags }).await).is_some();
                 self.changed(change, range, done, fua);
             }
             73..82 => {
@@ -262,34 +268,35 @@ impl Load {
                 let (change, _) = oracle.begin_change(range, true, false);
                 let done = match clone.submit(via, Request::WriteZeroes { range, flags }).await {
                     Err(error) if fast && error.kind() == ErrorKind::NotSupported => false,
-                    result => self.judge(result).is_some(),
+                    result => self.judge(asked, result).is_some(),
                 };
                 self.changed(change, range, done, fua);
             }
             82..89 => {
                 let begun = oracle.begin_flush();
-                if self.judge(clone.submit(via, Request::Flush).await).is_some() {
+                if self.judge(asked, clone.submit(via, Request::Flush).await).is_some() {
                     self.flushed(begun);
                 }
             }
             89..92 => {
-                self.judge(clone.submit(via, Request::Cache(range)).await);
+                self.judge(asked, clone.submit(via, Request::Cache(range)).await);
             }
             92..96 => {
                 let read = oracle.begin_read(range);
-                if let Some(completion) = self.judge(clone.submit(via, Request::Status(range)).await) {
+                if let Some(completion) = self.judge(asked, clone.submit(via, Request::Status(range)).await) {
                     self.check_status(read, range, completion);
                 }
                 oracle.abandon_read(read);
             }
             _ => {
-                let (what, number) = clone.sim.draw(|rng| (rng.below(5), rng.pick(&[0, 1, 3, 8, AUTOMATIC])));
+                let (what, number) = clone.sim.draw(|rng| (rng.below(6), rng.pick(&[0, 1, 3, 8, AUTOMATIC])));
                 let (budget, now) = (clone.state.budget(), clone.sim.now());
                 match what {
                     0 => clone.state.set_hydration_enabled(number % 2 == 0, now),
                     1 => clone.state.set_hydration_threshold(number, now),
                     2 => clone.state.set_hydration_batch_size(number),
-                    3 => budget.set_rate(HydrationRate::new(number.saturating_mul(32 << 10)).ok(), now),
+                    3 => clone.state.set_hydration_failures_max(number.min(100) as u32),
+                    4 => budget.set_rate(HydrationRate::new(number.saturating_mul(32 << 10)).ok(), now),
                     _ => budget.set_priority(Priority::new(number).unwrap_or_default()),
                 }
                 clone.wake();
@@ -315,13 +322,14 @@ impl Load {
 }
 
 /// Reads everything; true when that worked.
-async fn read_all(clone: &SimClone, oracle: &Oracle, excuses: &dyn Fn(&Error) -> bool) -> bool {
+async fn read_all(clone: &SimClone, oracle: &Oracle, excuses: &Excuses) -> bool {
     let range = clone.geometry().whole();
+    let asked = excuses.asked(&clone.setup, Some(range), false);
     let read = oracle.begin_read(range);
     match clone.read_via(1, range).await {
         Ok(data) => oracle.end_read(read, &data),
         Err(error) => {
-            assert!(excuses(&error), "no reason to fail: {error:?}");
+            assert!(excuses.request(&asked, &error, clone.state.mode()), "no reason to fail: {error:?}");
             oracle.abandon_read(read);
             return false;
         }
@@ -370,12 +378,12 @@ impl Polls {
 }
 
 /// Starts a clone whose devices may fail at that: then they are healed, and the power fails.
-fn start(sim: &Sim, setup: &Setup, devices: &mut Devices, excuses: &dyn Fn(&Error) -> bool) -> Rc<SimClone> {
+fn start(sim: &Sim, setup: &Setup, devices: &mut Devices) -> Rc<SimClone> {
     loop {
         match sim.block_on(SimClone::start(sim, setup, devices)) {
             Ok(clone) => return clone,
             Err(error) => {
-                assert!(excuses(&error), "no reason not to start: {error:?}");
+                assert!(Excuses::new(devices, &[]).may_be_read_only(), "no reason not to start: {error:?}");
                 sim.count(Group::End, "failed start");
                 sim.say(|| format!("START FAILS: {error}"));
                 heal(devices);
@@ -392,6 +400,9 @@ pub fn simulate(seed: u64, failures: bool) -> Outcome {
     let oracle = Oracle::new(&content);
     let mut devices = Devices::new(&sim, &setup, content);
     devices.destination.can_zero.set(sim.draw(|rng| !rng.one_in(4)));
+    for disk in [&devices.destination, &devices.metadata] {
+        disk.buffered.set(sim.draw(|rng| rng.one_in(3)));
+    }
     for latency in [&*devices.destination.latency_us, &*devices.metadata.latency_us] {
         latency.set(sim.draw(|rng| rng.pick(&[(5, 200), (5, 200), (1, 10), (500, 20_000)])));
     }
@@ -406,16 +417,17 @@ pub fn simulate(seed: u64, failures: bool) -> Outcome {
     for life in 0..lives {
         let last = life + 1 == lives;
         heal(&devices);
-        if failures && life > 0 && !was_killed && sim.draw(|rng| rng.one_in(3)) {
+        if failures && life > 0 && sim.draw(|rng| rng.one_in(3)) {
             rot_metadata(&sim, &setup, &devices);
+            heal(&devices);
         }
-        let excused = if failures && !last { plague(&sim, &devices) } else { Vec::new() };
-        let excuses: Rc<dyn Fn(&Error) -> bool> = Rc::new(move |error| excused.contains(&error.kind()));
+        let of_source = if failures && !last { plague(&sim, &devices) } else { Vec::new() };
         sim.say(|| format!("LIFE {life} of {lives} begins with {} shards", setup.shards));
-        let clone = start(&sim, &setup, &mut devices, &*excuses);
+        let clone = start(&sim, &setup, &mut devices);
+        let excuses = Rc::new(Excuses::new(&devices, &of_source));
         let laws = Laws::watch(&clone, &oracle);
         size = settle_growth(&clone, &oracle, &growths, size);
-        let quiet = life > 0 && sim.draw(|rng| rng.one_in(2)) && sim.block_on(read_all(&clone, &oracle, &*excuses));
+        let quiet = life > 0 && sim.draw(|rng| rng.one_in(2)) && sim.block_on(read_all(&clone, &oracle, &excuses));
         // What a killed daemon has left in the caches can still be lost.
         if quiet && !was_killed {
             oracle.settle();
@@ -459,12 +471,13 @@ pub fn simulate(seed: u64, failures: bool) -> Outcome {
                     clone.state.set_hydration_threshold(AUTOMATIC, clone.sim.now());
                     clone.enable_hydration(true);
                     clone.completed().await;
-                    read_all(&clone, &oracle, &*excuses).await;
+                    read_all(&clone, &oracle, &excuses).await;
                     check_completed(&clone, &oracle, &growths).await;
                     laws.check_idle();
                 } else {
                     let begun = oracle.begin_flush();
-                    if load.judge(clone.stop().await).is_some() {
+                    let asked = excuses.asked(&setup, None, true);
+                    if load.judge(&asked, clone.stop().await).is_some() {
                         load.flushed(begun);
                     }
                 }
@@ -473,6 +486,7 @@ pub fn simulate(seed: u64, failures: bool) -> Outcome {
             // The daemon has ended, and then the power fails as well.
             was_killed = false;
         }
+        excuses.check_mode(clone.state.mode());
         if !was_complete {
             clone.check_events();
         }

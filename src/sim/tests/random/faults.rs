@@ -1,10 +1,11 @@
 //! What goes wrong in a random life: devices that fail, stall or fill up, a source that goes and comes, metadata that rot.
 
 use super::super::super::clone::{Devices, Setup, SimClone};
-use super::super::super::disk::Op;
+use super::super::super::disk::{Op, SimDisk};
 use super::super::super::executor::Sim;
 use super::super::super::report::Group;
-use crate::error::ErrorKind;
+use crate::clone_state::Mode;
+use crate::error::{Error, ErrorKind};
 use crate::meta::codec::BLOCK_SIZE;
 use crate::meta::commit::{OtherState, Recovery};
 use crate::meta::store::{Store, probe};
@@ -15,9 +16,95 @@ use std::time::Duration;
 const STALL_MAX: Duration = Duration::from_secs(60);
 const SECTOR: u64 = 512;
 
-/// Makes a disk fail now and then. Returns the errors that clients may see of it.
-fn plague_disk(sim: &Sim, disk: &super::super::super::disk::SimDisk, is_metadata: bool) -> Vec<ErrorKind> {
-    use ErrorKind::{Failed, Io, NoSpace, ReadOnly};
+/// What may fail in one life, and why: no error without a fault that explains it.
+pub struct Excuses {
+    devices: Devices,
+    /// What the loss of the source explains.
+    of_source: Vec<ErrorKind>,
+}
+
+/// What was asked of a clone, and what had failed before.
+pub struct Asked {
+    /// Whole regions, for a request of data.
+    regions: Option<ByteRange>,
+    /// It makes data durable.
+    durable: bool,
+    destination: usize,
+    metadata: usize,
+    source: usize,
+}
+
+impl Excuses {
+    pub fn new(devices: &Devices, of_source: &[ErrorKind]) -> Self {
+        Self { devices: devices.clone(), of_source: of_source.to_vec() }
+    }
+
+    /// A request begins: of `range`, to make data durable, or both.
+    pub fn asked(&self, setup: &Setup, range: Option<ByteRange>, durable: bool) -> Asked {
+        let regions = range.and_then(|range| {
+            let size = setup.region_size;
+            ByteRange::between(range.start() / size * size, range.end().next_multiple_of(size))
+        });
+        let Devices { source, destination, metadata } = &self.devices;
+        let (destination, metadata) = (destination.failed().len(), metadata.failed().len());
+        Asked { regions, durable, destination, metadata, source: source.failed().len() }
+    }
+
+    /// Whether something failed after which nothing may be acknowledged as durable any more: a flush, a FUA write, or
+    /// anything at the metadata.
+    pub fn may_be_read_only(&self) -> bool {
+        let is_grave = |op: &Op| matches!(op, Op::Flush | Op::Write { fua: true, .. });
+        !self.devices.metadata.failed().is_empty()
+            || self.devices.destination.failed().iter().any(|(op, _)| is_grave(op))
+    }
+
+    /// Nothing else makes a clone read-only.
+    pub fn check_mode(&self, mode: Mode) {
+        assert!(
+            mode == Mode::ReadWrite || self.may_be_read_only(),
+            "{mode:?}, and neither a flush nor metadata failed"
+        );
+    }
+
+    /// Whether a request may have failed with `error`, in a clone of this mode.
+    pub fn request(&self, asked: &Asked, error: &Error, mode: Mode) -> bool {
+        self.check_mode(mode);
+        let Devices { source, destination, .. } = &self.devices;
+        let touches = |range: Option<ByteRange>| match (asked.regions, range) {
+            (Some(regions), Some(range)) => regions.overlaps(range),
+            _ => false,
+        };
+        match error.kind() {
+            ErrorKind::ReadOnly | ErrorKind::Failed => mode != Mode::ReadWrite,
+            // A commit that fails makes the clone read-only before anybody is told.
+            ErrorKind::Io | ErrorKind::NoSpace if asked.durable && mode != Mode::ReadWrite => true,
+            kind @ (ErrorKind::Io | ErrorKind::NoSpace) => {
+                let is_full = kind == ErrorKind::NoSpace;
+                let same = |errno: i32| (errno == libc::ENOSPC) == is_full;
+                destination.failed()[asked.destination..].iter().any(|(op, errno)| same(*errno) && touches(op.range()))
+                    || !is_full && source.failed()[asked.source..].iter().any(|range| touches(Some(*range)))
+            }
+            kind => asked.regions.is_some() && self.of_source.contains(&kind),
+        }
+    }
+
+    /// Whether a growth may have failed with `error`: anything that failed meanwhile explains that.
+    pub fn growth(&self, asked: &Asked, error: &Error, mode: Mode) -> bool {
+        self.check_mode(mode);
+        let Devices { source, destination, metadata } = &self.devices;
+        let has_failed = destination.failed().len() > asked.destination
+            || metadata.failed().len() > asked.metadata
+            || source.failed().len() > asked.source;
+        match error.kind() {
+            ErrorKind::ReadOnly | ErrorKind::Failed => mode != Mode::ReadWrite,
+            ErrorKind::Io | ErrorKind::NoSpace => has_failed || mode != Mode::ReadWrite,
+            kind => self.of_source.contains(&kind),
+        }
+    }
+}
+
+/// Makes a disk fail now and then.
+fn plague_disk(sim: &Sim, disk: &SimDisk, is_metadata: bool) {
     let rng = sim.clone();
     let (rare, full) = sim.draw(|rng| (rng.between(10, 300), rng.one_in(4)));
     // Which operations fail: of each kind or not; flushes end what can be tried, so not always.
@@ -50,17 +137,16 @@ fn plague_disk(sim: &Sim, disk: &super::super::super::disk::SimDisk, is_metadata
         burst -= 1;
         Some(if full && op.is_change() { libc::ENOSPC } else { libc::EIO })
     });
-    vec![Io, NoSpace, ReadOnly, Failed]
 }
 
-/// Makes the devices fail now and then, until they are healed. Returns the errors that clients may see.
+/// Makes the devices fail now and then, until they are healed. Returns the errors that the loss of the source explains.
 pub fn plague(sim: &Sim, devices: &Devices) -> Vec<ErrorKind> {
     let mut excuses = Vec::new();
     if sim.draw(|rng| rng.one_in(2)) {
-        excuses.extend(plague_disk(sim, &devices.destination, false));
+        plague_disk(sim, &devices.destination, false);
     }
     if sim.draw(|rng| rng.one_in(3)) {
-        excuses.extend(plague_disk(sim, &devices.metadata, true));
+        plague_disk(sim, &devices.metadata, true);
     }
     for stalls in [&*devices.destination.stalls, &*devices.metadata.stalls, &devices.source.stalls] {
         if sim.draw(|rng| rng.one_in(4)) {
@@ -74,9 +160,6 @@ pub fn plague(sim: &Sim, devices: &Devices) -> Vec<ErrorKind> {
         (0..places).filter_map(|_| ByteRange::new(rng.below(size), 1)).collect()
     });
     let errors = sim.draw(|rng| if rng.one_in(4) { rng.between(3, 100) } else { 0 });
-    if !bad.is_empty() || errors > 0 {
-        excuses.push(ErrorKind::Io);
-    }
     source.set_bad(bad);
     source.errors.set(errors);
     if sim.draw(|rng| rng.one_in(3)) {
@@ -104,6 +187,8 @@ pub fn plague(sim: &Sim, devices: &Devices) -> Vec<ErrorKind> {
 }
 
 pub fn heal(devices: &Devices) {
+    devices.destination.forget_failures();
+    devices.metadata.forget_failures();
     devices.destination.clear_fault();
     devices.metadata.clear_fault();
     devices.source.set_bad(Vec::new());
@@ -130,6 +215,8 @@ enum Rot {
 /// nothing, and once the sector is put back all goes on. Of one superblock copy: the other one serves. Of both: refused.
 pub fn rot_metadata(sim: &Sim, setup: &Setup, devices: &Devices) {
     let metadata = &devices.metadata;
+    // After a kill: the start does it, which is not to be taken for a change of what is there.
+    metadata.drop_clean_pages();
     let Recovery::Use(recovered) = sim.block_on(probe(&**metadata)).unwrap() else { return };
     let blocks = 2 + recovered.superblock.geometry.nr_zones();
     let both_valid = recovered.other.is_none_or(|other| other.state == OtherState::Older);
