@@ -47,11 +47,12 @@ const EXIT_INTERRUPTED: i32 = 130;
 
 /// Runs clones until it is told to stop (a signal, the control interface, `on_hydrated`).
 pub fn run(plan: Plan) -> Result<()> {
-    environment::check_io_uring()?;
     environment::ignore_file_size_signal();
     let cpus = cpus_of(&plan.daemon)?;
     let shards = plan.daemon.shards.map_or(cpus.len().min(usize::from(SHARDS_MAX)), usize::from);
+    // Before the trial of io_uring, which fails for want of it with less to say.
     environment::check_memlock(shards as u16)?;
+    environment::check_io_uring()?;
     environment::check_nofile(shards as u16)?;
     let signals = block_signals()?;
     abort_on_panic();

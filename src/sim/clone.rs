@@ -140,6 +140,7 @@ pub struct SimClone {
     pub meshes: Vec<Rc<SimMesh>>,
     pub dispatchers: Vec<Rc<Dispatcher>>,
     pub coordinator: Rc<Coordinator>,
+    size_at_start: u64,
 }
 
 impl SimClone {
@@ -241,7 +242,18 @@ impl SimClone {
             sim.spawn(net.shard(ShardIndex(shard)).slice(id)?.hydrate());
         }
         let (sim, setup, devices) = (sim.clone(), setup.clone(), devices.clone());
-        Ok(Rc::new(Self { sim, setup, devices, state, log, net, meshes, dispatchers, coordinator }))
+        Ok(Rc::new(Self {
+            sim,
+            setup,
+            devices,
+            state,
+            log,
+            net,
+            meshes,
+            dispatchers,
+            coordinator,
+            size_at_start: geometry.size(),
+        }))
     }
 
     pub fn geometry(&self) -> Geometry {
@@ -388,6 +400,8 @@ impl SimClone {
         }
         let completed = events.iter().any(|event| event.kind == HydrationCompleted);
         match events.iter().any(|event| event.kind == Resized) {
+            // A growth is there a moment before it is told.
+            false if self.geometry().size() != self.size_at_start => assert!(completed || !self.state.is_complete()),
             false => assert_eq!(self.state.is_complete(), completed),
             // What it has grown by may be hydrated yet, or not.
             true => assert!(completed || !self.state.is_complete()),

@@ -11,6 +11,9 @@ use std::process::Command;
 const USER: u32 = 65534;
 /// Another one.
 const OTHER: u32 = 65533;
+/// One who may lock little memory. What a user has locked is counted for all its processes together, and the kernel takes back
+/// late what one that has ended had: nobody else is to use this one.
+const LOW: u32 = 65532;
 
 fn as_user(user: u32) -> Vec<String> {
     ["setpriv", &format!("--reuid={user}"), &format!("--regid={user}"), "--clear-groups", "--no-new-privs"]
@@ -127,12 +130,14 @@ fn what_the_user_may_not_is_said() {
     fs::create_dir(bench.runtime().join("hydrant")).unwrap();
     clone_as(&bench, USER, &[]).refused(&["runtime directory", "belongs to user 0"]);
     fs::remove_dir(bench.runtime().join("hydrant")).unwrap();
-    chown(bench.runtime(), Some(USER), Some(USER)).unwrap();
+    for dir in [bench.dir(), &bench.runtime()] {
+        chown(dir, Some(LOW), Some(LOW)).unwrap();
+    }
     // Too little locked memory: it can't raise the limit itself.
-    let low = clone_as(&bench, USER, &["prlimit", "--memlock=65536:65536"]);
+    let low = clone_as(&bench, LOW, &["prlimit", "--memlock=65536:65536"]);
     low.refused(&["may lock 64KiB of memory", "LimitMEMLOCK="]);
     // Enough for one shard only: slower, and it says so.
-    let daemon = clone_as(&bench, USER, &["prlimit", "--memlock=524288:524288"]).args("--shards 2").start();
+    let daemon = clone_as(&bench, LOW, &["prlimit", "--memlock=524288:524288"]).args("--shards 2").start();
     daemon.wait_log("2 shards would like 1MiB");
     daemon.wait_hydrated();
     daemon.stop();

@@ -86,6 +86,14 @@ impl Nbdkit {
     pub fn freeze(&self, freeze: bool) {
         let pid = self.child.as_ref().unwrap().id().to_string();
         super::run("kill", &[if freeze { "-STOP" } else { "-CONT" }, &pid]);
+        // The signal is on its way: every thread must have had it.
+        let threads = || std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+        let is_stopped = |stat: String| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'));
+        let all_stopped =
+            || threads().all(|thread| std::fs::read_to_string(thread.path().join("stat")).is_ok_and(is_stopped));
+        if freeze {
+            super::wait_for("the server stops", std::time::Duration::from_secs(10), all_stopped);
+        }
     }
 
     pub fn uri(&self) -> String {
