@@ -6,6 +6,7 @@ mod explore;
 mod failures;
 mod growth;
 mod hydration;
+mod kills;
 mod metrics;
 mod order;
 mod random;

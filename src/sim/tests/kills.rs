@@ -1,0 +1,73 @@
+//! Directed scenarios of a daemon that is killed while the power stays: what it left in caches is not durable.
+
+use super::super::clone::{Devices, SimClone};
+use super::super::disk::Op;
+use super::super::executor::Sim;
+use super::{Seed, content, seeds};
+use crate::disk::Disk;
+use crate::error::ErrorKind;
+use crate::io_frontend::request::RequestFlags;
+use std::time::Duration;
+
+const REGION: u64 = 4096;
+
+/// Killed between the metadata writes of a commit and their flush. The next one finds the bit, and a client overwrites the
+/// region with FUA, which a durable bit makes a single write. Then the power fails: the bit must still be there.
+#[test]
+fn bits_that_a_killed_daemon_left_in_a_cache_are_durable_once_they_count() {
+    let mut found = 0;
+    for seed in seeds(0..30) {
+        let _seed = Seed(seed);
+        let (sim, setup) = (Sim::new(seed), super::Setup::default());
+        let devices = Devices::new(&sim, &setup, content(setup.size));
+        let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
+        sim.block_on(async {
+            clone.write(0, &[1; REGION as usize]).await.unwrap();
+            devices.metadata.set_gate(|op| *op == Op::Flush);
+            let waiting = clone.clone();
+            // It is killed before it returns.
+            sim.spawn(async move { _ = waiting.flush().await });
+            sim.sleep(Duration::from_millis(100)).await;
+        });
+        let devices = devices.kill(&sim);
+        let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
+        found += u64::from(clone.state.hydrated() == 1);
+        sim.block_on(clone.write_flags(0, &[2; REGION as usize], RequestFlags::FUA)).unwrap();
+        let devices = devices.crash(&sim);
+        let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
+        let read = sim.block_on(clone.read(0, REGION)).unwrap();
+        assert!(read == [2; REGION as usize], "an acknowledged FUA write is lost: {:?}", &read[..2]);
+        sim.kill_all();
+    }
+    assert_eq!(found, 30, "the bit is what this is about");
+}
+
+/// A metadata flush failed, and where there is no direct I/O its pages stay, clean, with bits that are not on the medium.
+/// The daemon is killed, and the next one must not take what it reads there for durable.
+#[test]
+fn bits_that_a_failed_flush_left_in_the_page_cache_do_not_count() {
+    let mut lost = 0;
+    for seed in seeds(0..30) {
+        let _seed = Seed(seed);
+        let (sim, setup) = (Sim::new(seed), super::Setup::default());
+        let devices = Devices::new(&sim, &setup, content(setup.size));
+        devices.metadata.buffered.set(true);
+        let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
+        sim.block_on(async {
+            clone.write(0, &[1; REGION as usize]).await.unwrap();
+            devices.metadata.set_fault(|op| (*op == Op::Flush).then_some(libc::EIO));
+            assert_eq!(clone.flush().await.unwrap_err().kind(), ErrorKind::Io);
+        });
+        let devices = devices.kill(&sim);
+        assert!(devices.metadata.info().size > 0);
+        let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
+        lost += u64::from(clone.state.hydrated() == 0);
+        sim.block_on(clone.write_flags(0, &[2; REGION as usize], RequestFlags::FUA)).unwrap();
+        let devices = devices.crash(&sim);
+        let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
+        let read = sim.block_on(clone.read(0, REGION)).unwrap();
+        assert!(read == [2; REGION as usize], "an acknowledged FUA write is lost: {:?}", &read[..2]);
+        sim.kill_all();
+    }
+    assert!(lost > 0, "a flush that fails drops what it failed on now and then");
+}
