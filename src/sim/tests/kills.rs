@@ -15,7 +15,6 @@ const REGION: u64 = 4096;
 /// region with FUA, which a durable bit makes a single write. Then the power fails: the bit must still be there.
 #[test]
 fn bits_that_a_killed_daemon_left_in_a_cache_are_durable_once_they_count() {
-    let mut found = 0;
     for seed in seeds(0..30) {
         let _seed = Seed(seed);
         let (sim, setup) = (Sim::new(seed), super::Setup::default());
@@ -31,7 +30,7 @@ fn bits_that_a_killed_daemon_left_in_a_cache_are_durable_once_they_count() {
         });
         let devices = devices.kill(&sim);
         let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
-        found += u64::from(clone.state.hydrated() == 1);
+        assert_eq!(clone.state.hydrated(), 1, "the bit is what this is about");
         sim.block_on(clone.write_flags(0, &[2; REGION as usize], RequestFlags::FUA)).unwrap();
         let devices = devices.crash(&sim);
         let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
@@ -39,15 +38,15 @@ fn bits_that_a_killed_daemon_left_in_a_cache_are_durable_once_they_count() {
         assert!(read == [2; REGION as usize], "an acknowledged FUA write is lost: {:?}", &read[..2]);
         sim.kill_all();
     }
-    assert_eq!(found, 30, "the bit is what this is about");
 }
 
 /// A metadata flush failed, and where there is no direct I/O its pages stay, clean, with bits that are not on the medium.
 /// The daemon is killed, and the next one must not take what it reads there for durable.
 #[test]
 fn bits_that_a_failed_flush_left_in_the_page_cache_do_not_count() {
-    let mut lost = 0;
-    for seed in seeds(0..30) {
+    let (mut lost, all) = (0, seeds(0..30));
+    let tried = all.len();
+    for seed in all {
         let _seed = Seed(seed);
         let (sim, setup) = (Sim::new(seed), super::Setup::default());
         let devices = Devices::new(&sim, &setup, content(setup.size));
@@ -69,5 +68,5 @@ fn bits_that_a_failed_flush_left_in_the_page_cache_do_not_count() {
         assert!(read == [2; REGION as usize], "an acknowledged FUA write is lost: {:?}", &read[..2]);
         sim.kill_all();
     }
-    assert!(lost > 0, "a flush that fails drops what it failed on now and then");
+    assert!(lost > 0 || tried < 30, "a flush that fails drops what it failed on now and then");
 }
