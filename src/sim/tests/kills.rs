@@ -3,7 +3,7 @@
 use super::super::clone::{Devices, SimClone};
 use super::super::disk::Op;
 use super::super::executor::Sim;
-use super::{Seed, content, seeds};
+use super::{Seed, Setup, content, seeds};
 use crate::disk::Disk;
 use crate::error::ErrorKind;
 use crate::io_frontend::request::RequestFlags;
@@ -11,13 +11,23 @@ use std::time::Duration;
 
 const REGION: u64 = 4096;
 
+/// The first region is overwritten with FUA, the power fails, and another daemon starts.
+fn what_is_written_with_fua_survives(sim: &Sim, setup: &Setup, devices: &Devices, clone: &SimClone) {
+    sim.block_on(clone.write_flags(0, &[2; REGION as usize], RequestFlags::FUA)).unwrap();
+    let devices = devices.crash(sim);
+    let clone = sim.block_on(SimClone::start(sim, setup, &devices)).unwrap();
+    let read = sim.block_on(clone.read(0, REGION)).unwrap();
+    assert!(read == [2; REGION as usize], "an acknowledged FUA write is lost: {:?}", &read[..2]);
+    sim.kill_all();
+}
+
 /// Killed between the metadata writes of a commit and their flush. The next one finds the bit, and a client overwrites the
 /// region with FUA, which a durable bit makes a single write. Then the power fails: the bit must still be there.
 #[test]
 fn bits_that_a_killed_daemon_left_in_a_cache_are_durable_once_they_count() {
     for seed in seeds(0..30) {
         let _seed = Seed(seed);
-        let (sim, setup) = (Sim::new(seed), super::Setup::default());
+        let (sim, setup) = (Sim::new(seed), Setup::default());
         let devices = Devices::new(&sim, &setup, content(setup.size));
         let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
         sim.block_on(async {
@@ -31,12 +41,7 @@ fn bits_that_a_killed_daemon_left_in_a_cache_are_durable_once_they_count() {
         let devices = devices.kill(&sim);
         let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
         assert_eq!(clone.state.hydrated(), 1, "the bit is what this is about");
-        sim.block_on(clone.write_flags(0, &[2; REGION as usize], RequestFlags::FUA)).unwrap();
-        let devices = devices.crash(&sim);
-        let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
-        let read = sim.block_on(clone.read(0, REGION)).unwrap();
-        assert!(read == [2; REGION as usize], "an acknowledged FUA write is lost: {:?}", &read[..2]);
-        sim.kill_all();
+        what_is_written_with_fua_survives(&sim, &setup, &devices, &clone);
     }
 }
 
@@ -48,7 +53,7 @@ fn bits_that_a_failed_flush_left_in_the_page_cache_do_not_count() {
     let tried = all.len();
     for seed in all {
         let _seed = Seed(seed);
-        let (sim, setup) = (Sim::new(seed), super::Setup::default());
+        let (sim, setup) = (Sim::new(seed), Setup::default());
         let devices = Devices::new(&sim, &setup, content(setup.size));
         devices.metadata.buffered.set(true);
         let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
@@ -61,12 +66,7 @@ fn bits_that_a_failed_flush_left_in_the_page_cache_do_not_count() {
         assert!(devices.metadata.info().size > 0);
         let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
         lost += u64::from(clone.state.hydrated() == 0);
-        sim.block_on(clone.write_flags(0, &[2; REGION as usize], RequestFlags::FUA)).unwrap();
-        let devices = devices.crash(&sim);
-        let clone = sim.block_on(SimClone::start(&sim, &setup, &devices)).unwrap();
-        let read = sim.block_on(clone.read(0, REGION)).unwrap();
-        assert!(read == [2; REGION as usize], "an acknowledged FUA write is lost: {:?}", &read[..2]);
-        sim.kill_all();
+        what_is_written_with_fua_survives(&sim, &setup, &devices, &clone);
     }
     assert!(lost > 0 || tried < 30, "a flush that fails drops what it failed on now and then");
 }
