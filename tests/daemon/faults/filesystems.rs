@@ -76,7 +76,10 @@ print(done[-1])
         daemon.log()
     );
     daemon.message("enable_hydration");
-    daemon.wait_status("failing", |status| status.hydration.state == HydrationState::Failing);
+    let status = daemon.wait_status("failing", |status| status.hydration.state == HydrationState::Failing);
+    let failure = status.hydration.last_failure.unwrap_or_default();
+    assert!(failure.error.contains("No space left on device") && failure.errno == libc::ENOSPC, "{failure:?}");
+    assert!(status_text(&daemon).contains("the last failure: destination "), "{}", status_text(&daemon));
     let told = events(&daemon, "hydration_failed");
     assert!(told.iter().any(|text| text.contains("No space left on device")), "{told:?}");
     daemon.kill9();
@@ -85,6 +88,7 @@ print(done[-1])
     daemon.wait_event("hydration pauses");
     fs::remove_file(filler).unwrap();
     daemon.wait_hydrated();
+    assert_eq!(daemon.status().hydration.last_failure, None);
     daemon.stop();
     let (found, expected) = (read_first(destination, 32 * MIB), fs::read(&source).unwrap());
     for (region, found) in found.chunks(65536).enumerate() {
