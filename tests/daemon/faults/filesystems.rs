@@ -1,7 +1,7 @@
 //! The file system under a destination or the metadata is full, read-only, shut down; the disk under it is gone.
 
 use super::super::harness::*;
-use super::{ends_badly, events, status_text};
+use super::{ends_badly, events, on_faulty_disk, status_text};
 use hydrant::control::api::HydrationState;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -238,9 +238,7 @@ print(failed, flushed)
 fn a_destination_that_is_pulled_out_loses_nothing_that_was_flushed() {
     need!("fuse", "nbdsh");
     let bench = Bench::new();
-    let source = bench.random("source", 4 * MIB);
-    let mut disk = FaultyFile::new(&bench, "disk", 4 * MIB);
-    let command = bench.clone_of(&source).destination(&disk.path).args("--shards 2");
+    let (source, mut disk, command) = on_faulty_disk(&bench, 4 * MIB);
     let daemon = command.clone().args("--no-hydration").start();
     nbdsh(&daemon.uri(), "h = connect(); h.pwrite(b'1' * 100_000, 65536); h.flush()");
     disk.pull();
@@ -274,9 +272,7 @@ fails(errno.EIO, lambda: h.pwrite(b"x", 0))
 fn a_destination_that_stalls_costs_time_only() {
     need!("fuse", "nbdsh");
     let bench = Bench::new();
-    let source = bench.random("source", 4 * MIB);
-    let disk = FaultyFile::new(&bench, "disk", 4 * MIB);
-    let command = bench.clone_of(&source).destination(&disk.path).args("--shards 2");
+    let (source, disk, command) = on_faulty_disk(&bench, 4 * MIB);
     let daemon = command.start();
     disk.fail("write", "STALL 2097152 4194304");
     disk.fail("flush", "STALL");
