@@ -482,7 +482,7 @@ mod tests {
     fn the_cursor_goes_on_behind_a_batch_that_grew_and_back_to_one_that_was_too_early() {
         let map = Bits(vec![false; 200]);
         let mut sched = HydrationSched::default();
-        let mut next = |sched: &mut HydrationSched| sched.next(&map, Duration::ZERO, 16, &|_| false);
+        let next = |sched: &mut HydrationSched| sched.next(&map, Duration::ZERO, 16, &|_| false);
         assert_eq!(next(&mut sched), Next::Batch(between(0, 16)));
         sched.resized(between(0, 64));
         assert_eq!(next(&mut sched), Next::Batch(between(64, 80)));
