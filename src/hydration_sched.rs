@@ -28,6 +28,11 @@ pub const URGENT_MAX: usize = 1024;
 const BUSY_DUE_MAX: usize = 16;
 /// A region that is being tried again is not due.
 const NEVER: Duration = Duration::MAX;
+/// When one that was never tried alone is due: before any retry, however long that has been due. A bad area may have
+/// hundreds, and hydration can stop before all of them had their turn.
+const ALONE_AT_ONCE: Duration = Duration::ZERO;
+/// When one that has failed alone is due without a delay.
+const AGAIN_AT_ONCE: Duration = Duration::from_nanos(1);
 
 /// What the scheduler needs to know of a region map.
 pub trait Unhydrated {
@@ -53,6 +58,13 @@ pub enum Next {
 struct Failure {
     attempts: u32,
     not_before: Duration,
+}
+
+impl Failure {
+    /// Due, without a delay.
+    fn at_once(&self) -> Duration {
+        if self.attempts == 0 { ALONE_AT_ONCE } else { AGAIN_AT_ONCE }
+    }
 }
 
 /// What a failed batch means, see [`HydrationSched::failed`].
@@ -218,6 +230,12 @@ impl HydrationSched {
         None
     }
 
+    fn set_due_at_once(&mut self, region: RegionIndex) {
+        if let Some(failure) = self.failures.get(&region) {
+            self.set_due(region, failure.at_once());
+        }
+    }
+
     fn set_due(&mut self, region: RegionIndex, at: Duration) {
         let Some(failure) = self.failures.get_mut(&region) else { return };
         let before = std::mem::replace(&mut failure.not_before, at);
@@ -264,7 +282,7 @@ impl HydrationSched {
     /// A batch has ended without being tried (its regions turned out to be hydrated or held).
     pub fn skipped(&mut self, batch: RegionRange) {
         self.batches_in_flight -= 1;
-        self.failed_in(batch).into_iter().for_each(|region| self.set_due(region, Duration::ZERO));
+        self.failed_in(batch).into_iter().for_each(|region| self.set_due_at_once(region));
     }
 
     /// A batch is hydrated.
@@ -287,7 +305,7 @@ impl HydrationSched {
         let known = self.failures.get(&batch.first()).map(|failure| failure.attempts);
         for region in batch.iter() {
             let failure = self.failures.entry(region).or_insert(Failure { attempts: 0, not_before: NEVER });
-            let due = if single { now + backoff(failure.attempts) } else { now };
+            let due = if single { now + backoff(failure.attempts) } else { failure.at_once() };
             self.failed_alone += u64::from(single && failure.attempts == 0);
             failure.attempts = failure.attempts.saturating_add(u32::from(single));
             self.set_due(region, due);
@@ -320,7 +338,7 @@ impl HydrationSched {
         self.paused_until = None;
         self.pauses_in_a_row = 0;
         for (_, region) in std::mem::take(&mut self.due) {
-            self.set_due(region, Duration::ZERO);
+            self.set_due_at_once(region);
         }
     }
 
@@ -441,6 +459,120 @@ mod tests {
             }
             assert_eq!(sched.failed_regions(), end - first);
         }
+    }
+
+    fn between(first: u64, end: u64) -> RegionRange {
+        RegionRange::between(RegionIndex(first), RegionIndex(end)).unwrap()
+    }
+
+    #[test]
+    fn waits_for_its_batch_then_looks_again_soon() {
+        let map = Bits(vec![false; 8]);
+        let mut sched = HydrationSched::default();
+        let (now, all) = (Duration::from_secs(7), between(0, 8));
+        assert_eq!(sched.next(&map, now, 16, &|_| false), Next::Batch(all));
+        assert_eq!(sched.next(&map, now, 16, &|_| true), Next::WaitForBatch);
+        // Clients hold all that is left: nobody tells when they let go.
+        sched.skipped(all);
+        assert_eq!(sched.next(&map, now, 16, &|_| true), Next::WaitUntil(now + Duration::from_millis(50)));
+        assert_eq!(sched.next(&map, now, 16, &|_| false), Next::Batch(all));
+    }
+
+    #[test]
+    fn the_cursor_goes_on_behind_a_batch_that_grew_and_back_to_one_that_was_too_early() {
+        let map = Bits(vec![false; 200]);
+        let mut sched = HydrationSched::default();
+        let next = |sched: &mut HydrationSched| sched.next(&map, Duration::ZERO, 16, &|_| false);
+        assert_eq!(next(&mut sched), Next::Batch(between(0, 16)));
+        sched.resized(between(0, 64));
+        assert_eq!(next(&mut sched), Next::Batch(between(64, 80)));
+        sched.skipped(between(64, 80));
+        sched.back_to(RegionIndex(64));
+        assert_eq!(next(&mut sched), Next::Batch(between(64, 80)));
+        sched.back_to(RegionIndex(199));
+        assert_eq!(next(&mut sched), Next::Batch(between(80, 96)), "never ahead");
+    }
+
+    /// What clients want is bounded, and no region is in it twice.
+    #[test]
+    fn urgent_regions_in_order_once_and_not_too_many() {
+        let map = Bits(vec![false; 5000]);
+        let mut sched = HydrationSched::default();
+        for _ in 0..2 {
+            (0..2000).for_each(|region| sched.prioritise(RegionIndex(4000 - region)));
+        }
+        for region in 0..URGENT_MAX as u64 {
+            let single = RegionRange::single(RegionIndex(4000 - region));
+            assert_eq!(sched.next(&map, Duration::ZERO, 16, &|_| false), Next::Batch(single));
+        }
+        assert_eq!(sched.next(&map, Duration::ZERO, 16, &|_| false), Next::Batch(between(0, 16)));
+    }
+
+    /// Of those that are due and held by clients so many are looked at in one go, not one more.
+    #[test]
+    fn a_region_that_is_due_is_found_behind_those_that_clients_hold() {
+        let map = Bits(vec![false; 40]);
+        for held in [BUSY_DUE_MAX as u64 - 1, BUSY_DUE_MAX as u64] {
+            let mut sched = HydrationSched::default();
+            sched.batches_in_flight += 1;
+            sched.failed(between(0, 40), Duration::ZERO);
+            let next = sched.next(&map, Duration::ZERO, 16, &|regions| regions.first().0 < held);
+            let single = Next::Batch(RegionRange::single(RegionIndex(held)));
+            match held < BUSY_DUE_MAX as u64 {
+                true => assert_eq!(next, single),
+                false => assert_eq!(next, Next::WaitUntil(BACKOFF_MIN / 10)),
+            }
+        }
+    }
+
+    /// Which regions of a batch are bad is found out before the cursor goes on.
+    #[test]
+    fn the_regions_of_a_failed_batch_are_tried_in_a_row() {
+        let map = Bits(vec![false; 100]);
+        let mut sched = HydrationSched::default();
+        let now = Duration::ZERO;
+        assert_eq!(sched.next(&map, now, 16, &|_| false), Next::Batch(between(0, 16)));
+        sched.failed(between(0, 16), now);
+        for region in 0..16 {
+            let single = RegionRange::single(RegionIndex(region));
+            assert_eq!(sched.next(&map, now, 16, &|_| false), Next::Batch(single));
+            assert_eq!(sched.failed(single, now), Failed { isolating: true });
+        }
+        assert_eq!(sched.next(&map, now, 16, &|_| false), Next::Batch(between(16, 32)));
+        // Each of them is due again, but every other time.
+        sched.failed(between(16, 32), now);
+        let later = Duration::from_secs(1);
+        assert_eq!(sched.failed_regions(), 16);
+        assert!(matches!(sched.next(&map, later, 16, &|_| false), Next::Batch(batch) if batch.first().0 >= 32));
+    }
+
+    /// However long others have been due.
+    #[test]
+    fn each_region_is_tried_alone_before_any_is_tried_again() {
+        let map = Bits(vec![false; 80]);
+        let mut sched = HydrationSched::default();
+        for region in 0..64 {
+            sched.batches_in_flight += 1;
+            sched.failed(RegionRange::single(RegionIndex(region)), Duration::ZERO);
+        }
+        let now = Duration::from_secs(100);
+        sched.batches_in_flight += 1;
+        sched.failed(RegionRange::between(RegionIndex(64), RegionIndex(80)).unwrap(), now);
+        let mut tried = Vec::new();
+        for _ in 0..32 {
+            let Next::Batch(batch) = sched.next(&map, now, 16, &|_| false) else { panic!("a batch") };
+            tried.push(batch.first().0);
+            // One was held by a client, and keeps its place.
+            match tried.len() {
+                3 => sched.skipped(batch),
+                _ => _ = sched.failed(batch, now),
+            }
+            if tried.len() == 8 {
+                sched.retry_now();
+            }
+        }
+        assert_eq!(tried[..17], [64, 65, 66, 66, 67, 68, 69, 70, 71, 72, 73, 74, 75, 76, 77, 78, 79], "{tried:?}");
+        assert!(tried[17..].iter().all(|region| *region < 71));
     }
 
     /// However many bad regions are due, what was never tried is handed out every other time at least.

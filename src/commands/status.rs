@@ -90,6 +90,9 @@ fn write_idle_text(text: &mut String, status: &Status) -> std::fmt::Result {
         Some(error) => writeln!(text, "{}: {}: {}", status.name, status.state, plain(error.clone()))?,
         None => writeln!(text, "{}: {}", status.name, status.state)?,
     }
+    if let Some(seconds) = status.retry_in_seconds {
+        write_line(text, "next try", format!("in {seconds} s"))?;
+    }
     write_line(text, "source", status.source.spec.clone())?;
     write_line(text, "destination", status.destination.clone())?;
     write_line(text, "metadata", status.metadata.path.clone())
@@ -420,6 +423,7 @@ mod tests {
             name: "vm1".into(),
             state: CloneRunState::Running,
             error: None,
+            retry_in_seconds: None,
             warnings: Vec::new(),
             suspended: false,
             suspending: false,

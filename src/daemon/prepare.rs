@@ -447,7 +447,12 @@ async fn open_nbd_source(
         source_timeout: config.source_timeout,
         ..NbdSourceOptions::default()
     };
-    let source = Rc::new(NbdSource::connect(uri.clone(), options.clone(), context.env.clone()).await?);
+    let connected = NbdSource::connect(uri.clone(), options.clone(), context.env.clone()).await;
+    let source = Rc::new(connected.map_err(|error| match error.kind() {
+        // No server, host, socket or export of that name yet, or one that is going down: it may come.
+        ErrorKind::Io | ErrorKind::NotFound => Error::new(ErrorKind::SourceLost, error.to_string()),
+        _ => error,
+    })?);
     Ok(OpenSource { source: source.clone(), kind: OpenSourceKind::Nbd { source, uri, options } })
 }
 

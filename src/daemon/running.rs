@@ -172,6 +172,7 @@ impl RunningClone {
             name: state.name.clone(),
             state: CloneRunState::Running,
             error: None,
+            retry_in_seconds: None,
             warnings: self.warnings(),
             size: geometry.size(),
             region_size: geometry.region_size().bytes(),
