@@ -180,6 +180,48 @@ fn bounds_of_rates_and_priorities() {
     assert_eq!((Priority::default().weight(), weight(1).weight(), weight(1000).weight()), (100, 1, 1000));
 }
 
+/// One after the other, from the one that has waited longest.
+#[test]
+fn the_shards_of_a_clone_take_turns() {
+    let mut share = HydrationShare::default();
+    share.set_total_rate(Some(rate(10 * SLOW)), Duration::ZERO);
+    let id = share.add(Priority::default(), None, Duration::ZERO);
+    let mut order = Vec::new();
+    for step in 1..200 {
+        let now = step * Duration::from_millis(10);
+        for shard in [2, 0, 1] {
+            if share.request(id, ShardIndex(shard), SLOW, now) == Answer::Granted {
+                share.spend(id, ShardIndex(shard), SLOW);
+                order.push(shard);
+            }
+        }
+    }
+    assert!(order.len() >= 12, "{order:?}");
+    assert!(
+        order.windows(3).skip(1).all(|three| three[0] != three[1] && three[1] != three[2] && three[0] != three[2]),
+        "{order:?}"
+    );
+}
+
+/// Who is told when to look again looks a few times for each grant, and is not late.
+#[test]
+fn estimates_spare_looks() {
+    for (weights, shards) in [([1, 1], 1), ([1, 3], 1), ([10, 1], 2), ([5, 2], 3)] {
+        let mut world = World::new(Some(20 * SLOW), Duration::ZERO);
+        weights.into_iter().for_each(|weight| _ = world.add(weight, None, shards, SLOW));
+        world.run(SECOND);
+        world.looks = 0;
+        let spent: u64 = world.spent_in(60 * SECOND).iter().sum();
+        let grants = spent / SLOW;
+        assert!(grants >= 1180, "{grants}");
+        assert!(
+            world.looks <= (3 + u64::from(shards)) * grants,
+            "{weights:?} {shards}: {} looks for {grants} grants",
+            world.looks
+        );
+    }
+}
+
 #[test]
 fn without_a_rate_everything_is_granted_at_once() {
     let mut world = World::new(None, Duration::ZERO);
