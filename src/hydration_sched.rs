@@ -461,6 +461,91 @@ mod tests {
         }
     }
 
+    fn between(first: u64, end: u64) -> RegionRange {
+        RegionRange::between(RegionIndex(first), RegionIndex(end)).unwrap()
+    }
+
+    #[test]
+    fn waits_for_its_batch_then_looks_again_soon() {
+        let map = Bits(vec![false; 8]);
+        let mut sched = HydrationSched::default();
+        let (now, all) = (Duration::from_secs(7), between(0, 8));
+        assert_eq!(sched.next(&map, now, 16, &|_| false), Next::Batch(all));
+        assert_eq!(sched.next(&map, now, 16, &|_| true), Next::WaitForBatch);
+        // Clients hold all that is left: nobody tells when they let go.
+        sched.skipped(all);
+        assert_eq!(sched.next(&map, now, 16, &|_| true), Next::WaitUntil(now + Duration::from_millis(50)));
+        assert_eq!(sched.next(&map, now, 16, &|_| false), Next::Batch(all));
+    }
+
+    #[test]
+    fn the_cursor_goes_on_behind_a_batch_that_grew_and_back_to_one_that_was_too_early() {
+        let map = Bits(vec![false; 200]);
+        let mut sched = HydrationSched::default();
+        let next = |sched: &mut HydrationSched| sched.next(&map, Duration::ZERO, 16, &|_| false);
+        assert_eq!(next(&mut sched), Next::Batch(between(0, 16)));
+        sched.resized(between(0, 64));
+        assert_eq!(next(&mut sched), Next::Batch(between(64, 80)));
+        sched.skipped(between(64, 80));
+        sched.back_to(RegionIndex(64));
+        assert_eq!(next(&mut sched), Next::Batch(between(64, 80)));
+        sched.back_to(RegionIndex(199));
+        assert_eq!(next(&mut sched), Next::Batch(between(80, 96)), "never ahead");
+    }
+
+    /// What clients want is bounded, and no region is in it twice.
+    #[test]
+    fn urgent_regions_in_order_once_and_not_too_many() {
+        let map = Bits(vec![false; 5000]);
+        let mut sched = HydrationSched::default();
+        for _ in 0..2 {
+            (0..2000).for_each(|region| sched.prioritise(RegionIndex(4000 - region)));
+        }
+        for region in 0..URGENT_MAX as u64 {
+            let single = RegionRange::single(RegionIndex(4000 - region));
+            assert_eq!(sched.next(&map, Duration::ZERO, 16, &|_| false), Next::Batch(single));
+        }
+        assert_eq!(sched.next(&map, Duration::ZERO, 16, &|_| false), Next::Batch(between(0, 16)));
+    }
+
+    /// Of those that are due and held by clients so many are looked at in one go, not one more.
+    #[test]
+    fn a_region_that_is_due_is_found_behind_those_that_clients_hold() {
+        let map = Bits(vec![false; 40]);
+        for held in [BUSY_DUE_MAX as u64 - 1, BUSY_DUE_MAX as u64] {
+            let mut sched = HydrationSched::default();
+            sched.batches_in_flight += 1;
+            sched.failed(between(0, 40), Duration::ZERO);
+            let next = sched.next(&map, Duration::ZERO, 16, &|regions| regions.first().0 < held);
+            let single = Next::Batch(RegionRange::single(RegionIndex(held)));
+            match held < BUSY_DUE_MAX as u64 {
+                true => assert_eq!(next, single),
+                false => assert_eq!(next, Next::WaitUntil(BACKOFF_MIN / 10)),
+            }
+        }
+    }
+
+    /// Which regions of a batch are bad is found out before the cursor goes on.
+    #[test]
+    fn the_regions_of_a_failed_batch_are_tried_in_a_row() {
+        let map = Bits(vec![false; 100]);
+        let mut sched = HydrationSched::default();
+        let now = Duration::ZERO;
+        assert_eq!(sched.next(&map, now, 16, &|_| false), Next::Batch(between(0, 16)));
+        sched.failed(between(0, 16), now);
+        for region in 0..16 {
+            let single = RegionRange::single(RegionIndex(region));
+            assert_eq!(sched.next(&map, now, 16, &|_| false), Next::Batch(single));
+            assert_eq!(sched.failed(single, now), Failed { isolating: true });
+        }
+        assert_eq!(sched.next(&map, now, 16, &|_| false), Next::Batch(between(16, 32)));
+        // Each of them is due again, but every other time.
+        sched.failed(between(16, 32), now);
+        let later = Duration::from_secs(1);
+        assert_eq!(sched.failed_regions(), 16);
+        assert!(matches!(sched.next(&map, later, 16, &|_| false), Next::Batch(batch) if batch.first().0 >= 32));
+    }
+
     /// However long others have been due.
     #[test]
     fn each_region_is_tried_alone_before_any_is_tried_again() {

@@ -82,6 +82,20 @@ mod tests {
         assert_eq!(condition.overdue(Duration::from_secs(100)), None, "all was told");
     }
 
+    /// What was told in another way is not told again, nor counted.
+    #[test]
+    fn quiet_changes_are_not_told() {
+        let mut condition = Condition::new(0);
+        for to in (0..TOLD_MAX + 3).map(|i| (i + 1) % 2) {
+            condition.change(to, Duration::ZERO);
+        }
+        condition.is_quietly(7);
+        assert_eq!(condition.state(), 7);
+        assert_eq!(condition.overdue(WINDOW), None);
+        assert_eq!(condition.change(7, WINDOW), None);
+        assert_eq!(condition.change(1, WINDOW), Some(0));
+    }
+
     proptest! {
         /// Whatever flaps: what is told is bounded, nothing is told twice, no change goes uncounted, and after a window of
         /// peace the last thing told is true.
