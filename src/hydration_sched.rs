@@ -417,6 +417,22 @@ mod tests {
         assert!(!batch.contains(RegionIndex(500)), "{batch:?}");
     }
 
+    /// A client has overwritten a bad region: what was known of it is over.
+    #[test]
+    fn what_is_hydrated_by_others_has_not_failed() {
+        let mut map = Bits(vec![false; 4]);
+        let mut sched = HydrationSched::default();
+        for region in [1, 2] {
+            sched.batches_in_flight += 1;
+            sched.failed(RegionRange::single(RegionIndex(region)), Duration::ZERO);
+        }
+        map.0[1] = true;
+        sched.hydrated(between(0, 2));
+        assert_eq!(sched.failed_regions(), 1);
+        sched.hydrated(between(2, 4));
+        assert_eq!(sched.failed_regions(), 0);
+    }
+
     #[test]
     fn what_holds_for_all_pauses() {
         let map = Bits(vec![false; 1000]);
@@ -425,7 +441,13 @@ mod tests {
         sched.failed_for_all(batch, Duration::ZERO);
         assert_eq!(sched.next(&map, Duration::ZERO, 4, &|_| false), Next::WaitUntil(BACKOFF_MIN));
         assert_eq!(sched.failed_regions(), 0);
+        assert!(sched.is_paused());
+        assert_eq!(sched.paused_until(Duration::ZERO), Some(BACKOFF_MIN));
+        assert_eq!(sched.paused_until(BACKOFF_MIN - Duration::from_nanos(1)), Some(BACKOFF_MIN));
+        assert_eq!(sched.paused_until(BACKOFF_MIN), None);
         sched.retry_now();
+        assert!(!sched.is_paused());
+        assert_eq!(sched.paused_until(Duration::ZERO), None);
         assert!(matches!(sched.next(&map, Duration::ZERO, 4, &|_| false), Next::Batch(_)));
     }
 
