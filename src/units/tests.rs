@@ -89,6 +89,18 @@ fn geometries_have_bounds() {
     assert_eq!((geometry.whole(), geometry.nr_regions(), geometry.nr_zones()), (bytes(0, 5000), 2, 1));
 }
 
+#[test]
+fn a_range_that_ends_with_a_region_does_not_touch_the_next() {
+    let geometry = Geometry::new(5 * 4096, RegionSize::new(4096).unwrap(), 3).unwrap();
+    let touched = |start, len| geometry.touched(bytes(start, len)).indices();
+    assert_eq!(touched(0, 4096), 0..1);
+    assert_eq!(touched(1, 4095), 0..1);
+    assert_eq!(touched(4095, 1), 0..1);
+    assert_eq!(touched(4095, 2), 0..2);
+    assert_eq!(touched(4096, 8192), 1..3);
+    assert_eq!(touched(0, 5 * 4096), 0..5);
+}
+
 proptest! {
     #[test]
     fn byte_ranges_are_sets(a in 0u64..40, a_len in 1u64..30, b in 0u64..40, b_len in 1u64..30, shift in 0u32..5) {
