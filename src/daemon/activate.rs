@@ -190,9 +190,6 @@ pub async fn activate(
             (store, Vec::new(), Generation(0))
         }
     };
-    created_destination.keep();
-    created_metadata.keep();
-
     let shards = context.mesh.shards();
     let state = CloneState::new(
         id,
@@ -221,6 +218,9 @@ pub async fn activate(
     let source_place = source.as_ref().and_then(OpenSource::place);
     let source = (!complete).then(|| (source, fingerprint.size.min(geometry.size())));
     attach_slices(context, &state, &geometry, zones, &destination, source).await?;
+    // Nothing is in them yet, and nothing of the kind can fail any more.
+    created_destination.keep();
+    created_metadata.keep();
     let source_check = identity.map(|identity| {
         let copied_before = Some(state.hydrated()).filter(|hydrated| !source_was_known && *hydrated > 0);
         Rc::new(SourceCheck { identity, recorded: Cell::new(must_be.is_known()), copied_before })

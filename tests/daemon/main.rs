@@ -34,6 +34,7 @@ mod shares;
 mod signals;
 mod source_faults;
 mod space;
+mod start_again;
 mod suspend;
 mod tables;
 mod views;
