@@ -251,8 +251,9 @@ impl Daemon {
             Shared { events: events.clone(), budget: self.budget.join(priority, rate, self.context.env.now()) };
         let config_now = (**config).clone();
         let running = RunningClone::start(&self.context, &self.listeners, id, config_now, prepared, shared).await?;
+        let block = running.node().map(|node| format!("{} and ", node.path().display())).unwrap_or_default();
         log::info!(
-            "clone '{}': serving NBD at {}, control at {}",
+            "clone '{}': serving {block}NBD at {}, control at {}",
             config.name,
             running.exported.listener.address,
             self.config.control.display()
@@ -308,6 +309,15 @@ impl Daemon {
                 more => format!("{more} connections): NBD clients use it"),
             };
             bail!(InUse, "clone '{name}' is in use ({clients}; disconnect, or use --force");
+        }
+        if !force
+            && let Some(node) = running.node()
+            && let Some(user) = node.used_by_now().await
+        {
+            running.exported.set_hidden(&self.context, false).await;
+            self.entries.borrow_mut().insert(name.clone(), Entry::Running(running));
+            let path = node.path();
+            bail!(InUse, "clone '{name}' is in use ({} is {user}; end that, or use --force)", path.display());
         }
         let deadline = self.context.env.now() + DRAIN_MAX;
         let ended = running.end(&self.context, &self.listeners, deadline).await;
@@ -467,6 +477,12 @@ impl Daemon {
                 } else if running.complete_since.get().is_none() {
                     running.complete_since.set(Some(Instant::now()));
                 }
+                if state.is_complete()
+                    && running.config.on_hydrated != OnHydrated::Stay
+                    && let Some(node) = running.node()
+                {
+                    node.used_by(&self.context).await;
+                }
                 if running.config.on_hydrated == OnHydrated::Remove && !self.config.one_clone && self.is_done(&running)
                 {
                     log::info!("clone '{}': hydrated, and the last client is gone: removing it", state.name);
@@ -492,8 +508,9 @@ impl Daemon {
         let watched = self.last_asked.get().is_some_and(|asked| asked.elapsed() < WATCHER_WINDOW);
         let since = running.complete_since.get();
         let seen = since.is_some_and(|since| !watched || since.elapsed() >= WATCHER_WINDOW);
-        // Who has suspended it is not done with it.
-        let is_in_use = running.exported.connections() > 0 || running.clone.state.is_suspended();
+        // Who has suspended it is not done with it. A block device that nobody has looked at may be in use.
+        let node_in_use = running.node().is_some_and(|node| !node.is_idle());
+        let is_in_use = running.exported.connections() > 0 || running.clone.state.is_suspended() || node_in_use;
         // Nor who can still save a file that was deleted.
         seen && !is_in_use && !running.holds_deleted_files()
     }
@@ -534,7 +551,7 @@ impl Daemon {
         let deadline = self.context.env.now() + DRAIN_MAX;
         // Requests that a suspended clone holds would keep their connections.
         for running in self.all_running() {
-            running.clone.coordinator.begin_stop().await;
+            running.begin_end(&self.context).await;
         }
         self.listeners.stop(&self.context, deadline).await;
         // Who has begun to change something finishes; then it is ended like the others.

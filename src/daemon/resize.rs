@@ -134,6 +134,11 @@ impl RunningClone {
         match self.grow_into(context, growth, source, [&destination.device, &metadata.device]).await {
             Ok(()) => {
                 *clone.devices.borrow_mut() = [destination.device, metadata.device];
+                if let Some(node) = self.node()
+                    && let Err(error) = node.resize(context, geometry.size()).await
+                {
+                    log::warn!("{error}");
+                }
                 Ok(true)
             }
             Err(error) => {
