@@ -6,7 +6,7 @@
 //! to the next daemon, nothing is told to the kernel at all: it sees this process end.
 
 use crate::clone_state::CloneState;
-use crate::config::UblkConfig;
+use crate::config::{CloneConfig, UblkConfig};
 use crate::devices::{self, Device, DeviceKind};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::nbd::Counted;
@@ -16,6 +16,8 @@ use crate::io_frontend::ublk::queue::{Queue, QueueParts};
 use crate::io_frontend::ublk::shape::Shape;
 use crate::io_frontend::ublk::takeover::mark_of;
 use crate::io_frontend::ublk::{UblkStats, proto::DeviceInfo};
+use crate::kept_bits::{self, Found, Identity, KeptBits};
+use crate::meta::codec::{self, Superblock};
 use crate::metrics::schema::UblkMetrics;
 use crate::ring::Ring;
 use crate::shard::Mesh;
@@ -25,7 +27,7 @@ use crate::units::{CloneId, Geometry, ShardIndex};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Acquire};
@@ -271,6 +273,35 @@ impl BlockNode {
         let resized = on_thread(context, START_TIME_MAX, "resized", move || device::resize(number, sectors)).await;
         resized.map_err(|error| error.within(self.label()))
     }
+}
+
+/// What keeps the hydrated bits of a clone that has a block device, or had one when a daemon before this one was killed.
+pub async fn kept_bits(config: &CloneConfig, superblock: &Superblock) -> Result<Option<Arc<KeptBits>>> {
+    let (is_wanted, force, geometry) = (config.ublk.is_some(), config.force, superblock.geometry);
+    let (is_complete, mark) = (superblock.state == codec::CloneState::Complete, mark_of(&superblock.uuid));
+    let identity = Identity::now(superblock.uuid, &geometry)?;
+    let directory = Path::new(kept_bits::DIRECTORY);
+    let job = move || {
+        let is_spoiled = match KeptBits::find(directory, &identity, &geometry)? {
+            Found::Bits(bits) if !is_complete => return Ok(Some(bits)),
+            Found::Spoiled => true,
+            Found::Bits(_) | Found::Nothing => false,
+        };
+        if !is_wanted {
+            return Ok(None);
+        }
+        if !is_complete && let Some(orphan) = device::orphan(mark)? {
+            let error = kept_bits::missing(&orphan, is_spoiled);
+            match force {
+                true => log::warn!("{error}: going on"),
+                false => return Err(error),
+            }
+        }
+        KeptBits::create(directory, &identity, &geometry).map(Some)
+    };
+    let kept = Ring::current().on_thread("ublk", job).await;
+    let kept = kept.map_err(|error| Error::from_io(error, "a thread for ublk can't be started"))??;
+    Ok(kept.map(Arc::new))
 }
 
 fn queues_of(clone: CloneId) -> Vec<Rc<Queue>> {

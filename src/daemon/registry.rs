@@ -558,6 +558,10 @@ impl Daemon {
         while self.busy.get() > 0 {
             self.context.env.sleep(BUSY_POLL).await;
         }
+        // What has only just started.
+        for running in self.all_running() {
+            running.begin_end(&self.context).await;
+        }
         let ends = self.all_running().into_iter().map(|running| {
             let daemon = self.clone();
             async move {

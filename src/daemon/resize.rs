@@ -173,6 +173,9 @@ impl RunningClone {
             destination: Rc::new(RingDisk::new(disk_parts(destination)?)),
             stage: stage(context, clone.state.id, geometry, disk_parts(destination)?, source, shown),
         };
+        if let Some(kept) = &clone.kept_bits {
+            kept.grow(&geometry)?;
+        }
         clone.coordinator.grow(parts).await?;
         if watched.is_some() || shown == 0 {
             *clone.nbd_source.borrow_mut() = watched;

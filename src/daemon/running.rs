@@ -126,9 +126,10 @@ impl RunningClone {
         self.block_node.borrow().clone()
     }
 
-    /// Before the end of the daemon: a block device that is in use is left to the next one.
+    /// Before the end of the daemon, and again when nothing starts any more: a block device that is in use is left to the next one.
     pub async fn begin_end(&self, context: &Rc<ShardContext>) {
-        if let Some(node) = self.node()
+        if !self.leaves_node.get()
+            && let Some(node) = self.node()
             && let Some(user) = node.used_by_now().await
         {
             let (name, path) = (&self.config.name, node.path());
@@ -149,6 +150,7 @@ impl RunningClone {
         }
         if let Err(error) = node.remove(context).await {
             log::warn!("{error}");
+            self.leaves_node.set(true);
         }
     }
 
@@ -180,9 +182,14 @@ impl RunningClone {
             context.env.sleep(DRAIN_POLL).await;
         }
         let committed = self.clone.coordinator.commit().await;
+        let may_forget = self.config.ublk.is_some() && !self.leaves_node.get();
         let (hydrated, regions) = (state.hydrated(), state.geometry().nr_regions());
         match &committed {
             Ok(()) => {
+                // Who takes the device over looks for them, although all is committed.
+                if let Some(kept) = self.clone.kept_bits.as_ref().filter(|_| may_forget) {
+                    kept.remove();
+                }
                 let text = format!("stopped, {hydrated} of {regions} regions hydrated");
                 state.events().raise(EventKind::Stopped, text);
             }

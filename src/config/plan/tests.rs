@@ -272,7 +272,7 @@ fn every_error_is_found() {
             "a.toml:5:1: clone 'vm1': destination: missing: the path that the copy goes to",
             "a.toml:5:1: clone 'vm1': metadata: missing: the path that says what is copied already",
             "a.toml:12:8: clone 'a/b': name: '/' can't be in a name: use letters, digits, '.', '_' and '-'",
-            "a.toml:13:1: clone 'a/b': unknown key 'colour', known are name, source, destination, metadata, region_size, size, no_hydration, no_discard_passdown, hydration_threshold, hydration_batch_size, hydration_rate, hydration_failures_max, priority, on_hydrated, source_timeout, force, table, nbd",
+            "a.toml:13:1: clone 'a/b': unknown key 'colour', known are name, source, destination, metadata, region_size, size, no_hydration, no_discard_passdown, hydration_threshold, hydration_batch_size, hydration_rate, hydration_failures_max, priority, on_hydrated, source_timeout, force, table, nbd, ublk",
             "a.toml:10:1: clone 'a/b': destination: missing: the path that the copy goes to",
             "a.toml:10:1: clone 'a/b': metadata: missing: the path that says what is copied already",
         ]

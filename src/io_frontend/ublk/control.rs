@@ -168,7 +168,7 @@ impl ControlDevice {
         self.simple(Control::StopDevice, number, 0)
     }
 
-    /// Removes the rest. Waits until /dev/ublkcN is closed and no memory of it is mapped.
+    /// Removes the rest, as soon as nobody has any of it open or mapped: does not wait for that.
     pub fn delete(&mut self, number: u32) -> Result<()> {
         self.simple(Control::DeleteDevice, number, 0)
     }

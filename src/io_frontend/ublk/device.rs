@@ -23,6 +23,8 @@ const GONE_WAIT_MAX: Duration = Duration::from_secs(90);
 const ALIVE_WAIT_MAX: Duration = Duration::from_secs(10);
 /// How long the device file may take to appear with its permissions.
 const NODE_WAIT_MAX: Duration = Duration::from_secs(5);
+/// How long the end of a device that is not in use may take.
+const DELETE_WAIT_MAX: Duration = Duration::from_secs(2);
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -97,10 +99,24 @@ pub fn attach(wanted: &Wanted) -> Result<Attached> {
     match prepared {
         Ok(file) => Ok(Attached { info: made, file, taken_over: false }),
         Err(error) => {
-            tell(control.delete(made.number));
+            tell(delete_with(&mut control, made.number));
             Err(error)
         }
     }
+}
+
+/// The device with the mark that may be in use, if there is one.
+pub fn orphan(mark: u64) -> Result<Option<PathBuf>> {
+    let mut control = ControlDevice::open()?;
+    let found = control::numbers().into_iter().find(|number| {
+        control.info(*number).is_ok_and(|info| matches!(judge(&info, mark), Found::Orphan | Found::Unlike))
+    });
+    Ok(found.map(block_path))
+}
+
+/// Whether there is ublk, with all that is needed.
+pub fn check() -> Result<()> {
+    ControlDevice::open().map(drop)
 }
 
 fn tell(result: Result<()>) {
@@ -119,7 +135,7 @@ fn take_over(control: &mut ControlDevice, mark: u64) -> Result<Option<DeviceInfo
             Found::Foreign => {}
             Found::Remains => {
                 log::info!("ublk: removing device {number}, which a daemon before this one left");
-                control.delete(number)?;
+                delete_with(control, number)?;
             }
             Found::Unlike => {
                 bail!(
@@ -209,7 +225,17 @@ pub fn stop(number: u32) -> Result<()> {
 
 /// Removes what is left of a device after [`stop`], when nobody serves its queues any more.
 pub fn delete(number: u32) -> Result<()> {
-    ControlDevice::open()?.delete(number)
+    delete_with(&mut ControlDevice::open()?, number)
+}
+
+/// Who had it open when it was stopped keeps it until that ends. Otherwise its number is free when this returns.
+fn delete_with(control: &mut ControlDevice, number: u32) -> Result<()> {
+    control.delete(number)?;
+    let began = Instant::now();
+    while began.elapsed() < DELETE_WAIT_MAX && control::numbers().contains(&number) {
+        std::thread::sleep(PAUSE);
+    }
+    Ok(())
 }
 
 /// `NotSupported` where the kernel can't change it.

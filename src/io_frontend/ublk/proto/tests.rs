@@ -9,7 +9,7 @@ fn opcodes() {
         (Control::GetParameters, 0x8020_7509),
         (Control::GetFeatures, 0x8020_7513),
         (Control::AddDevice, 0xc020_7504),
-        (Control::DeleteDevice, 0xc020_7505),
+        (Control::DeleteDevice, 0x8020_7514),
         (Control::StartDevice, 0xc020_7506),
         (Control::StopDevice, 0xc020_7507),
         (Control::SetParameters, 0xc020_7508),
