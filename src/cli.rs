@@ -445,7 +445,8 @@ pub struct RemoveArgs {
     /// Which clone
     pub name: CloneName,
 
-    /// Also when NBD clients use it: their requests in flight are finished, then they are disconnected
+    /// Also when it is in use: requests in flight are finished, then NBD clients are disconnected, and the block device
+    /// goes, whatever is mounted there
     #[arg(long)]
     pub force: bool,
 
@@ -650,6 +651,12 @@ Examples:
 pub struct StopArgs {
     /// Which clone [default: the one that runs]
     pub name: Option<CloneName>,
+
+    /// Also when a block device is in use: it is left, and who uses it waits for the next daemon of the clone
+    ///
+    /// The same happens at SIGTERM: a daemon can be restarted under a file system that stays mounted.
+    #[arg(long)]
+    pub force: bool,
 
     #[command(flatten)]
     pub control: ControlArgs,

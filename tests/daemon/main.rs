@@ -36,4 +36,5 @@ mod source_faults;
 mod space;
 mod suspend;
 mod tables;
+mod ublk_kernel;
 mod views;

@@ -1,0 +1,31 @@
+//! A virtual machine with a kernel of its own (`tests/vm`), which runs one script.
+
+use super::{Bench, skip};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn directory() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vm")
+}
+
+/// Whether there is a kernel to boot; says so when there is none.
+pub fn has_kernel() -> bool {
+    let has = Command::new(directory().join("kernel")).arg("--have").output().unwrap().status.success();
+    if !has {
+        skip("needs the kernel that tests/vm/kernel fetches");
+    }
+    has
+}
+
+/// Runs a script of `tests/vm`, with these options of its `boot` and these images of the bench as disks; what it says.
+pub fn boot(bench: &Bench, script: &str, options: &[&str], disks: &[&str]) -> String {
+    let mut command = Command::new(directory().join("boot"));
+    command.args(options);
+    for disk in disks {
+        command.arg("-d").arg(bench.path(disk));
+    }
+    let output = command.arg(directory().join(script)).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{}: {said}{}", output.status, String::from_utf8_lossy(&output.stderr));
+    said
+}
