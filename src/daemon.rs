@@ -58,6 +58,11 @@ pub fn run(plan: Plan) -> Result<()> {
     environment::check_nofile(shards as u16)?;
     let signals = block_signals()?;
     abort_on_panic();
+    // Before there are threads. One that only serves NBD is none the worse for it.
+    let has_block_device = plan.clones.iter().any(|clone| clone.ublk.is_some());
+    if !environment::set_io_flusher() && has_block_device {
+        log::warn!("without CAP_SYS_RESOURCE a block device may hang when memory is short");
+    }
     let options = PoolOptions {
         cpus: cpus.iter().copied().cycle().take(shards).collect(),
         spin: plan.daemon.spin,

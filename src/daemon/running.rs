@@ -226,6 +226,15 @@ impl RunningClone {
         let events = state.events().count();
         let hydration_state = self.hydration_state(&stats, source.state);
         let commits = self.clone.coordinator.stats();
+        // Before anything is borrowed: it waits.
+        let ublk = match self.node() {
+            Some(node) => Some(UblkStatus {
+                path: node.path().display().to_string(),
+                number: node.number,
+                used_by: node.used_by(context).await,
+            }),
+            None => None,
+        };
         Ok(Status {
             name: state.name.clone(),
             state: CloneRunState::Running,
@@ -268,14 +277,7 @@ impl RunningClone {
                 export: self.exported.name.to_string(),
                 connections: u32::try_from(self.exported.connections()).unwrap_or(u32::MAX),
             },
-            ublk: match self.node() {
-                Some(node) => Some(UblkStatus {
-                    path: node.path().display().to_string(),
-                    number: node.number,
-                    used_by: node.used_by(context).await,
-                }),
-                None => None,
-            },
+            ublk,
             io: IoCounters {
                 reads: stats.reads,
                 writes: stats.writes,
