@@ -10,6 +10,7 @@ mod meta;
 use crate::config::{
     CloneName, FAILURES_MAX_DEFAULT, HYDRATION_RATE_MAX, HYDRATION_RATE_MIN, NAME_LEN_MAX, OnHydrated,
     PRIORITY_DEFAULT, PRIORITY_MAX, SHARDS_MAX, SIZE_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT, SOURCE_TIMEOUT_SECONDS_MAX,
+    UBLK_NUMBER_MAX,
 };
 use crate::dm_table::DmTable;
 use crate::io_frontend::nbd::listen::NbdAddress;
@@ -203,6 +204,15 @@ pub struct CloneArgs {
     /// (mode 0600). With tcp everybody who can reach the port can read and write: there is no authentication.
     #[arg(long, value_name = "ADDRESS")]
     pub nbd: Option<NbdAddress>,
+
+    /// Also be a block device, /dev/ublkbN [default number: any that is free]
+    ///
+    /// With NBD as before. Needs Linux 6.12 or later with ublk (modprobe ublk_drv), and root. The device outlives a daemon
+    /// that is killed, or that is stopped while the device is in use: started again it takes the device over, and who uses
+    /// it has only waited.
+    #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true,
+          value_parser = clap::value_parser!(u32).range(..=i64::from(UBLK_NUMBER_MAX)))]
+    pub ublk: Option<Option<u32>>,
 
     /// Path of the control socket [default: NAME.control beside the NBD default]
     ///
@@ -437,7 +447,8 @@ pub struct RemoveArgs {
     /// Which clone
     pub name: CloneName,
 
-    /// Also when NBD clients use it: their requests in flight are finished, then they are disconnected
+    /// Also when it is in use: requests in flight are finished, then NBD clients are disconnected, and the block device
+    /// goes, whatever is mounted there
     #[arg(long)]
     pub force: bool,
 
@@ -642,6 +653,12 @@ Examples:
 pub struct StopArgs {
     /// Which clone [default: the one that runs]
     pub name: Option<CloneName>,
+
+    /// Also when a block device is in use: it is left, and who uses it waits for the next daemon of the clone
+    ///
+    /// The same happens at SIGTERM: a daemon can be restarted under a file system that stays mounted.
+    #[arg(long)]
+    pub force: bool,
 
     #[command(flatten)]
     pub control: ControlArgs,

@@ -11,7 +11,7 @@ use crate::event_log::CloneEvents;
 use crate::events::EventKind;
 use crate::hydration_budget::BudgetMember;
 use crate::hydration_failures::FAILURES_MAX_DEFAULT;
-use crate::units::{CloneId, Geometry, ShardIndex};
+use crate::units::{CloneId, Geometry, RegionRange, ShardIndex};
 use health::Health;
 pub use health::{CopyFailure, FailureReport, LastFailure};
 use source_wait::SourceWait;
@@ -56,6 +56,14 @@ pub struct HydrationKnobs {
     pub batch_size: u64,
 }
 
+/// Keeps hydrated bits beyond the end of the process; see [`crate::kept_bits`].
+pub trait KeepsBits: Send + Sync {
+    /// The data of these regions is in the destination.
+    fn keep(&self, regions: RegionRange);
+    /// A commit has failed: what was kept is worth nothing.
+    fn spoil(&self);
+}
+
 /// The state that the shards of one clone share.
 pub struct CloneState {
     pub id: CloneId,
@@ -93,6 +101,8 @@ pub struct CloneState {
     budget: BudgetMember,
     /// The source turned out to be another one.
     source_refusal: OnceLock<Error>,
+    /// Of a clone whose block device may outlive this process.
+    kept_bits: Option<Arc<dyn KeepsBits>>,
     source_wait: SourceWait,
 }
 
@@ -134,6 +144,7 @@ impl CloneState {
             hydration_told: AtomicBool::new(false),
             budget: BudgetMember::alone(),
             source_refusal: OnceLock::new(),
+            kept_bits: None,
             source_wait: SourceWait::default(),
         }
     }
@@ -166,6 +177,16 @@ impl CloneState {
         Self { failures_max: AtomicU32::new(failures), ..self }
     }
 
+    /// Keeps every hydrated bit from now on.
+    pub fn with_kept_bits(self, kept_bits: Option<Arc<dyn KeepsBits>>) -> Self {
+        Self { kept_bits, ..self }
+    }
+
+    /// To be told of regions before anybody can rely on them.
+    pub fn kept_bits(&self) -> Option<&dyn KeepsBits> {
+        self.kept_bits.as_deref()
+    }
+
     /// Its part of the hydration bandwidth: priority and rates.
     pub fn budget(&self) -> &BudgetMember {
         &self.budget
@@ -181,6 +202,9 @@ impl CloneState {
 
     /// Leaves `rw`, for good: only a restart comes back. Says so by an event. Modes only get worse.
     pub fn degrade(&self, to: Mode, why: &Error) {
+        if let Some(kept) = &self.kept_bits {
+            kept.spoil();
+        }
         if self.mode.fetch_max(to as u8, AcqRel) < to as u8 {
             log::error!("clone '{}': metadata mode is now {}: {why}", self.name, to.word());
             let kind = if to == Mode::Failed { EventKind::Failed } else { EventKind::ReadOnly };

@@ -44,6 +44,8 @@ pub const PRIORITY_MAX: u32 = hydration_share::PRIORITY_MAX as u32;
 pub const SIZE_MAX: u64 = (DEVICE_SIZE_MAX - REGION_SIZE_MAX) >> 40 << 40;
 /// Bounds of a rate of hydration, in bytes per second.
 pub use crate::hydration_share::{RATE_MAX as HYDRATION_RATE_MAX, RATE_MIN as HYDRATION_RATE_MIN};
+/// Largest number of a block device.
+pub use crate::io_frontend::ublk::NUMBER_MAX as UBLK_NUMBER_MAX;
 /// Bounds of the memory that each shard copies with, in bytes.
 pub use crate::shard::copy_pool::{IO_MEMORY_MAX, IO_MEMORY_MIN};
 /// The longest time that an idle shard polls, in microseconds.
@@ -136,6 +138,8 @@ pub struct CloneConfig {
     pub priority: u32,
     pub on_hydrated: OnHydrated,
     pub nbd: NbdConfig,
+    /// Beside NBD, a block device of the kernel.
+    pub ublk: Option<UblkConfig>,
     /// How long reads wait for a lost source before they fail.
     pub source_timeout: Duration,
     /// Use a destination that holds something unknown.
@@ -191,6 +195,13 @@ pub struct NbdConfig {
     pub address: NbdAddress,
     /// Name of the export; the clone's unless said otherwise.
     pub export: CloneName,
+}
+
+/// The block device of a clone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UblkConfig {
+    /// N of /dev/ublkbN, at most [`UBLK_NUMBER_MAX`]; `None` is any that is free.
+    pub number: Option<u32>,
 }
 
 /// What to do when every region is hydrated.

@@ -2,11 +2,12 @@
 //!
 //! `registry` has the clones by name; `prepare` tries everything that can fail before the first change on disk
 //! (devices, locks, metadata, the source), `activate` makes that change, `running` is a clone at work,
-//! `device_watch` looks after its files, `listeners` are where its clients come from, `control` is who steers it all. The end is: no new connections,
+//! `device_watch` looks after its files, `listeners` are where its clients come from, `block_node` is its block device, `control` is who steers it all. The end is: no new connections,
 //! what is in flight is finished, hydration drained, one last commit.
 
 mod activate;
 mod as_table;
+mod block_node;
 mod control;
 mod device_watch;
 mod listeners;
@@ -29,6 +30,7 @@ use crate::environment;
 use crate::error::{Error, Result, plain};
 use crate::local::Notify;
 use crate::metrics::dump::Dumper;
+use crate::metrics::schema::{NbdMetrics, UblkMetrics};
 use crate::ring::Ring;
 use crate::service_manager;
 use crate::shard::Mesh;
@@ -57,6 +59,11 @@ pub fn run(plan: Plan) -> Result<()> {
     environment::check_nofile(shards as u16)?;
     let signals = block_signals()?;
     abort_on_panic();
+    // Before there are threads. One that only serves NBD is none the worse for it.
+    let has_block_device = plan.clones.iter().any(|clone| clone.ublk.is_some());
+    if !environment::set_io_flusher() && has_block_device {
+        log::warn!("without CAP_SYS_RESOURCE a block device may hang when memory is short");
+    }
     let options = PoolOptions {
         cpus: cpus.iter().copied().cycle().take(shards).collect(),
         spin: plan.daemon.spin,
@@ -144,7 +151,7 @@ fn signal_of(info: &[u8]) -> Option<i32> {
 /// The life of the daemon, on shard 0.
 async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result<()> {
     let stop: Rc<Notify> = Rc::default();
-    let dumper = Dumper::new(context.clone(), plan.daemon.metrics_dump.clone(), listeners::metrics);
+    let dumper = Dumper::new(context.clone(), plan.daemon.metrics_dump.clone(), frontend_metrics);
     context.env.spawn(Box::pin(watch_signals(signals, stop.clone(), dumper.clone())));
     if plan.dry_run {
         return dry_run(&context, &plan, &stop).await;
@@ -197,6 +204,11 @@ fn end_of_failures(failures: Vec<(CloneName, Error)>, wanted: usize) -> Result<(
             Err(error.clone().within(text))
         }
     }
+}
+
+/// What the frontends of the current shard have done.
+fn frontend_metrics() -> (NbdMetrics, UblkMetrics) {
+    (listeners::metrics(), block_node::metrics())
 }
 
 /// Checks every clone and says what would be done.

@@ -172,6 +172,26 @@ impl Device {
         holders::mounted_writable(&self.id)
     }
 
+    /// The physical block of the device, or of the one that holds the file, in bytes; that of the logical block where it is
+    /// not known.
+    pub fn physical_block(&self) -> u32 {
+        self.queue_attribute("physical_block_size").and_then(|text| text.parse().ok()).unwrap_or(self.block)
+    }
+
+    /// Whether the device, or the one that holds the file, says that it rotates.
+    pub fn is_rotational(&self) -> bool {
+        self.queue_attribute("rotational").is_some_and(|text| text == "1")
+    }
+
+    fn queue_attribute(&self, name: &str) -> Option<String> {
+        let id = match self.kind {
+            DeviceKind::Block => self.id.clone(),
+            DeviceKind::File => DeviceId::block(self.fs_dev),
+        };
+        let node = sysfs::Sysfs::system().node(&id)?;
+        node.whole().unwrap_or(node).attribute(&format!("queue/{name}"))
+    }
+
     /// The file for I/O at any alignment; of a block device, the one there is.
     pub fn any_alignment(&self) -> &File {
         self.buffered.as_ref().unwrap_or(&self.file)
@@ -240,6 +260,17 @@ pub fn check_size(device: &Device, need: u64, why: &str) -> Result<()> {
         bail!(TooSmall, "{} is too small: it has {} bytes, {need} are needed {why}", device.label(), device.size);
     }
     Ok(())
+}
+
+/// Who uses a block device of ours, in words; `None`: nobody was found. With `claim` it is asked whether the kernel would
+/// give it to somebody alone, too, which finds mounts of other namespaces; whoever wants that at the same moment is refused.
+/// May wait for reads of the device.
+pub fn used_by(path: &Path, claim: bool) -> Option<String> {
+    let id = DeviceId::of(&std::fs::metadata(path).ok()?);
+    let sysfs = sysfs::Sysfs::system();
+    holders::kernel_use(&sysfs, &id)
+        .or_else(|| holders::open_by(&sysfs, &id))
+        .or_else(|| (claim && sys::is_claimed(path)).then(|| "claimed by the kernel".into()))
 }
 
 /// "destination /dev/sda", on one line whatever the path holds.

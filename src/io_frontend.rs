@@ -2,3 +2,4 @@
 
 pub mod nbd;
 pub mod request;
+pub mod ublk;

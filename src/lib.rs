@@ -34,6 +34,7 @@ pub mod hydration_failures;
 pub mod hydration_sched;
 pub mod hydration_share;
 pub mod io_frontend;
+pub mod kept_bits;
 pub mod local;
 pub mod log_limit;
 pub mod meta;

@@ -35,7 +35,7 @@ mod load;
 mod watch;
 
 /// Submission queue entries. More operations than this can be in flight: the queue is only passed through.
-const SQ_ENTRIES: u32 = 512;
+pub const SQ_ENTRIES: u32 = 512;
 /// Completion queue entries; an overflow is kept by the kernel (IORING_FEAT_NODROP), this makes it rare.
 const CQ_ENTRIES: u32 = 4096;
 /// Shares of the background queue, beside the default queue's 1000: when both have work, the background gets a
@@ -69,6 +69,8 @@ pub struct Ring {
     submit_pending: Cell<bool>,
     closing: Cell<bool>,
     stopping: Cell<bool>,
+    /// Operations in flight that the end does not wait for.
+    disregarded: Cell<usize>,
     taskrun: bool,
     background: glommio::TaskQueueHandle,
     drive: Drive,
@@ -111,6 +113,7 @@ impl Ring {
             submit_pending: Cell::new(false),
             closing: Cell::new(false),
             stopping: Cell::new(false),
+            disregarded: Cell::new(0),
             taskrun,
             background,
             drive: Drive::new(bell),
@@ -145,7 +148,7 @@ impl Ring {
         }
         // Bounded: a disk may never answer.
         for _ in 0..1000 {
-            if self.inner.borrow().in_flight == 0 {
+            if self.inner.borrow().in_flight <= self.disregarded.get() {
                 break;
             }
             self.sleep(Duration::from_millis(1)).await;
@@ -205,6 +208,18 @@ impl Ring {
                 }
             },
         }
+    }
+
+    /// Hands queued entries to the kernel at once: all that were queued since the last call, with one system call when
+    /// they are at most [`SQ_ENTRIES`]. Takes the completions of what could be answered at once.
+    pub fn submit_now(&self) {
+        self.enter();
+        self.reap();
+    }
+
+    /// So many operations more (or fewer) that the end is not to wait for: they never complete by themselves.
+    pub fn disregard(&self, operations: isize) {
+        self.disregarded.set(self.disregarded.get().saturating_add_signed(operations));
     }
 
     fn request_submit(&self) {
@@ -364,6 +379,16 @@ impl Ring {
         // SAFETY: the header is boxed, so it does not move; it points into vectors that it owns, and those to
         // memory that the parts keep.
         unsafe { self.operation(entry, (message, fd.clone())) }
+    }
+
+    /// A command of the file's driver (IORING_OP_URING_CMD) that takes its 16 bytes and points to nothing.
+    ///
+    /// # Safety
+    /// The driver must not take anything in `command` for an address.
+    pub unsafe fn command(self: &Rc<Self>, fd: &Rc<OwnedFd>, opcode: u32, command: [u8; 16]) -> Operation<Rc<OwnedFd>> {
+        let entry = opcode::UringCmd16::new(types::Fd(fd.as_raw_fd()), opcode).cmd(command).build();
+        // SAFETY: by the caller no pointers; the descriptor is kept open by `keep`.
+        unsafe { self.operation(entry, fd.clone()) }
     }
 
     /// accept4(2), close-on-exec.

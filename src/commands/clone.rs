@@ -2,7 +2,7 @@
 
 use crate::bail;
 use crate::cli::CloneArgs;
-use crate::config::{CloneConfig, DaemonConfig, NbdConfig, Plan};
+use crate::config::{CloneConfig, DaemonConfig, NbdConfig, Plan, UblkConfig};
 use crate::error::Result;
 use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::runtime_dir::RuntimeDir;
@@ -27,6 +27,7 @@ fn plan_of(args: CloneArgs, dir: &RuntimeDir) -> Result<Plan> {
     }
     let mut clone = CloneConfig {
         nbd: NbdConfig { address, export: args.name.clone() },
+        ublk: args.ublk.map(|number| UblkConfig { number }),
         name: args.name,
         // Without a table line they are required.
         source: args.source.unwrap_or_default(),
@@ -96,6 +97,7 @@ mod tests {
                 address: NbdAddress::Unix(dir.path().join("clone.sock")),
                 export: "clone".parse().unwrap(),
             },
+            ublk: None,
             source_timeout: Duration::from_secs(60),
             force: false,
             table: None,
@@ -110,7 +112,7 @@ mod tests {
             "--name vm.1 --region-size 1MiB --no-hydration --no-discard-passdown --hydration-threshold 7 \
              --hydration-batch-size 8 --on-hydrated exit --nbd tcp:127.0.0.1:10809 --control c --shards 3 \
              --source-timeout 9 --force --dry-run --size 5MiB --hydration-rate 1GiB --priority 7 \
-             --hydration-failures-max 0",
+             --hydration-failures-max 0 --ublk=7",
         )
         .unwrap();
         let expected = CloneConfig {
@@ -129,12 +131,14 @@ mod tests {
             priority: 7,
             on_hydrated: OnHydrated::Exit,
             nbd: NbdConfig { address: "tcp:127.0.0.1:10809".parse().unwrap(), export: "vm.1".parse().unwrap() },
+            ublk: Some(UblkConfig { number: Some(7) }),
             source_timeout: Duration::from_secs(9),
             force: true,
             table: None,
         };
         let daemon = DaemonConfig { shards: Some(3), one_clone: true, ..DaemonConfig::new("c".into()) };
         assert_eq!(plan, Plan { daemon, clones: vec![expected], dry_run: true });
+        assert_eq!(parse("--ublk").unwrap().clones[0].ublk, Some(UblkConfig { number: None }));
         assert_eq!(parse("--name vm1").unwrap().daemon.control.file_name(), Path::new("vm1.control").file_name());
         assert_eq!(parse("--region-size 4096").unwrap().clones[0].region_size.unwrap().bytes(), 4096);
         assert_eq!(parse("--region-size 1GiB").unwrap().clones[0].region_size.unwrap().bytes(), 1 << 30);
@@ -188,6 +192,8 @@ mod tests {
             ("--hydration-failures-max=-1", "invalid value '-1'"),
             ("--hydration-failures-max 4294967296", "4294967295"),
             ("--priority 0", "1..=1000"),
+            ("--ublk=1048576", "1048575"),
+            ("--ublk=x", "invalid"),
             ("--size 0", "not from 1 byte to 8388607TiB"),
             ("--bogus", "--bogus"),
             ("extra", "extra"),

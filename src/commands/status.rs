@@ -172,6 +172,9 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
         line("", means.into())?;
     }
     line("nbd", format!("{}; {}", nbd_words(status), plural(status.nbd.connections.into(), "client")))?;
+    if let Some(ublk) = &status.ublk {
+        line("ublk", format!("{}; {}", ublk.path, ublk.used_by.as_deref().unwrap_or("not in use")))?;
+    }
     line(
         "I/O",
         format!(
@@ -478,6 +481,7 @@ mod tests {
             },
             destination: "/dev/vg/vm1".into(),
             nbd: NbdStatus { address: "unix:/run/hydrant/vm1.sock".into(), export: "vm1".into(), connections: 2 },
+            ublk: Some(UblkStatus { path: "/dev/ublkb0".into(), number: 0, used_by: Some("mounted at /mnt".into()) }),
             io: IoCounters {
                 reads: 1234,
                 writes: 56,
@@ -511,6 +515,7 @@ vm1: 16GiB, 262144 regions of 64KiB
   destination  /dev/vg/vm1
   metadata     /var/lib/vm1.meta, rw; 10 of 16 blocks, generation 17
   nbd          nbd+unix:///vm1?socket=/run/hydrant/vm1.sock; 2 clients
+  ublk         /dev/ublkb0; mounted at /mnt
   I/O          1234 reads (5.0 MiB), 56 writes (1.5 MiB), 7 flushes
                1 trim (1.0 GiB), 0 write zeroes (0 B), 0 errors
   copied       7.0 GiB hydrated by copying; 8.0 GiB read from the source

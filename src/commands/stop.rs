@@ -36,6 +36,17 @@ pub fn run(args: &StopArgs) -> Result<()> {
             );
         }
     }
+    let used = statuses.iter().find_map(|status| {
+        let ublk = status.ublk.as_ref()?;
+        Some((&status.name, &ublk.path, ublk.used_by.as_ref()?))
+    });
+    if let Some((name, path, user)) = used.filter(|_| !args.force) {
+        bail!(
+            InUse,
+            "clone '{name}' is in use: {path} is {user}; end that, or use --force: {path} then waits for the next daemon of \
+             the clone"
+        );
+    }
     let daemon = statuses.first().map(|status| Process::new(status.pid));
     client.stop()?;
     let deadline = Instant::now() + END_TIME_MAX;

@@ -6,6 +6,7 @@
 use super::setting::{CPU_MAX, time_text};
 use super::spec::{
     CloneSize, Failures, HydrationRate, IoMemory, MetricsInterval, Priority, Regions, Shards, SourceTimeout, Spin,
+    UblkNumber,
 };
 use super::{NAME_LEN_MAX, file};
 use crate::shard::copy_pool::IO_MEMORY_DEFAULT;
@@ -208,6 +209,13 @@ const CLONE_NBD: &[Key] = &[
     key("export", Other("a name, as that of the clone"), Says("the clone's name"), "Name of the export."),
 ];
 
+const CLONE_UBLK: &[Key] = &[key(
+    "number",
+    Number(UblkNumber::MIN, UblkNumber::MAX),
+    Says("any that is free"),
+    "N of `/dev/ublkbN`. A device that a daemon before this one left is taken over whatever its number.",
+)];
+
 /// All tables.
 pub const SECTIONS: &[Section] = &[
     Section {
@@ -222,6 +230,13 @@ pub const SECTIONS: &[Section] = &[
     },
     Section { header: "[[clone]]", about: "One clone; there may be many of them.", keys: CLONE },
     Section { header: "[clone.nbd]", about: "How NBD clients find the clone above it.", keys: CLONE_NBD },
+    Section {
+        header: "[clone.ublk]",
+        about: "With this table, which may be empty, the clone above it is a block device `/dev/ublkbN` too (Linux 6.12 or \
+                later with ublk, as root). It outlives a daemon that is killed or restarted while it is in use: the next one \
+                takes it over.",
+        keys: CLONE_UBLK,
+    },
 ];
 
 impl fmt::Display for Kind {

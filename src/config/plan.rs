@@ -159,6 +159,7 @@ impl<'a, K: Hash + Eq> Taken<'a, K> {
 fn conflicts(clones: &[Named], daemon: Option<(&DaemonConfig, Option<&Located<DaemonSpec>>)>) -> Vec<Problem> {
     let mut problems = Vec::new();
     let (mut names, mut exports, mut paths) = (Taken::new(), Taken::new(), Taken::new());
+    let mut nodes = Taken::new();
     for Named { config, located } in clones {
         let mut report = |key: &str, text: String| problems.push(located.problem(&Fault::of(key, text)));
         if let Some((_, place)) = names.take(&config.name, located, "name") {
@@ -169,6 +170,11 @@ fn conflicts(clones: &[Named], daemon: Option<(&DaemonConfig, Option<&Located<Da
         let (address, export) = (&config.nbd.address, &config.nbd.export);
         if let Some((other, place)) = exports.take((address.to_string(), export), located, "nbd.export") {
             report("nbd.export", format!("'{export}' at {address} is the export of {other} ({place}) already"));
+        }
+        if let Some(number) = config.ublk.as_ref().and_then(|ublk| ublk.number)
+            && let Some((other, place)) = nodes.take(number, located, "ublk.number")
+        {
+            report("ublk.number", format!("/dev/ublkb{number} is that of {other} ({place}) already"));
         }
         if let Some((key, text)) = config.given_twice(resolved) {
             report(key, text.into());

@@ -12,7 +12,7 @@ use super::{
     CloneConfig, CloneName, DaemonConfig, FAILURES_MAX_DEFAULT, HYDRATION_RATE_MAX, HYDRATION_RATE_MIN, IO_MEMORY_MAX,
     IO_MEMORY_MIN, METRICS_INTERVAL_MAX_MS, METRICS_INTERVAL_MIN_MS, MetricsDump, NbdConfig, OnHydrated,
     PRIORITY_DEFAULT, PRIORITY_MAX, SHARDS_MAX, SIZE_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT, SOURCE_TIMEOUT_SECONDS_MAX,
-    SPIN_MAX_US,
+    SPIN_MAX_US, UBLK_NUMBER_MAX, UblkConfig,
 };
 use crate::bail;
 use crate::dm_table::DmTable;
@@ -31,6 +31,7 @@ pub type MetricsInterval = Time<{ METRICS_INTERVAL_MIN_MS * 1000 }, { METRICS_IN
 pub type CloneSize = Size<1, SIZE_MAX>;
 pub type Regions = Count<0, { u32::MAX }>;
 pub type Failures = Count<0, { u32::MAX }>;
+pub type UblkNumber = Count<0, UBLK_NUMBER_MAX>;
 pub type Priority = Count<1, PRIORITY_MAX>;
 pub type SourceTimeout = Time<0, { SOURCE_TIMEOUT_SECONDS_MAX as u64 * 1_000_000 }>;
 
@@ -106,6 +107,8 @@ pub struct CloneSpec {
     pub table: Option<DmTable>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nbd: Option<NbdSpec>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ublk: Option<UblkSpec>,
 }
 
 /// `[clone.nbd]`.
@@ -116,6 +119,14 @@ pub struct NbdSpec {
     pub address: Option<Address>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub export: Option<CloneName>,
+}
+
+/// `[clone.ublk]`.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table")]
+pub struct UblkSpec {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub number: Option<UblkNumber>,
 }
 
 impl DaemonSpec {
@@ -250,6 +261,7 @@ impl CloneSpec {
         let address = nbd.address.map_or_else(|| NbdAddress::Unix(dir.nbd_socket(&name)), |address| address.0);
         let mut config = CloneConfig {
             nbd: NbdConfig { address, export: nbd.export.unwrap_or_else(|| name.clone()) },
+            ublk: self.ublk.map(|ublk| UblkConfig { number: ublk.number.map(|count| count.0) }),
             name,
             source: self.source.map(|source| source.as_str().to_owned()).unwrap_or_default(),
             destination: self.destination.map(|path| path.0).unwrap_or_default(),

@@ -87,6 +87,8 @@ pub struct Status {
     /// Path of the destination.
     pub destination: String,
     pub nbd: NbdStatus,
+    /// The block device; null when there is none.
+    pub ublk: Option<UblkStatus>,
     pub io: IoCounters,
     pub shards: u32,
     /// Since the daemon started.
@@ -333,6 +335,18 @@ impl fmt::Display for SourceState {
             Self::Unopened => "not open",
         })
     }
+}
+
+/// The block device of a clone.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct UblkStatus {
+    /// `/dev/ublkbN`.
+    pub path: String,
+    /// N.
+    pub number: u32,
+    /// Who uses it, in words; null when nobody was found, a second ago at most.
+    pub used_by: Option<String>,
 }
 
 /// The NBD frontend.

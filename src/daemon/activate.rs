@@ -1,10 +1,11 @@
 //! From a prepared clone to one that runs: creates what is missing, formats the metadata, and gives every shard its
 //! slice. The first change on disk is made here, after everything that can fail without one.
 
+use super::block_node;
 use super::prepare::{FoundMetadata, OpenSource, OpenSourceKind, Prepared, beside_clients, disk_parts};
 use super::shard_source::SourceRecipe;
 use crate::bail;
-use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs};
+use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs, KeepsBits};
 use crate::config::CloneConfig;
 use crate::coordinator::Coordinator;
 use crate::devices::{self, Device, DeviceId, Role, Target};
@@ -17,6 +18,7 @@ use crate::events::EventKind;
 use crate::human;
 use crate::hydration_budget::BudgetMember;
 use crate::io_frontend::request::LocalBoxFuture;
+use crate::kept_bits::KeptBits;
 use crate::meta::codec::{self, SourceFingerprint, Superblock, metadata_size_needed};
 use crate::meta::commit::devices_to_record;
 use crate::meta::region_map::RegionMap;
@@ -59,6 +61,8 @@ pub struct ActiveClone {
     pub source_check: RefCell<Option<Rc<SourceCheck>>>,
     /// The clone is being resized: one at a time.
     pub resizing: Cell<bool>,
+    /// When it has a block device, or had one when a daemon before this one was killed.
+    pub kept_bits: Option<Arc<KeptBits>>,
 }
 
 /// Whether the source is the one that the clone was made from.
@@ -130,6 +134,8 @@ struct ShardParts {
     destination: DiskParts,
     /// `None` when everything is hydrated.
     source: Option<SourceRecipe>,
+    /// Bits that a daemon before this one has not committed.
+    kept_bits: Option<Arc<KeptBits>>,
 }
 
 /// What a clone has of its daemon.
@@ -190,6 +196,8 @@ pub async fn activate(
             (store, Vec::new(), Generation(0))
         }
     };
+
+    let kept_bits = block_node::kept_bits(config, &store.superblock()).await?;
     let shards = context.mesh.shards();
     let state = CloneState::new(
         id,
@@ -203,7 +211,8 @@ pub async fn activate(
             batch_size: config.hydration_batch_size.map_or(AUTOMATIC, u64::from),
         },
     );
-    let state = Arc::new(state.with_budget(budget).with_hydration_failures_max(config.hydration_failures_max));
+    let state = state.with_budget(budget).with_hydration_failures_max(config.hydration_failures_max);
+    let state = Arc::new(state.with_kept_bits(kept_bits.clone().map(|kept| kept as Arc<dyn KeepsBits>)));
     let complete = store.superblock().state == codec::CloneState::Complete;
     let source_counts = Rc::<SourceCounts>::default();
     // A user vouches for what can't be read now.
@@ -217,7 +226,8 @@ pub async fn activate(
     let nbd_source = watched.and_then(|(source, identity)| watch(context, source, identity, &state, &source_counts));
     let source_place = source.as_ref().and_then(OpenSource::place);
     let source = (!complete).then(|| (source, fingerprint.size.min(geometry.size())));
-    attach_slices(context, &state, &geometry, zones, &destination, source).await?;
+    let from_before = kept_bits.clone().filter(|_| !complete);
+    attach_slices(context, &state, &geometry, zones, &destination, source, from_before).await?;
     // Nothing is in them yet, and nothing of the kind can fail any more.
     created_destination.keep();
     created_metadata.keep();
@@ -247,8 +257,9 @@ pub async fn activate(
         Coordinator::new(state.clone(), store, generation, disk, context.mesh.clone(), context.env.clone());
     context.shard.attach_coordinator(state.id, coordinator.clone());
     context.env.spawn(Box::pin(coordinator.clone().run()));
-    if state.is_all_hydrated() && !complete {
-        // The daemon ended between the last commit and its last word.
+    if !complete && (state.is_all_hydrated() || kept_bits.is_some()) {
+        // The daemon ended between the last commit and its last word; or there are bits that only a daemon before this one
+        // knew of, which are to be durable before they count. When their data are not, this is where it is found out.
         coordinator.commit().await?;
     }
     Ok(ActiveClone {
@@ -260,6 +271,7 @@ pub async fn activate(
         source_place: RefCell::new(source_place),
         source_check: RefCell::new(source_check),
         resizing: Cell::new(false),
+        kept_bits,
     })
 }
 
@@ -311,7 +323,8 @@ pub(super) fn watch(
     Some(Rc::downgrade(source))
 }
 
-/// `source`: what there is, and how many bytes of it are seen; `None` for a complete clone.
+/// `source`: what there is, and how many bytes of it are seen; `None` for a complete clone. `kept_bits`: what is hydrated
+/// beside the zones' bits.
 async fn attach_slices(
     context: &Rc<ShardContext>,
     state: &Arc<CloneState>,
@@ -319,6 +332,7 @@ async fn attach_slices(
     zones: Vec<(ZoneIndex, Arc<[u64]>)>,
     destination: &Device,
     source: Option<(Option<OpenSource>, u64)>,
+    kept_bits: Option<Arc<KeptBits>>,
 ) -> Result<()> {
     let shards = context.mesh.shards();
     let mut zones_of: Vec<Vec<_>> = (0..shards).map(|_| Vec::new()).collect();
@@ -333,7 +347,7 @@ async fn attach_slices(
             Some((source, shown)) => Some(SourceRecipe::new(source.as_ref(), *shown, geometry.size())?),
         };
         let (state, destination) = (state.clone(), destination.duplicate()?);
-        let parts = ShardParts { state, zones, destination, source: recipe };
+        let parts = ShardParts { state, zones, destination, source: recipe, kept_bits: kept_bits.clone() };
         if shard == context.mesh.me() {
             let local = source.as_ref().and_then(|(source, _)| source.as_ref()).map(|source| source.source.clone());
             attach(context, parts, local).await?;
@@ -356,7 +370,7 @@ async fn attach_slices(
 
 /// On its own shard: makes the slice and starts its hydration task. `source`: it is open here already.
 async fn attach(context: &Rc<ShardContext>, parts: ShardParts, source: Option<Rc<dyn Source>>) -> Result<()> {
-    let ShardParts { state, zones, destination, source: recipe } = parts;
+    let ShardParts { state, zones, destination, source: recipe, kept_bits } = parts;
     let mesh: Rc<dyn Mesh> = context.mesh.clone();
     let source = match recipe {
         Some(recipe) => Some(recipe.open(context, state.id, source).await?),
@@ -370,6 +384,13 @@ async fn attach(context: &Rc<ShardContext>, parts: ShardParts, source: Option<Rc
             yield_now().await;
         }
     }
+    if let Some(kept) = kept_bits {
+        let added = add_kept(&mut map, &kept, mesh.shards(), mesh.me()).await;
+        if added > 0 {
+            log::info!("clone '{}': {added} regions were hydrated and not committed when it was killed", state.name);
+            state.set_dirty(mesh.me());
+        }
+    }
     state.add_hydrated(map.hydrated_count());
     let destination = Rc::new(RingDisk::new(destination));
     let copies = context.shard.copy_pool().join(state.clone());
@@ -377,4 +398,18 @@ async fn attach(context: &Rc<ShardContext>, parts: ShardParts, source: Option<Rc
     let slice = CloneSlice::new(SliceParts { state, map, destination, source, env, mesh, copies });
     context.shard.attach(slice);
     Ok(())
+}
+
+/// Adds the bits that a daemon before this one kept; how many the metadata do not have. They are to be committed.
+async fn add_kept(map: &mut RegionMap, kept: &KeptBits, shards: u16, me: ShardIndex) -> u64 {
+    let (geometry, mut added) = (*map.geometry(), 0);
+    for (nr, zone) in (u64::from(me.0)..geometry.nr_zones()).step_by(shards.into()).enumerate() {
+        for run in kept.runs(geometry.zone_regions(ZoneIndex(zone))) {
+            added += map.set(run);
+        }
+        if nr % ZONES_AT_A_TIME == ZONES_AT_A_TIME - 1 {
+            yield_now().await;
+        }
+    }
+    added
 }

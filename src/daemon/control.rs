@@ -1,6 +1,5 @@
 //! The daemon as the control interface sees it.
 
-use super::listeners;
 use super::registry::{Daemon, Started};
 use crate::bail;
 use crate::config::CloneConfig;
@@ -57,7 +56,7 @@ impl Controlled for Handle {
         let (daemon, name) = (self.0.clone(), name.map(str::to_owned));
         Box::pin(async move {
             running?;
-            collect(&daemon.context, name.as_deref(), listeners::metrics).await
+            collect(&daemon.context, name.as_deref(), super::frontend_metrics).await
         })
     }
 

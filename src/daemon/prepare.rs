@@ -7,6 +7,7 @@ use crate::devices::{self, Device, DeviceId, DeviceKind, Place, Role, Target};
 use crate::disk::Disk;
 use crate::disk::ring::{DiskParts, RingDisk};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io_frontend::ublk::device;
 use crate::meta::codec::{CloneState, DESTINATION_NONE_YET, SourceFingerprint, geometry_for, metadata_size_needed};
 use crate::meta::commit::{Expected, Mismatch, Recovered, Recovery, mismatch_error, mismatches};
 use crate::meta::store::{Opened, Store, probe};
@@ -105,6 +106,9 @@ pub async fn prepare(context: &Rc<ShardContext>, config: &CloneConfig, shards: u
 }
 
 async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> Result<Prepared> {
+    if config.ublk.is_some() {
+        beside_clients(device::check).await?;
+    }
     let spec =
         SourceSpec::parse(std::ffi::OsStr::new(&config.source)).map_err(|text| Error::new(ErrorKind::Usage, text))?;
     let source_path = match &spec {

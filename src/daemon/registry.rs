@@ -232,6 +232,15 @@ impl Daemon {
             };
             bail!(InUse, "clone '{name}' is in use ({clients}; disconnect, or use --force");
         }
+        if !force
+            && let Some(node) = running.node()
+            && let Some(user) = node.used_by_now().await
+        {
+            running.exported.set_hidden(&self.context, false).await;
+            self.entries.borrow_mut().insert(name.clone(), Entry::Running(running));
+            let path = node.path();
+            bail!(InUse, "clone '{name}' is in use ({} is {user}; end that, or use --force)", path.display());
+        }
         let deadline = self.context.env.now() + DRAIN_MAX;
         let ended = running.end(&self.context, &self.listeners, deadline).await;
         self.tell_removed(&name);
@@ -408,6 +417,12 @@ impl Daemon {
                 } else if running.complete_since.get().is_none() {
                     running.complete_since.set(Some(Instant::now()));
                 }
+                if state.is_complete()
+                    && running.config.on_hydrated != OnHydrated::Stay
+                    && let Some(node) = running.node()
+                {
+                    node.used_by(&self.context).await;
+                }
                 if running.config.on_hydrated == OnHydrated::Remove && !self.config.one_clone && self.is_done(&running)
                 {
                     log::info!("clone '{}': hydrated, and the last client is gone: removing it", state.name);
@@ -433,8 +448,9 @@ impl Daemon {
         let watched = self.last_asked.get().is_some_and(|asked| asked.elapsed() < WATCHER_WINDOW);
         let since = running.complete_since.get();
         let seen = since.is_some_and(|since| !watched || since.elapsed() >= WATCHER_WINDOW);
-        // Who has suspended it is not done with it.
-        let is_in_use = running.exported.connections() > 0 || running.clone.state.is_suspended();
+        // Who has suspended it is not done with it. A block device that nobody has looked at may be in use.
+        let node_in_use = running.node().is_some_and(|node| !node.is_idle());
+        let is_in_use = running.exported.connections() > 0 || running.clone.state.is_suspended() || node_in_use;
         // Nor who can still save a file that was deleted.
         seen && !is_in_use && !running.holds_deleted_files()
     }
@@ -477,12 +493,16 @@ impl Daemon {
         let deadline = self.context.env.now() + DRAIN_MAX;
         // Requests that a suspended clone holds would keep their connections.
         for running in self.all_running() {
-            running.clone.coordinator.begin_stop().await;
+            running.begin_end(&self.context).await;
         }
         self.listeners.stop(&self.context, deadline).await;
         // Who has begun to change something finishes; then it is ended like the others.
         while self.busy.get() > 0 {
             self.context.env.sleep(BUSY_POLL).await;
+        }
+        // What has only just started.
+        for running in self.all_running() {
+            running.begin_end(&self.context).await;
         }
         let ends = self.all_running().into_iter().map(|running| {
             let daemon = self.clone();

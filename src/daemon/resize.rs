@@ -134,6 +134,11 @@ impl RunningClone {
         match self.grow_into(context, growth, source, [&destination.device, &metadata.device]).await {
             Ok(()) => {
                 *clone.devices.borrow_mut() = [destination.device, metadata.device];
+                if let Some(node) = self.node()
+                    && let Err(error) = node.resize(context, geometry.size()).await
+                {
+                    log::warn!("{error}");
+                }
                 Ok(true)
             }
             Err(error) => {
@@ -168,6 +173,9 @@ impl RunningClone {
             destination: Rc::new(RingDisk::new(disk_parts(destination)?)),
             stage: stage(context, clone.state.id, geometry, disk_parts(destination)?, source, shown),
         };
+        if let Some(kept) = &clone.kept_bits {
+            kept.grow(&geometry)?;
+        }
         clone.coordinator.grow(parts).await?;
         if watched.is_some() || shown == 0 {
             *clone.nbd_source.borrow_mut() = watched;

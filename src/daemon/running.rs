@@ -1,6 +1,7 @@
 //! A clone that runs: from what was prepared to its orderly end, and what it tells about itself.
 
 use super::activate::{self, ActiveClone, Shared};
+use super::block_node::BlockNode;
 use super::device_watch::Watched;
 use super::listeners::{Exported, Listeners};
 use super::prepare::Prepared;
@@ -9,7 +10,7 @@ use crate::clone_state::{AUTOMATIC, Mode};
 use crate::config::CloneConfig;
 use crate::control::api::{
     CloneRunState, CopyFailureStatus, FailedRange, Features, HydrationState, HydrationStatus, IoCounters, Message,
-    MetadataMode, MetadataStatus, NbdStatus, SOURCE_STALLED_SECONDS, SourceState, SourceStatus, Status,
+    MetadataMode, MetadataStatus, NbdStatus, SOURCE_STALLED_SECONDS, SourceState, SourceStatus, Status, UblkStatus,
 };
 use crate::dm_table;
 use crate::error::{Error, ErrorKind, Result};
@@ -37,6 +38,9 @@ pub struct RunningClone {
     pub config: CloneConfig,
     pub clone: ActiveClone,
     pub exported: Exported,
+    pub block_node: RefCell<Option<Rc<BlockNode>>>,
+    /// The device is left to the next daemon.
+    pub leaves_node: Cell<bool>,
     pub rate: RefCell<Rate>,
     pub started: Instant,
     /// When every region was hydrated, as far as was noticed.
@@ -69,13 +73,19 @@ impl RunningClone {
             config,
             clone,
             exported,
+            block_node: RefCell::default(),
+            leaves_node: Cell::new(false),
             rate: RefCell::default(),
             started: Instant::now(),
             complete_since: Cell::new(None),
             watched: Watched::default(),
         });
         running.watch_source(context);
-        if let Err(error) = running.serve(context).await {
+        let served = async {
+            running.serve(context).await?;
+            running.make_block_node(context).await
+        };
+        if let Err(error) = served.await {
             // What it says of its end is less than why.
             let _ = running.end(context, listeners, context.env.now()).await;
             return Err(error);
@@ -102,6 +112,48 @@ impl RunningClone {
         Ok(())
     }
 
+    /// The block device, when there is to be one.
+    async fn make_block_node(&self, context: &Rc<ShardContext>) -> Result<()> {
+        let Some(config) = &self.config.ublk else { return Ok(()) };
+        let uuid = self.clone.coordinator.superblock().uuid;
+        let destination = self.clone.devices.borrow()[0].try_clone()?;
+        let node = BlockNode::start(context, &self.clone.state, &uuid, config, &destination).await?;
+        *self.block_node.borrow_mut() = Some(Rc::new(node));
+        Ok(())
+    }
+
+    pub fn node(&self) -> Option<Rc<BlockNode>> {
+        self.block_node.borrow().clone()
+    }
+
+    /// Before the end of the daemon, and again when nothing starts any more: a block device that is in use is left to the next one.
+    pub async fn begin_end(&self, context: &Rc<ShardContext>) {
+        if !self.leaves_node.get()
+            && let Some(node) = self.node()
+            && let Some(user) = node.used_by_now().await
+        {
+            let (name, path) = (&self.config.name, node.path());
+            log::warn!(
+                "clone '{name}': {} is {user}: it is left, and waits for the next daemon of the clone",
+                path.display()
+            );
+            self.leaves_node.set(true);
+            node.begin_to_leave(context).await;
+        }
+        self.clone.coordinator.begin_stop().await;
+    }
+
+    async fn end_block_node(&self, context: &Rc<ShardContext>, deadline: Duration) {
+        let Some(node) = self.block_node.take() else { return };
+        if self.leaves_node.get() {
+            return node.leave(context, deadline).await;
+        }
+        if let Err(error) = node.remove(context).await {
+            log::warn!("{error}");
+            self.leaves_node.set(true);
+        }
+    }
+
     /// Ends it: clients, then copies in flight, get until `deadline`; one last commit. Nothing of it runs after that,
     /// whatever is returned: the error is that of the commit, or tells of files that were deleted.
     pub async fn end(&self, context: &Rc<ShardContext>, listeners: &Listeners, deadline: Duration) -> Result<()> {
@@ -109,6 +161,7 @@ impl RunningClone {
         self.clone.coordinator.begin_stop().await;
         // Who waits for its events is told at once, however long clients take.
         state.events().set_ending();
+        self.end_block_node(context, deadline).await;
         if !self.exported.end(context, deadline).await {
             log::warn!("clone '{}': {} connections did not drain", state.name, self.exported.connections());
         }
@@ -129,9 +182,14 @@ impl RunningClone {
             context.env.sleep(DRAIN_POLL).await;
         }
         let committed = self.clone.coordinator.commit().await;
+        let may_forget = self.config.ublk.is_some() && !self.leaves_node.get();
         let (hydrated, regions) = (state.hydrated(), state.geometry().nr_regions());
         match &committed {
             Ok(()) => {
+                // Who takes the device over looks for them, although all is committed.
+                if let Some(kept) = self.clone.kept_bits.as_ref().filter(|_| may_forget) {
+                    kept.remove();
+                }
                 let text = format!("stopped, {hydrated} of {regions} regions hydrated");
                 state.events().raise(EventKind::Stopped, text);
             }
@@ -168,6 +226,15 @@ impl RunningClone {
         let events = state.events().count();
         let hydration_state = self.hydration_state(&stats, source.state);
         let commits = self.clone.coordinator.stats();
+        // Before anything is borrowed: it waits.
+        let ublk = match self.node() {
+            Some(node) => Some(UblkStatus {
+                path: node.path().display().to_string(),
+                number: node.number,
+                used_by: node.used_by(context).await,
+            }),
+            None => None,
+        };
         Ok(Status {
             name: state.name.clone(),
             state: CloneRunState::Running,
@@ -211,6 +278,7 @@ impl RunningClone {
                 export: self.exported.name.to_string(),
                 connections: u32::try_from(self.exported.connections()).unwrap_or(u32::MAX),
             },
+            ublk,
             io: IoCounters {
                 reads: stats.reads,
                 writes: stats.writes,

@@ -103,6 +103,27 @@ fn loops_use(sysfs: &Sysfs, id: &DeviceId) -> Option<String> {
     Some(format!("attached to the loop device /dev/{name}{}", mounted.unwrap_or_default()))
 }
 
+/// A process that has a block device open, or a partition of it: "open by process 12 (fio)".
+pub(super) fn open_by(sysfs: &Sysfs, id: &DeviceId) -> Option<String> {
+    let mut wanted = vec![id.clone()];
+    wanted.extend(sysfs.node(id).iter().flat_map(Node::partitions).map(|node| node.id));
+    let is_wanted = |path: PathBuf| {
+        use std::os::unix::fs::FileTypeExt;
+        fs::metadata(path)
+            .is_ok_and(|stat| stat.file_type().is_block_device() && wanted.contains(&DeviceId::block(stat.rdev())))
+    };
+    for entry in fs::read_dir("/proc").ok()?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        // Gone meanwhile, or of somebody whose files may not be seen.
+        let Ok(files) = fs::read_dir(entry.path().join("fd")) else { continue };
+        if files.flatten().any(|file| is_wanted(file.path())) {
+            let name = table(&format!("/proc/{pid}/comm"));
+            return Some(format!("open by process {pid} ({})", name.trim_end().escape_debug()));
+        }
+    }
+    None
+}
+
 /// How a file or block device is in use by the kernel, its partitions and its disk included; ends "it is ...".
 pub(super) fn kernel_use(sysfs: &Sysfs, id: &DeviceId) -> Option<String> {
     if !matches!(id, DeviceId::Block { .. }) {

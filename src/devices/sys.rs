@@ -3,10 +3,12 @@
 //!
 //! Numbers and structures come from the kernel's `linux/fs.h` and `linux/loop.h`.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 /// `LOOP_GET_STATUS64` of `linux/loop.h`.
 const LOOP_GET_STATUS64: libc::Ioctl = 0x4C05;
@@ -107,6 +109,12 @@ pub(super) fn logical_block_size(file: &File) -> io::Result<u64> {
     // SAFETY: BLKSSZGET writes one int, to an int that outlives the call.
     check(unsafe { libc::ioctl(file.as_raw_fd(), libc::BLKSSZGET, &raw mut size) }.into())?;
     u64::try_from(size).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// Whether a block device can't be had alone, since it is mounted, mapped or the like.
+pub(super) fn is_claimed(path: &Path) -> bool {
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(path);
+    opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
 }
 
 /// Whether a block device is set read-only.

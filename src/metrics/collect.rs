@@ -4,7 +4,7 @@
 //! for more than one slice. The parts are of slightly different moments: sums over shards are right to what happened
 //! meanwhile.
 
-use super::schema::{MetricsDocument, NbdMetrics, SCHEMA, ShardMemory, ShardMetrics, VERSION};
+use super::schema::{MetricsDocument, NbdMetrics, SCHEMA, ShardMemory, ShardMetrics, UblkMetrics, VERSION};
 use super::usage;
 use crate::dma_buf;
 use crate::error::{Error, ErrorKind, Result};
@@ -17,15 +17,19 @@ use futures_lite::future::yield_now;
 use std::rc::Rc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// What a shard's NBD connections have done; called on that shard.
-pub type NbdProbe = fn() -> NbdMetrics;
+/// What a shard's frontends have done; called on that shard.
+pub type FrontendProbe = fn() -> (NbdMetrics, UblkMetrics);
 
 /// The metrics of all clones, or of the one named (none, if there is none of that name). On shard 0.
-pub async fn collect(context: &Rc<ShardContext>, name: Option<&str>, nbd: NbdProbe) -> Result<MetricsDocument> {
+pub async fn collect(
+    context: &Rc<ShardContext>,
+    name: Option<&str>,
+    frontends: FrontendProbe,
+) -> Result<MetricsDocument> {
     let parts = (0..context.mesh.shards()).map(|shard| {
         let name = name.map(str::to_owned);
         context.mesh.run_on(context, ShardIndex(shard), move |context| {
-            Box::pin(async move { part_of(&context, name.as_deref(), nbd).await })
+            Box::pin(async move { part_of(&context, name.as_deref(), frontends).await })
         })
     });
     let mut shards = Vec::with_capacity(context.mesh.shards().into());
@@ -52,7 +56,7 @@ pub async fn collect(context: &Rc<ShardContext>, name: Option<&str>, nbd: NbdPro
 }
 
 /// The part of the current shard.
-async fn part_of(context: &Rc<ShardContext>, name: Option<&str>, nbd: NbdProbe) -> ShardMetrics {
+async fn part_of(context: &Rc<ShardContext>, name: Option<&str>, frontends: FrontendProbe) -> ShardMetrics {
     let mut clones = Vec::new();
     let mut memory = ShardMemory::default();
     for slice in context.shard.slices() {
@@ -73,13 +77,15 @@ async fn part_of(context: &Rc<ShardContext>, name: Option<&str>, nbd: NbdProbe) 
     (memory.buffers_bytes, memory.buffers_cached_bytes) = (buffers.in_use, buffers.cached);
     let mut executor = Ring::current().metrics();
     executor.cpu_us = u64::try_from(usage::thread_cpu_time().as_micros()).unwrap_or(u64::MAX);
+    let (nbd, ublk) = frontends();
     ShardMetrics {
         shard: context.mesh.me().0,
         cpu: usage::current_cpu(),
         executor,
         mesh: context.mesh.metrics(),
         memory,
-        nbd: nbd(),
+        nbd,
+        ublk,
         clones,
     }
 }

@@ -8,7 +8,7 @@
 //!   a burst of them by its count.
 //! * Only a regular file is replaced.
 
-use super::collect::{NbdProbe, collect};
+use super::collect::{FrontendProbe, collect};
 use super::schema::MetricsDocument;
 use crate::bail;
 use crate::config::MetricsDump;
@@ -34,7 +34,7 @@ const END_TIME_MAX: Duration = Duration::from_secs(1);
 pub struct Dumper {
     context: Rc<ShardContext>,
     target: Option<MetricsDump>,
-    nbd: NbdProbe,
+    frontends: FrontendProbe,
     wanted: Notify,
     stopping: Cell<bool>,
     /// Opens when [`Self::run`] has ended.
@@ -43,11 +43,11 @@ pub struct Dumper {
 }
 
 impl Dumper {
-    pub fn new(context: Rc<ShardContext>, target: Option<MetricsDump>, nbd: NbdProbe) -> Rc<Self> {
+    pub fn new(context: Rc<ShardContext>, target: Option<MetricsDump>, frontends: FrontendProbe) -> Rc<Self> {
         Rc::new(Self {
             context,
             target,
-            nbd,
+            frontends,
             wanted: Notify::default(),
             stopping: Cell::new(false),
             ended: Latch::default(),
@@ -113,7 +113,7 @@ impl Dumper {
 
     async fn dump(&self, path: &Path) -> Result<()> {
         let within = |error: Error| error.within(format!("metrics dump {}", path.display()));
-        let document = collect(&self.context, None, self.nbd).await.map_err(within)?;
+        let document = collect(&self.context, None, self.frontends).await.map_err(within)?;
         let target = path.to_owned();
         let written = Ring::current().blocking(move || replace(&target, &document)).await;
         written.unwrap_or_else(|error| Err(Error::from_io(error, "no thread for it"))).map_err(within)

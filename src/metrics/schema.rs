@@ -63,6 +63,7 @@ document! {
         mesh: MeshMetrics,
         memory: ShardMemory,
         nbd: NbdMetrics,
+        ublk: UblkMetrics,
         /// Its slices of the clones. In order of their names.
         clones: Vec<SliceMetrics>,
     }
@@ -115,6 +116,17 @@ document! {
         buffers_bytes: i64,
         /// Freed buffers that are kept for the next I/O.
         buffers_cached_bytes: u64,
+    }
+
+    /// The block devices of one shard, all clones together.
+    UblkMetrics {
+        /// As the kernel sent them, before they are cut at the zones of shards.
+        requests: u64,
+        errors: u64,
+        /// Requests that are being carried out, now.
+        in_flight: u64,
+        read_bytes: u64,
+        write_bytes: u64,
     }
 
     /// The NBD connections that this shard serves, of all clones.

@@ -278,9 +278,18 @@ impl Ring {
         job: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<T> {
         let _turn = self.drive.blocking.acquire(1).await;
+        self.on_thread("blocking", job).await
+    }
+
+    /// As [`Self::blocking`], but at once: for the few calls that may wait for what others of that kind do.
+    pub async fn on_thread<T: Send + 'static>(
+        self: &Rc<Self>,
+        name: &str,
+        job: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<T> {
         let event = eventfd()?;
         let (done, kept) = (Arc::new(event.try_clone()?), Rc::new(event));
-        let thread = std::thread::Builder::new().name("blocking".into()).spawn(move || {
+        let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
             /// Signals however the job ends.
             struct Signal(Arc<OwnedFd>);
             impl Drop for Signal {

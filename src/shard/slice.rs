@@ -361,6 +361,9 @@ impl CloneSlice {
 
     /// The data of these regions is in the destination: from now on they are served from there.
     pub(super) fn mark_hydrated(self: &Rc<Self>, regions: RegionRange, how: How) {
+        if let Some(kept) = self.state.kept_bits() {
+            kept.keep(regions);
+        }
         let new = self.map.borrow_mut().set(regions);
         if new == 0 {
             return;

@@ -6,8 +6,6 @@ use super::meta_tools::{dump, meta_ok};
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::process::Command;
 
 const REGION: u64 = 4 * KIB;
 const SMALL: u64 = 64 * MIB;
@@ -34,25 +32,11 @@ fn sparse(bench: &Bench, name: &str, size: u64, byte: u8, regions: &[u64]) {
     regions.iter().for_each(|region| file.write_all_at(&[byte; REGION as usize], region * REGION).unwrap());
 }
 
-fn boot(bench: &Bench, disks: &[&str]) -> String {
-    let vm = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vm");
-    let mut command = Command::new(vm.join("boot"));
-    command.args(["-t", "90", "-m", "dm-clone", "-p", "dmsetup"]);
-    for disk in disks {
-        command.arg("-d").arg(bench.path(disk));
-    }
-    let output = command.arg(vm.join("dm-clone.guest")).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{}: {said}{}", output.status, String::from_utf8_lossy(&output.stderr));
-    said
-}
-
 #[test]
 fn the_kernel_and_hydrant_take_over_from_each_other() {
     need!("qemu-system-x86_64", "busybox", "cpio", "modprobe", "xz", "dmsetup");
-    let kernel = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vm/kernel");
-    if !Command::new(kernel).arg("--have").output().unwrap().status.success() {
-        return skip("needs the kernel that tests/vm/kernel fetches");
+    if !vm::has_kernel() {
+        return;
     }
     let bench = Bench::new();
     let small_runs = json!([[0, 0], [5, 5], [63, 65], [1000, 1099], [16383, 16383]]);
@@ -83,7 +67,8 @@ fn the_kernel_and_hydrant_take_over_from_each_other() {
         "made.copy",
         "wide.image",
     ];
-    let said = boot(&bench, &disks);
+    let options = ["-t", "90", "-m", "dm-clone", "-p", "dmsetup"];
+    let said = vm::boot(&bench, &["dm-clone.guest"], &options, &disks);
     let has = |line: &str| assert!(said.lines().any(|found| found.trim_end() == line), "no line '{line}' in:\n{said}");
     let side = |runs: &Value, region: u64| {
         let within = |run: &Value| (run[0].as_u64().unwrap()..=run[1].as_u64().unwrap()).contains(&region);

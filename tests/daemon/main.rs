@@ -37,4 +37,5 @@ mod space;
 mod start_again;
 mod suspend;
 mod tables;
+mod ublk_kernel;
 mod views;

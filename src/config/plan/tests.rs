@@ -79,6 +79,7 @@ fn every_key_arrives() {
         source_timeout = "5min"
         force = true
         nbd = { address = "unix:vm1.sock", export = "disk" }
+        ublk = { number = 5 }
 
         [[clone]]
         name = "vm2"
@@ -122,6 +123,7 @@ fn every_key_arrives() {
             address: NbdAddress::Unix(files.path("vm1.sock")),
             export: "disk".parse().unwrap(),
         },
+        ublk: Some(crate::config::UblkConfig { number: Some(5) }),
         source_timeout: Duration::from_secs(300),
         force: true,
         table: None,
@@ -270,7 +272,7 @@ fn every_error_is_found() {
             "a.toml:5:1: clone 'vm1': destination: missing: the path that the copy goes to",
             "a.toml:5:1: clone 'vm1': metadata: missing: the path that says what is copied already",
             "a.toml:12:8: clone 'a/b': name: '/' can't be in a name: use letters, digits, '.', '_' and '-'",
-            "a.toml:13:1: clone 'a/b': unknown key 'colour', known are name, source, destination, metadata, region_size, size, no_hydration, no_discard_passdown, hydration_threshold, hydration_batch_size, hydration_rate, hydration_failures_max, priority, on_hydrated, source_timeout, force, table, nbd",
+            "a.toml:13:1: clone 'a/b': unknown key 'colour', known are name, source, destination, metadata, region_size, size, no_hydration, no_discard_passdown, hydration_threshold, hydration_batch_size, hydration_rate, hydration_failures_max, priority, on_hydrated, source_timeout, force, table, nbd, ublk",
             "a.toml:10:1: clone 'a/b': destination: missing: the path that the copy goes to",
             "a.toml:10:1: clone 'a/b': metadata: missing: the path that says what is copied already",
         ]
@@ -425,7 +427,7 @@ fn specs_survive_json() {
         "name": "vm", "source": "/s", "destination": "/d", "metadata": "/m", "region_size": 65536, "size": 77,
         "no_hydration": true, "no_discard_passdown": false, "hydration_threshold": 1, "hydration_batch_size": 2,
         "hydration_rate": 500000, "hydration_failures_max": 3, "priority": 7, "on_hydrated": "exit", "source_timeout": "90s", "force": true,
-        "table": "0 8 clone /m /d /s 8", "nbd": {"address": "unix:/x", "export": "y"}
+        "table": "0 8 clone /m /d /s 8", "nbd": {"address": "unix:/x", "export": "y"}, "ublk": {"number": 3}
     });
     let spec = CloneSpec::from_json(json.to_string().as_bytes()).unwrap();
     assert_eq!(serde_json::to_value(&spec).unwrap(), json);

@@ -244,8 +244,9 @@ impl Daemon {
             Shared { events: events.clone(), budget: self.budget.join(priority, rate, self.context.env.now()) };
         let config_now = (**config).clone();
         let running = RunningClone::start(&self.context, &self.listeners, id, config_now, prepared, shared).await?;
+        let block = running.node().map(|node| format!("{} and ", node.path().display())).unwrap_or_default();
         log::info!(
-            "clone '{}': serving NBD at {}, control at {}",
+            "clone '{}': serving {block}NBD at {}, control at {}",
             config.name,
             running.exported.listener.address,
             self.config.control.display()

@@ -56,6 +56,7 @@ fn sample() -> MetricsDocument {
         mesh: MeshMetrics { hops: 4711, ..Default::default() },
         memory: ShardMemory { buffers_bytes: -4096, buffers_cached_bytes: 3 << 20, ..Default::default() },
         nbd: NbdMetrics { connections: 2, requests: 3000, ..Default::default() },
+        ublk: UblkMetrics { requests: 500, ..Default::default() },
         clones: vec![slice(by)],
     };
     let all_ways =

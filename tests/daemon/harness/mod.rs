@@ -6,6 +6,7 @@ mod faulty;
 mod images;
 mod servers;
 mod tools;
+pub mod vm;
 
 pub use daemon::{CloneCommand, Daemon};
 pub use devices::{FileSystem, Loop};
