@@ -1,6 +1,7 @@
 use super::super::check::check;
 use super::super::check::tests::{image, reader, sample};
 use super::*;
+use crate::units::{Geometry, RegionSize};
 use proptest::prelude::*;
 
 mod damage;
@@ -177,6 +178,45 @@ fn a_mark_that_the_bits_deny() {
     let unmarked = repaired(&image, &assume(Some(false), &[]));
     assert!(is_clean(&unmarked) && !hydrated(&unmarked)[5]);
     assert_eq!(look(&unmarked).superblock.state, CloneState::Active);
+}
+
+/// The mark stays where all bits are set with it, and goes where a region is taken for unhydrated: sectors without
+/// regions, and those whose bits are proven, are no such.
+#[test]
+fn a_mark_that_the_bits_deny_beside_damage() {
+    let complete = Superblock { state: CloneState::Complete, ..sample() };
+    let contradicting = image(&complete, |region| region != 5);
+    assert_eq!(look(&contradicting).hydrated_count(), 16_383);
+    let mut without_regions = contradicting.clone();
+    without_regions[18 * 4096 + 7 * 512 + 100] ^= 1;
+    let mut proven = contradicting.clone();
+    proven[3 * 4096 + 4] ^= 1;
+    // Regions 1000 to 1127.
+    let mut lost = contradicting.clone();
+    lost[3 * 4096..3 * 4096 + 512].fill(0);
+    for image in [&without_regions, &proven, &lost] {
+        let set = repaired(image, &assume(Some(true), &[]));
+        assert!(is_clean(&set) && hydrated(&set).iter().all(|hydrated| *hydrated));
+        assert_eq!(look(&set).superblock.state, CloneState::Complete);
+    }
+    let partly = repaired(&lost, &assume(Some(true), &[(24, false)]));
+    assert!(is_clean(&partly));
+    assert_eq!(look(&partly).superblock.state, CloneState::Active);
+    let unhydrated = |region: usize| region == 5 || (1000..1128).contains(&region);
+    assert!(hydrated(&partly).iter().enumerate().all(|(region, hydrated)| *hydrated != unhydrated(region)));
+}
+
+/// As many damaged sectors as are supported, and one block more.
+#[test]
+fn too_many_damaged_sectors() {
+    let blocks = SECTORS_MAX / 8;
+    let geometry = Geometry::new((blocks as u64 + 5) << 16, RegionSize::default(), 1).unwrap();
+    let mut image = image(&Superblock { geometry, ..sample() }, |_| false);
+    image[2 * BLOCK_SIZE..(2 + blocks) * BLOCK_SIZE].fill(0);
+    assert_eq!(look(&image).damaged.len(), SECTORS_MAX);
+    image[(2 + blocks) * BLOCK_SIZE..(3 + blocks) * BLOCK_SIZE].fill(0);
+    let refused = survey(&mut reader(&image), image.len() as u64, false).err().expect("it is refused").to_string();
+    assert!(refused.contains("more than") && refused.contains("sectors are damaged"), "{refused}");
 }
 
 #[test]
