@@ -2,7 +2,8 @@
 //!
 //! `registry` has the clones by name; `prepare` tries everything that can fail before the first change on disk
 //! (devices, locks, metadata, the source), `activate` makes that change, `running` is a clone at work,
-//! `device_watch` looks after its files, `listeners` are where its clients come from, `block_node` is its block device, `control` is who steers it all. The end is: no new connections,
+//! `device_watch` looks after its files, `listeners` are where its clients come from, `block_node` is its block device, `mapped_node` the
+//! one above it, which `finish` hands over, `control` is who steers it all. The end is: no new connections,
 //! what is in flight is finished, hydration drained, one last commit.
 
 mod activate;
@@ -10,7 +11,9 @@ mod as_table;
 mod block_node;
 mod control;
 mod device_watch;
+mod finish;
 mod listeners;
+mod mapped_node;
 mod prepare;
 mod rate;
 mod registry;

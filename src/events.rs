@@ -76,6 +76,8 @@ kinds! {
     DeviceLost "device_lost",
     /// It is at its path again.
     DeviceFound "device_found",
+    /// Its device-mapper device shows the destination now, and the clone is not needed any more.
+    HandedOver "handed_over",
     /// I/O is held.
     Suspended "suspended",
     /// I/O goes on.

@@ -251,7 +251,7 @@ impl Daemon {
             Shared { events: events.clone(), budget: self.budget.join(priority, rate, self.context.env.now()) };
         let config_now = (**config).clone();
         let running = RunningClone::start(&self.context, &self.listeners, id, config_now, prepared, shared).await?;
-        let block = running.node().map(|node| format!("{} and ", node.path().display())).unwrap_or_default();
+        let block = running.node().map(|node| format!("{} and ", node.user_path().display())).unwrap_or_default();
         log::info!(
             "clone '{}': serving {block}NBD at {}, control at {}",
             config.name,
@@ -316,7 +316,7 @@ impl Daemon {
         {
             running.exported.set_hidden(&self.context, false).await;
             self.entries.borrow_mut().insert(name.clone(), Entry::Running(running));
-            let path = node.path();
+            let path = node.user_path();
             bail!(InUse, "clone '{name}' is in use ({} is {user}; end that, or use --force)", path.display());
         }
         let deadline = self.context.env.now() + DRAIN_MAX;
