@@ -66,6 +66,7 @@ pub enum Verb {
     Metrics(MetricsArgs),
     List(ListArgs),
     Remove(RemoveArgs),
+    Finish(FinishArgs),
     Message(MessageArgs),
     Suspend(SuspendArgs),
     Resume(ResumeArgs),
@@ -458,6 +459,39 @@ pub struct RemoveArgs {
     /// goes, whatever is mounted there
     #[arg(long)]
     pub force: bool,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
+/// Hand a complete clone's device over to the destination, while it is in use
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Puts the destination in the place of a complete clone, under whoever uses it: /dev/mapper/NAME, which was the clone, is the \
+destination from then on, at its own speed. File systems stay mounted; requests wait for a moment. Then /dev/ublkbN goes, \
+and the clone. Nothing of hydrant is needed any more. The metadata stay, and say that it is complete.
+
+The clone must have a device-mapper device (--dm-name, or dm_name of [clone.ublk]), a block device as destination, and all of \
+it hydrated. Refused while NBD clients are connected, while something has /dev/ublkbN itself open, and while the clone is \
+suspended. When it fails, the clone goes on as before. What was finished can be finished again, as long as its daemon runs.
+
+'hydrant clone' ends with its clone. Started again, a clone that was finished says so. /dev/mapper/NAME stays until it is \
+removed (dmsetup remove NAME) or the machine is started again; use the destination itself then.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant clone --name vm1 --ublk --dm-name vm1 --source nbd://backup/vm1 --destination /dev/vg/vm1 \\
+      --metadata /var/lib/vm1.meta
+  mount /dev/mapper/vm1 /srv
+  hydrant finish vm1 --wait        when all is hydrated; /srv stays mounted")]
+pub struct FinishArgs {
+    /// Which clone
+    pub name: CloneName,
+
+    /// Wait until it is hydrated
+    ///
+    /// Fails as soon as it can't become that without help, as 'hydrant wait --hydrated' does.
+    #[arg(long)]
+    pub wait: bool,
 
     #[command(flatten)]
     pub control: ControlArgs,

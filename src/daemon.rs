@@ -40,7 +40,9 @@ use crate::shard::copy_pool::checked_io_memory;
 use crate::shard::pool::{self, PoolOptions, ShardContext};
 use crate::unix_socket::BoundSocket;
 use control::Handle;
+use mapped_node::Before;
 use registry::Daemon;
+use std::cell::Cell;
 use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
@@ -61,6 +63,11 @@ pub fn run(plan: Plan) -> Result<()> {
     environment::check_nofile(shards as u16)?;
     let signals = block_signals()?;
     abort_on_panic();
+    // Before there are threads. One that only serves NBD is none the worse for it.
+    let has_block_device = plan.clones.iter().any(|clone| clone.ublk.is_some());
+    if !environment::set_io_flusher() && has_block_device {
+        log::warn!("without CAP_SYS_RESOURCE a block device may hang when memory is short");
+    }
     let options = PoolOptions {
         cpus: cpus.iter().copied().cycle().take(shards).collect(),
         spin: plan.daemon.spin,
@@ -163,7 +170,8 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
     context.env.spawn(Box::pin(async move {
         starter.start_all(clones).await;
         let failures = starter.failures().len();
-        if wanted > 0 && failures == wanted {
+        let is_over = starter.config.one_clone && starter.is_empty();
+        if wanted > 0 && failures == wanted || is_over {
             return stop_of_starter.notify();
         }
         if !starter.is_stopping() {
@@ -210,9 +218,17 @@ fn frontend_metrics() -> (NbdMetrics, UblkMetrics) {
 async fn dry_run(context: &Rc<ShardContext>, plan: &Plan, stop: &Notify) -> Result<()> {
     let mut failures = Vec::new();
     for config in &plan.clones {
-        let prepared = async { prepare::prepare(context, config, context.mesh.shards()).await.map(Some) };
+        let prepared = async {
+            if let Before::HandedOver(path) = mapped_node::before_start(config).await? {
+                say(&format!("clone '{}': finished, {} is its destination", config.name, path.display()))?;
+                return Ok(None);
+            }
+            prepare::prepare(context, config, context.mesh.shards()).await.map(Some)
+        };
+        let stop_seen = Cell::new(false);
         let stopped = async {
             stop.notified().await;
+            stop_seen.set(true);
             Ok(None)
         };
         match futures_lite::future::or(prepared, stopped).await {
@@ -222,7 +238,8 @@ async fn dry_run(context: &Rc<ShardContext>, plan: &Plan, stop: &Notify) -> Resu
                     say(&format!("{indent}{line}"))?;
                 }
             }
-            Ok(None) => return Ok(()),
+            Ok(None) if stop_seen.get() => return Ok(()),
+            Ok(None) => {}
             Err(error) => {
                 if plan.clones.len() > 1 {
                     say(&format!("clone '{}': can't be started: {error}", config.name))?;

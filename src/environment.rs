@@ -144,6 +144,16 @@ pub fn ignore_file_size_signal() {
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
+/// Tells the kernel that this process carries out block I/O of others: when it needs memory, none is to be made free by
+/// writing to a block device, which may be one of this very process. Threads that are started later inherit it. False: the
+/// kernel does not let us (CAP_SYS_RESOURCE).
+pub fn set_io_flusher() -> bool {
+    // Not in libc: PR_SET_IO_FLUSHER of linux/prctl.h, since Linux 5.6.
+    const PR_SET_IO_FLUSHER: i32 = 57;
+    // SAFETY: plain system call with numbers.
+    unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0 }
+}
+
 /// Ends this process as programs end whose standard output is closed: by SIGPIPE, without a word.
 pub fn end_by_closed_pipe() -> ! {
     // SAFETY: restores what the signal does by default, lifts a block that was inherited, and raises it.

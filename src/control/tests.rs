@@ -117,6 +117,10 @@ impl Controlled for Clones {
             Ok(())
         })
     }
+    fn finish(&self, name: &str) -> LocalBoxFuture<'static, Result<()>> {
+        self.seen.lock().unwrap().push(format!("finish {name}"));
+        Box::pin(async { Ok(()) })
+    }
     fn suspend(&self, name: &str, time_max: Duration) -> LocalBoxFuture<'static, Result<()>> {
         self.seen.lock().unwrap().push(format!("suspend {name} {}", time_max.as_secs()));
         Box::pin(async { Ok(()) })

@@ -5,6 +5,7 @@
 
 use super::activate::Shared;
 use super::listeners::Listeners;
+use super::mapped_node::{self, Before};
 use super::prepare;
 use super::running::RunningClone;
 use crate::bail;
@@ -24,7 +25,7 @@ use crate::shard::Mesh;
 use crate::shard::pool::ShardContext;
 use crate::units::CloneId;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -42,6 +43,8 @@ const WATCHER_WINDOW: Duration = Duration::from_secs(2);
 /// How long an end waits for requests and copies in flight, say from a source that does not answer.
 const DRAIN_MAX: Duration = Duration::from_secs(10);
 
+/// Between two tries to hand a clone over that says so.
+const FINISH_RETRY: Duration = Duration::from_secs(30);
 /// Between two looks whether something that goes on has ended.
 const BUSY_POLL: Duration = Duration::from_millis(2);
 
@@ -69,6 +72,15 @@ pub enum Started {
     Serving,
     /// The daemon was told to stop before anything was changed.
     GivenUp,
+    /// It is finished, and need not be started: why, in words.
+    HandedOver(String),
+}
+
+/// The same, on its way.
+enum BroughtUp {
+    Running(Rc<RunningClone>),
+    GivenUp,
+    HandedOver(String),
 }
 
 /// A daemon and its clones.
@@ -84,6 +96,8 @@ pub struct Daemon {
     /// Those of each entry.
     events: RefCell<BTreeMap<CloneName, Arc<CloneEvents>>>,
     next_id: Cell<u32>,
+    /// Clones that were handed over: to finish them again is no error. As many as there can be clones, the oldest forgotten.
+    handed_over: RefCell<VecDeque<CloneName>>,
     /// Notified when the daemon is to end.
     pub stop: Rc<Notify>,
     /// Opened when it does.
@@ -109,11 +123,17 @@ impl Daemon {
             feed,
             events: RefCell::default(),
             next_id: Cell::new(0),
+            handed_over: RefCell::default(),
             stop,
             stopping: Latch::default(),
             busy: Cell::new(0),
             last_asked: Cell::new(None),
         }))
+    }
+
+    /// Whether there are no clones, in whatever state.
+    pub fn is_empty(&self) -> bool {
+        self.entries.borrow().is_empty()
     }
 
     pub fn is_stopping(&self) -> bool {
@@ -152,11 +172,17 @@ impl Daemon {
             // Who asked for it has been told that it goes on: how it ended is to be found.
             let keep = keep || replaces_failed || daemon.context.env.now() - begun >= MESSAGE_TIME_MAX;
             match started {
-                Ok(Some(running)) => {
+                Ok(BroughtUp::Running(running)) => {
                     daemon.entries.borrow_mut().insert(config.name.clone(), Entry::Running(running));
                     Ok(Started::Serving)
                 }
-                Ok(None) => {
+                Ok(BroughtUp::HandedOver(text)) => {
+                    daemon.forget(&config.name);
+                    log::info!("{text}");
+                    daemon.note_handed_over(config.name.clone());
+                    Ok(Started::HandedOver(text))
+                }
+                Ok(BroughtUp::GivenUp) => {
                     daemon.forget(&config.name);
                     log::info!("clone '{}': stopped before it was started; nothing was changed", config.name);
                     Ok(Started::GivenUp)
@@ -223,22 +249,27 @@ impl Daemon {
         Ok(Claim { replaces_failed, events, give_up })
     }
 
-    /// `None`: it was given up before anything was changed.
     async fn bring_up(
         &self,
         config: &Rc<CloneConfig>,
         events: &Arc<CloneEvents>,
         give_up: &Latch,
-    ) -> Result<Option<Rc<RunningClone>>> {
+    ) -> Result<BroughtUp> {
         let rate = config.hydration_rate.map(HydrationRate::new).transpose()?;
         let priority = Priority::new(u64::from(config.priority))?;
+        if let Before::HandedOver(path) = mapped_node::before_start(config).await? {
+            let (name, path) = (&config.name, path.display());
+            return Ok(BroughtUp::HandedOver(format!("clone '{name}' is finished: {path} is its destination")));
+        }
         let prepared = async { prepare::prepare(&self.context, config, self.context.mesh.shards()).await.map(Some) };
         // Nothing is changed on disk yet, so a stop just gives up: a source may be slow to answer.
         let stopped = async {
             futures_lite::future::or(self.stopping.opened(), give_up.opened()).await;
             Ok(None)
         };
-        let Some(prepared) = futures_lite::future::or(prepared, stopped).await? else { return Ok(None) };
+        let Some(prepared) = futures_lite::future::or(prepared, stopped).await? else {
+            return Ok(BroughtUp::GivenUp);
+        };
         for (index, line) in prepared.describe(config).iter().enumerate() {
             // The first line names the clone; among many, the others need it too.
             match index > 0 && !self.config.one_clone {
@@ -258,7 +289,7 @@ impl Daemon {
             running.exported.listener.address,
             self.config.control.display()
         );
-        Ok(Some(running))
+        Ok(BroughtUp::Running(running))
     }
 
     /// Ends a clone and forgets it; its devices are free then. One that NBD clients use is refused unless `force`.
@@ -324,6 +355,70 @@ impl Daemon {
         self.tell_removed(&name);
         self.forget(&name);
         ended.map_err(|error| error.within(format!("clone '{name}': removed")))
+    }
+
+    /// Hands a clone over to its destination, and ends it; see [`super::finish`]. Succeeds when that was done before.
+    pub async fn finish(self: &Rc<Self>, name: &str) -> Result<()> {
+        let running = match self.running(name) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                let is_known = self.handed_over.borrow().iter().any(|known| known.as_str() == name);
+                return if is_known { Ok(()) } else { Err(error) };
+            }
+            running => running?,
+        };
+        let _busy = Raised::new(&self.busy);
+        running.hand_over(&self.context).await?;
+        let name = running.config.name.clone();
+        // Nobody new comes in.
+        running.exported.set_hidden(&self.context, true).await;
+        {
+            let mut entries = self.entries.borrow_mut();
+            match entries.get(&name) {
+                Some(Entry::Running(now)) if Rc::ptr_eq(now, &running) => {}
+                // Somebody else ends it already.
+                _ => return Ok(()),
+            }
+            entries.insert(name.clone(), Entry::Removing(running.clone()));
+        }
+        let deadline = self.context.env.now() + DRAIN_MAX;
+        let ended = running.end(&self.context, &self.listeners, deadline).await;
+        self.tell_removed(&name);
+        self.forget(&name);
+        self.note_handed_over(name.clone());
+        if self.config.one_clone {
+            log::info!("clone '{name}': handed over: ending");
+            self.stop.notify();
+        }
+        ended.map_err(|error| error.within(format!("clone '{name}': handed over")))
+    }
+
+    fn note_handed_over(&self, name: CloneName) {
+        let mut known = self.handed_over.borrow_mut();
+        known.retain(|known| *known != name);
+        known.push_back(name);
+        if known.len() > CLONES_MAX {
+            known.pop_front();
+        }
+    }
+
+    /// Finishes a clone that says so, when it can be.
+    fn finish_by_itself(self: &Rc<Self>, running: &Rc<RunningClone>) {
+        let (state, now) = (&running.clone.state, self.context.env.now());
+        let is_ready = state.is_complete() && !state.is_suspended() && running.exported.connections() == 0;
+        if !is_ready || running.finish_next.get().is_none_or(|next| now < next) {
+            return;
+        }
+        running.finish_next.set(None);
+        let (daemon, running) = (self.clone(), running.clone());
+        self.context.env.spawn(Box::pin(async move {
+            let name = running.config.name.to_string();
+            log::info!("clone '{name}': hydrated: handing it over");
+            if let Err(error) = daemon.finish(&name).await {
+                let seconds = FINISH_RETRY.as_secs();
+                log::warn!("clone '{name}': not handed over, it is tried again in {seconds} s: {error}");
+            }
+            running.finish_next.set(Some(daemon.context.env.now() + FINISH_RETRY));
+        }));
     }
 
     /// Gives the start of a clone up, as long as it has changed nothing, and waits until it has ended one way or the
@@ -483,6 +578,9 @@ impl Daemon {
                 {
                     node.used_by(&self.context).await;
                 }
+                if running.config.on_hydrated == OnHydrated::Linear {
+                    self.finish_by_itself(&running);
+                }
                 if running.config.on_hydrated == OnHydrated::Remove && !self.config.one_clone && self.is_done(&running)
                 {
                     log::info!("clone '{}': hydrated, and the last client is gone: removing it", state.name);
@@ -518,7 +616,8 @@ impl Daemon {
     /// Whether a clone that is done keeps the daemon no longer.
     fn ends_with(&self, running: &RunningClone) -> bool {
         match running.config.on_hydrated {
-            OnHydrated::Stay => false,
+            // Which ends the daemon itself, when it was for the one.
+            OnHydrated::Stay | OnHydrated::Linear => false,
             OnHydrated::Exit => true,
             OnHydrated::Remove => self.config.one_clone,
         }

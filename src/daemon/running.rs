@@ -44,6 +44,8 @@ pub struct RunningClone {
     pub leaves_node: Cell<bool>,
     /// What stands on the device shows the destination now.
     pub handed_over: Cell<bool>,
+    /// When it may be handed over by itself; `None` while that is being tried.
+    pub finish_next: Cell<Option<Duration>>,
     /// The destination is open with the kernel's claim.
     pub claims_destination: Cell<bool>,
     pub rate: RefCell<Rate>,
@@ -81,6 +83,7 @@ impl RunningClone {
             block_node: RefCell::default(),
             leaves_node: Cell::new(false),
             handed_over: Cell::new(false),
+            finish_next: Cell::new(Some(Duration::ZERO)),
             claims_destination: Cell::new(true),
             rate: RefCell::default(),
             started: Instant::now(),
@@ -245,6 +248,16 @@ impl RunningClone {
         let events = state.events().count();
         let hydration_state = self.hydration_state(&stats, source.state);
         let commits = self.clone.coordinator.stats();
+        // Before anything is borrowed: it waits.
+        let ublk = match self.node() {
+            Some(node) => Some(UblkStatus {
+                path: node.path().display().to_string(),
+                number: node.number,
+                dm_path: node.mapped().map(|mapped| mapped.path().display().to_string()),
+                used_by: node.used_by(context).await,
+            }),
+            None => None,
+        };
         Ok(Status {
             name: state.name.clone(),
             state: CloneRunState::Running,
@@ -287,15 +300,7 @@ impl RunningClone {
                 export: self.exported.name.to_string(),
                 connections: u32::try_from(self.exported.connections()).unwrap_or(u32::MAX),
             },
-            ublk: match self.node() {
-                Some(node) => Some(UblkStatus {
-                    path: node.path().display().to_string(),
-                    number: node.number,
-                    dm_path: node.mapped().map(|mapped| mapped.path().display().to_string()),
-                    used_by: node.used_by(context).await,
-                }),
-                None => None,
-            },
+            ublk,
             io: IoCounters {
                 reads: stats.reads,
                 writes: stats.writes,

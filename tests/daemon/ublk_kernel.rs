@@ -3,33 +3,48 @@
 use super::harness::*;
 
 const KIB64: &str = "65536";
+const SIZE: u64 = 48 * MIB;
 
-#[test]
-fn a_block_device_from_its_making_to_its_end() {
-    need!("qemu-system-x86_64", "busybox", "cpio", "modprobe", "xz", "mkfs.ext4", "fio");
+/// Boots with the images and programs that the scripts want; what they say, line by line. `None`: it can't be done here.
+fn boot(script: &str) -> Option<Said> {
     if !vm::has_kernel() {
-        return;
+        return None;
     }
     let bench = Bench::new();
-    for (name, size) in
-        [("source", 96), ("copy", 96), ("meta", 8), ("other.copy", 96), ("other.meta", 8)].map(|(n, s)| (n, s * MIB))
-    {
-        bench.hole(name, size);
-    }
-    let programs = [env!("CARGO_BIN_EXE_hydrant"), "mkfs.ext4", "fsck.ext4", "fstrim", "blkdiscard", "fio"];
-    let mut options = vec!["-t", "280", "-m", "ublk_drv", "-m", "ext4"];
+    let images = [("source", SIZE), ("copy", SIZE), ("meta", 4 * MIB), ("other.copy", SIZE), ("other.meta", 4 * MIB)];
+    images.iter().for_each(|(name, size)| drop(bench.hole(name, *size)));
+    let programs = [env!("CARGO_BIN_EXE_hydrant"), "mkfs.ext4", "fsck.ext4", "blkdiscard", "dd", "fio"];
+    let mut options = vec!["-t", "300", "-m", "ublk_drv", "-m", "ext4"];
     programs.iter().for_each(|program| options.extend(["-p", program]));
     if have("nbdcopy").is_ok() {
         options.extend(["-p", "nbdcopy"]);
     }
-    let said = vm::boot(&bench, "ublk.guest", &options, &["source", "copy", "meta", "other.copy", "other.meta"]);
-    let has = |line: &str| assert!(said.lines().any(|found| found.trim_end() == line), "no line '{line}' in:\n{said}");
+    Some(Said(vm::boot(&bench, &["ublk-lib.guest", script], &options, &images.map(|(name, _)| name))))
+}
+
+struct Said(String);
+
+impl Said {
+    fn has(&self, line: &str) {
+        assert!(self.0.lines().any(|found| found.trim_end() == line.trim_end()), "no line '{line}' in:\n{}", self.0);
+    }
+    /// A line that begins with `start` has `part` in it.
+    fn has_part(&self, start: &str, part: &str) {
+        let mut lines = self.0.lines().filter(|line| line.starts_with(start));
+        assert!(lines.any(|line| line.contains(part)), "no line '{start}...{part}...' in:\n{}", self.0);
+    }
+}
+
+#[test]
+fn a_block_device_from_its_making_to_its_end() {
+    need!("qemu-system-x86_64", "busybox", "cpio", "modprobe", "xz", "mkfs.ext4", "fio");
+    let Some(said) = boot("ublk.guest") else { return };
 
     // What is missing is said in one line, before anything is changed.
-    has(
+    said.has(
         "no-module: hydrant: /dev/ublk-control: there is no ublk here: load it with 'modprobe ublk_drv' (Linux 6.12 or later has it)",
     );
-    has("no-module-metadata: 0");
+    said.has("no-module-metadata: 0");
 
     for (name, value) in [
         ("logical_block_size", "512"),
@@ -44,44 +59,74 @@ fn a_block_device_from_its_making_to_its_end() {
         ("max_sectors_kb", "512"),
         ("nr_requests", "128"),
     ] {
-        has(&format!("queue {name}: {value}"));
+        said.has(&format!("queue {name}: {value}"));
     }
-    has("queue rotational as destination: yes");
-    has("queues: 2");
-    has(&format!("sectors: {}", 96 * MIB / 512));
-    has("unused: ublk /dev/ublkb5; not in use");
-    has("reads as the source: yes");
-    has("file through the clone: yes");
-    has("mounted: ublk /dev/ublkb5; mounted at /mnt");
-    has(
+    said.has("queue rotational as destination: yes");
+    said.has("queues: 2");
+    said.has(&format!("sectors: {}", SIZE / 512));
+    said.has("unused:  ublk /dev/ublkb5; not in use");
+    said.has("reads as the source: yes");
+    said.has("file through the clone: yes");
+    said.has("mounted:  ublk /dev/ublkb5; mounted at /mnt");
+    said.has(
         "stop-refused: hydrant: clone 'clone' is in use: /dev/ublkb5 is mounted at /mnt; end that, or use --force: /dev/ublkb5 then waits for the next daemon of the clone",
     );
-    assert!(said.contains("ublk device number 5 is taken by process "), "{said}");
-    has("fstrim: done");
-    has("trims: some");
-    has("files when hydrated: yes");
+    said.has_part("taken: ", "ublk device number 5 is taken by process ");
+    said.has("fstrim: done");
+    said.has("some trims");
+    said.has("files when hydrated: yes");
     if have("nbdcopy").is_ok() {
-        has("over NBD: the same");
+        said.has("over NBD: the same");
     }
-    has("zeroed: 0");
-    has("blkdiscard: done");
-    has("discarded: 0");
-    has("unaligned: refused");
-    has("beyond the end: refused");
-    has("stop: done");
-    has("stop status: 0");
-    has("left after stop: ");
-    has("destination as the device: yes");
+    said.has("zeroed: 0");
+    said.has("blkdiscard: done");
+    said.has("discarded: 0");
+    said.has("behind it: as written");
+    said.has("unaligned: refused");
+    said.has("beyond the end: refused");
+    said.has("stop: done");
+    said.has("stop status: 0");
+    said.has("left after stop: ");
+    said.has("destination as the device: yes");
 
-    // Killed under a file system and fio, and restarted.
-    has("left status: 0");
-    has("left: /dev/ublkb5");
-    has("fio: 0");
-    has("bits were kept: yes");
-    assert!(said.contains("bits-gone: hydrant: ") && said.contains("or go on without them with --force"), "{said}");
-    has("late file: yes");
-    has("fsck of the device: 0");
-    has("last status: 0");
-    has("left at the end: ");
-    has("end");
+    said.has("end");
+}
+
+#[test]
+fn who_uses_the_device_of_a_killed_daemon_has_only_waited() {
+    need!("qemu-system-x86_64", "busybox", "cpio", "modprobe", "xz", "mkfs.ext4", "fio");
+    let Some(said) = boot("ublk-killed.guest") else { return };
+    said.has("left status: 0");
+    said.has("left: /dev/ublkb5");
+    said.has("fio: 0");
+    said.has("bits were kept: yes");
+    said.has_part("bits-gone: hydrant: ", "or go on without them with --force");
+    said.has("late file: yes");
+    said.has("fsck of the device: 0");
+    said.has("last status: 0");
+    said.has("left at the end: ");
+    said.has("end");
+}
+
+#[test]
+fn block_devices_of_a_daemon_of_many_clones() {
+    need!("qemu-system-x86_64", "busybox", "cpio", "modprobe", "xz", "mkfs.ext4");
+    let Some(said) = boot("ublk-serve.guest") else { return };
+    said.has("chosen: /dev/ublkb3");
+    said.has("free one: /dev/ublkbN");
+    said.has_part("remove-mounted: ", "clone 'a' is in use (/dev/ublkb");
+    said.has_part("remove-mounted: ", " is mounted at /mnt; end that, or use --force)");
+    said.has_part("remove-open: ", "clone 'b' is in use (/dev/ublkb3 is open by process ");
+    said.has("end while suspended: 0");
+    said.has("other device: removed");
+    said.has("taken over: the same");
+    said.has("held: written");
+    said.has("both taken over: the same");
+    said.has("held: still there");
+    said.has("removed: b");
+    said.has("removed by force: a");
+    said.has("gone: 0");
+    said.has("end: 0");
+    said.has("left at the end: ");
+    said.has("end");
 }

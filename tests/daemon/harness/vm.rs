@@ -1,6 +1,7 @@
 //! A virtual machine with a kernel of its own (`tests/vm`), which runs one script.
 
 use super::{Bench, skip};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -17,14 +18,17 @@ pub fn has_kernel() -> bool {
     has
 }
 
-/// Runs a script of `tests/vm`, with these options of its `boot` and these images of the bench as disks; what it says.
-pub fn boot(bench: &Bench, script: &str, options: &[&str], disks: &[&str]) -> String {
+/// Runs scripts of `tests/vm` as one, with these options of its `boot` and these images of the bench as disks; what they say.
+pub fn boot(bench: &Bench, scripts: &[&str], options: &[&str], disks: &[&str]) -> String {
     let mut command = Command::new(directory().join("boot"));
     command.args(options);
     for disk in disks {
         command.arg("-d").arg(bench.path(disk));
     }
-    let output = command.arg(directory().join(script)).output().unwrap();
+    let script: String = scripts.iter().map(|name| fs::read_to_string(directory().join(name)).unwrap()).collect();
+    let path = bench.path("script");
+    fs::write(&path, script).unwrap();
+    let output = command.arg(path).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{}: {said}{}", output.status, String::from_utf8_lossy(&output.stderr));
     said
