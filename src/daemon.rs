@@ -21,6 +21,7 @@ mod resize;
 mod running;
 mod shard_source;
 mod source_watch;
+mod start_again;
 
 use crate::bail;
 use crate::commands::output_error;
@@ -170,8 +171,9 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
     context.env.spawn(Box::pin(async move {
         starter.start_all(clones).await;
         let failures = starter.failures().len();
-        let is_over = starter.config.one_clone && starter.is_empty();
-        if wanted > 0 && failures == wanted || is_over {
+        // With none there is nothing to stay for, but for a server that may come.
+        let is_finished = starter.config.one_clone && starter.is_empty();
+        if wanted > 0 && failures == wanted && !starter.awaits_a_source() || is_finished {
             return stop_of_starter.notify();
         }
         if !starter.is_stopping() {
@@ -184,6 +186,7 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
     }));
     context.env.spawn_background(Box::pin(daemon.clone().watch()));
     context.env.spawn_background(Box::pin(daemon.clone().watch_devices()));
+    context.env.spawn_background(Box::pin(daemon.clone().start_failed_again()));
     context.env.spawn_background(Box::pin(dumper.clone().run()));
     stop.notified().await;
     service_manager::stopping();

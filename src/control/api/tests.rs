@@ -46,7 +46,7 @@ fn json_names_are_pinned() {
     let json = serde_json::to_value(Status { last_event: Some("x".into()), ..fresh() }).unwrap();
     let mut names = Vec::new();
     collect_names("", &json, &mut names);
-    let pinned = "name state error warnings ublk suspended suspending resizing size region_size nr_regions hydrated_regions hydrating_regions hydration.enabled \
+    let pinned = "name state error retry_in_seconds warnings ublk suspended suspending resizing size region_size nr_regions hydrated_regions hydrating_regions hydration.enabled \
          hydration.threshold hydration.batch_size hydration.threshold_effective hydration.batch_size_effective \
          hydration.state hydration.failures_max hydration.failures_in_a_row hydration.failed_regions \
          hydration.failed_ranges hydration.failed_regions_more hydration.last_failure hydration.rate hydration.total_rate hydration.priority \
