@@ -326,7 +326,7 @@ fn mapped_devices() {
     assert_eq!(sysfs.node(&id(8, 1)).unwrap().holders()[0].label(), "dm-0 (vg-root)");
     assert_eq!(sysfs.node(&id(8, 0)).unwrap().partitions().len(), 2);
     assert_eq!(holders::kernel_use(&sysfs, &id(8, 1), None).unwrap(), "held by dm-0 (vg-root)");
-    assert_eq!(holders::kernel_use(&sysfs, &id(8, 1), Some(&id(253, 0))), None, "by no other one");
+    assert_eq!(holders::kernel_use(&sysfs, &id(8, 1), Some(&id(253, 9))), None, "by no other one");
     assert!(holders::kernel_use(&sysfs, &id(8, 0), None).unwrap().contains("its partition sda1 is held by dm-0"));
     assert_eq!(holders::kernel_use(&sysfs, &id(253, 9), None), None);
 
