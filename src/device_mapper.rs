@@ -3,7 +3,7 @@
 //! * [`proto`]: the kernel's interface as bytes; pure.
 //! * [`takeover`]: what to do with a device that is there when a clone starts; pure.
 //! * [`control`]: the commands. They block.
-//! * [`nodes`]: `/dev/mapper/NAME`.
+//! * [`nodes`], for `/dev/mapper/NAME`.
 //!
 //! No crate is used for it: those there are need libclang, or libdevmapper, to be built.
 

@@ -42,11 +42,11 @@ pub use content::contents;
 #[cfg(test)]
 use distinct::check_distinct_in;
 pub use distinct::{Place, check_distinct};
-pub use reopen::{lock_again, reopen};
 pub use open::{
     Grown, check_free_space, check_free_space_of, create, cut_back, grow, open_input, open_source, open_target,
     set_size,
 };
+pub use reopen::{lock_again, reopen};
 
 /// What a device is to the clone. Displays as the word that errors use.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

@@ -481,7 +481,12 @@ mod tests {
             },
             destination: "/dev/vg/vm1".into(),
             nbd: NbdStatus { address: "unix:/run/hydrant/vm1.sock".into(), export: "vm1".into(), connections: 2 },
-            ublk: Some(UblkStatus { path: "/dev/ublkb0".into(), number: 0, dm_path: None, used_by: Some("mounted at /mnt".into()) }),
+            ublk: Some(UblkStatus {
+                path: "/dev/ublkb0".into(),
+                number: 0,
+                dm_path: None,
+                used_by: Some("mounted at /mnt".into()),
+            }),
             io: IoCounters {
                 reads: 1234,
                 writes: 56,

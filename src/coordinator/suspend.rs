@@ -96,7 +96,9 @@ impl Coordinator {
         match self.doing.get() {
             Some(Doing::Suspending) => self.given_up.set(true),
             // The growth lets it go on.
-            Some(Doing::Growing | Doing::HandingOver) if !self.state.is_suspended() && !self.state.is_stopping() => return Ok(()),
+            Some(Doing::Growing | Doing::HandingOver) if !self.state.is_suspended() && !self.state.is_stopping() => {
+                return Ok(());
+            }
             Some(Doing::Growing | Doing::HandingOver) | None => {}
         }
         self.in_turn(None, |this| async move {

@@ -57,9 +57,8 @@ impl DeviceMapper {
         loop {
             // SAFETY: the kernel reads and writes as many bytes as the buffer says that it has, which `encode` has filled
             // in; it outlives the call.
-            let result = unsafe {
-                libc::ioctl(self.file.as_raw_fd(), command.request() as libc::Ioctl, bytes.as_mut_ptr())
-            };
+            let result =
+                unsafe { libc::ioctl(self.file.as_raw_fd(), command.request() as libc::Ioctl, bytes.as_mut_ptr()) };
             match io::Error::last_os_error() {
                 _ if result >= 0 => return Ok(bytes),
                 error if error.kind() == io::ErrorKind::Interrupted => {}

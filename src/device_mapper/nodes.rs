@@ -93,9 +93,7 @@ fn make(path: &Path, number: Number) -> io::Result<()> {
     }
     let name = CString::new(path.as_os_str().as_bytes())?;
     // SAFETY: the path is a C string that outlives the call.
-    let made = unsafe {
-        libc::mknod(name.as_ptr(), libc::S_IFBLK | 0o600, libc::makedev(number.major, number.minor))
-    };
+    let made = unsafe { libc::mknod(name.as_ptr(), libc::S_IFBLK | 0o600, libc::makedev(number.major, number.minor)) };
     if made == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

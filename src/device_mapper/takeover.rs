@@ -56,9 +56,8 @@ mod tests {
             info
         };
         let number = |minor| Number { major: 259, minor };
-        let said = |flags, open, live: &[Target]| {
-            judge(&info(flags, open), live, Some(number(1)), |shown| shown == number(2))
-        };
+        let said =
+            |flags, open, live: &[Target]| judge(&info(flags, open), live, Some(number(1)), |shown| shown == number(2));
         let none = Flags::empty();
         assert_eq!(said(none, 0, &[]), Standing::Unfinished);
         assert_eq!(said(none, 1, &[Target::linear(8, number(1))]), Standing::HandedOver);

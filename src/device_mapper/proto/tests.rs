@@ -59,7 +59,7 @@ fn an_answer() {
     let info = decode(&bytes).unwrap();
     assert_eq!((info.name.as_str(), info.uuid.as_str(), info.open_count), ("vm1", "u", 2));
     // (minor & 0xff) | major << 8 | (minor & ~0xff) << 12
-    assert_eq!(Number::decode(0x5_1_03_07), Number { major: 0x103, minor: 0x5107 & 0xff | 0x51 >> 4 << 8 });
+    assert_eq!(Number::decode(0x0051_0307), Number { major: 0x103, minor: 0x507 });
     let mut full = bytes.clone();
     put(&mut full, FLAGS_OFFSET, &Flags::BUFFER_FULL.bits().to_ne_bytes());
     assert_eq!(decode_table(&full), None);
