@@ -242,12 +242,14 @@ fn suspend_resume_and_resize() {
     client.suspend(&a, None).unwrap();
     client.suspend(&a, Some(3600)).unwrap();
     client.resume(&a).unwrap();
+    client.finish(&a).unwrap();
     client.resize(&a, Wanted::default()).unwrap();
     client.resize(&a, Wanted { size: Some(u64::MAX), zeros: true }).unwrap();
     let expected = [
         "suspend a 30",
         "suspend a 3600",
         "resume a",
+        "finish a",
         "resize a None false",
         "resize a Some(18446744073709551615) true",
     ];

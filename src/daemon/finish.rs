@@ -43,7 +43,6 @@ impl RunningClone {
         if self.handed_over.get() {
             return Ok(());
         }
-        let name = &self.config.name;
         let mapped = self.mapped_to_finish()?;
         let destination = nodes::number_of(&self.config.destination);
         let destination = destination.ok_or_else(|| Error::new(ErrorKind::NotFound, "the destination is gone"))?;
@@ -59,9 +58,7 @@ impl RunningClone {
             bail!(InUse, "{} is suspended: 'dmsetup resume {}' first", path.display(), mapped.name());
         }
         self.check_unused_beside(&mapped).await?;
-        self.exchange_file(context, false, Some((mapped.clone(), destination))).await.inspect_err(|error| {
-            log::warn!("clone '{name}': not handed over: {error}");
-        })?;
+        self.exchange_file(context, false, Some((mapped.clone(), destination))).await?;
         let job = mapped.clone();
         let exchanged = async {
             let exchanged = on_thread(move || job.exchange()).await;

@@ -67,7 +67,7 @@ pub async fn before_start(config: &CloneConfig) -> Result<Before> {
     let metadata = beside_clients(move || devices::open_target(Role::Metadata, &metadata_path)).await?;
     let found = find_metadata(config, &metadata).await?;
     let Some(superblock) = found.map(|found| found.superblock) else {
-        let free = on_thread(move || DeviceMapper::open()?.check_free(name.as_str(), ""));
+        let free = on_thread(move || DeviceMapper::open()?.check_free(name.as_str(), None));
         return free.await.map(|()| Before::Start);
     };
     // `metadata` stays open, and locked: nobody starts the clone meanwhile.
@@ -76,7 +76,7 @@ pub async fn before_start(config: &CloneConfig) -> Result<Before> {
     let looked = on_thread(move || {
         let (mapper, uuid) = (DeviceMapper::open()?, uuid_of(&clone));
         let Some(found) = mapper.find(&uuid)? else {
-            mapper.check_free(name.as_str(), &uuid)?;
+            mapper.check_free(name.as_str(), Some(&uuid))?;
             return Ok(Before::Start);
         };
         let live = mapper.table(&uuid)?;

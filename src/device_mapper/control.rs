@@ -116,13 +116,13 @@ impl DeviceMapper {
 
     /// Makes a device without a table. `InUse`: somebody else's has the name.
     pub fn create(&self, name: &str, uuid: &str) -> Result<Info> {
-        self.check_free(name, uuid)?;
+        self.check_free(name, Some(uuid))?;
         self.done(Command::Create, Which::Both { name, uuid }, Flags::empty(), 0, &[])
     }
 
-    /// Refuses a name that another device has.
-    pub fn check_free(&self, name: &str, uuid: &str) -> Result<()> {
-        if let Some(other) = self.named(name)?.filter(|other| other.uuid != uuid) {
+    /// Refuses a name that another device has than the one with this uuid.
+    pub fn check_free(&self, name: &str, uuid: Option<&str>) -> Result<()> {
+        if let Some(other) = self.named(name)?.filter(|other| Some(other.uuid.as_str()) != uuid) {
             let whose = match other.uuid.as_str() {
                 "" => "without a uuid".into(),
                 uuid => format!("with the uuid {uuid}"),

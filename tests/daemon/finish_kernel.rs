@@ -14,6 +14,7 @@ fn a_clone_is_handed_over_under_a_file_system_and_fio() {
         "name-taken: hydrant: dm_name: there is a /dev/mapper/other already, without a uuid",
         "choose another name",
     );
+    said.has("metadata so far: 0");
     said.has("table: 0 98304 linear ublk 0");
     said.has("uuid: HYDRANT-UUID");
     said.has("status:  ublk /dev/mapper/vm1 above /dev/ublkb5; not in use");
