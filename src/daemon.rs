@@ -171,9 +171,9 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
     context.env.spawn(Box::pin(async move {
         starter.start_all(clones).await;
         let failures = starter.failures().len();
-        // With none there is nothing to stay for, but for a server that may come.
+        // With none there is nothing to stay for, but for one that may start yet.
         let is_finished = starter.config.one_clone && starter.is_empty();
-        if wanted > 0 && failures == wanted && !starter.awaits_a_source() || is_finished {
+        if wanted > 0 && failures == wanted && !starter.may_start_later() || is_finished {
             return stop_of_starter.notify();
         }
         if !starter.is_stopping() {

@@ -20,10 +20,16 @@ pub fn stopping() {
     tell("STOPPING=1", "finishing what is in flight");
 }
 
+/// A line for people, as it is now.
+pub fn status(status: &str) {
+    tell("", status);
+}
+
 fn tell(state: &str, status: &str) {
     let Some(socket) = env::var_os("NOTIFY_SOCKET").filter(|socket| !socket.is_empty()) else { return };
     // Assignments are separated by newlines.
     let message = format!("{state}\nSTATUS={}\n", status.replace('\n', " "));
+    let message = message.trim_start();
     if let Err(error) = send(&socket, message.as_bytes()) {
         log::warn!("the service manager can't be told '{state}' (NOTIFY_SOCKET={}): {error}", socket.display());
     }

@@ -2,7 +2,7 @@
 //!
 //! A source that has stopped answering is not lost before a timeout has passed; this is what can be said of it until
 //! then. Two atomics for each request to the source; the times are of the environment's clock, which all shards share.
-//! Two shards that begin and end at the same moment may make it a little too short, never too long.
+//! Two shards that begin and end at the same moment may make it wrong until the next answer, which nothing but words depends on.
 
 use std::sync::atomic::{AtomicU64, Ordering::*};
 use std::time::Duration;

@@ -91,7 +91,8 @@ fn write_idle_text(text: &mut String, status: &Status) -> std::fmt::Result {
         None => writeln!(text, "{}: {}", status.name, status.state)?,
     }
     if let Some(seconds) = status.retry_in_seconds {
-        write_line(text, "next try", format!("in {seconds} s"))?;
+        let when = if seconds == 0 { "now".into() } else { format!("in {seconds} s") };
+        write_line(text, "next try", when)?;
     }
     write_line(text, "source", status.source.spec.clone())?;
     write_line(text, "destination", status.destination.clone())?;

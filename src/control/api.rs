@@ -53,7 +53,7 @@ pub struct Status {
     pub state: CloneRunState,
     /// Why it could not be started; null unless `state` is `failed`.
     pub error: Option<String>,
-    /// When its start is tried again, rounded up; null when it is not, since only a user can mend what is wrong.
+    /// When its start is tried again, rounded up; 0 while it is being tried; null when it is not, since only a user can mend what is wrong.
     pub retry_in_seconds: Option<u64>,
     /// What is wrong with its files (deleted, moved, cut off), and what to do about it: a line each.
     pub warnings: Vec<String>,

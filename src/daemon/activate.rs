@@ -196,8 +196,6 @@ pub async fn activate(
             (store, Vec::new(), Generation(0))
         }
     };
-    created_destination.keep();
-    created_metadata.keep();
 
     let kept_bits = block_node::kept_bits(config, &store.superblock()).await?;
     let shards = context.mesh.shards();
@@ -230,6 +228,9 @@ pub async fn activate(
     let source = (!complete).then(|| (source, fingerprint.size.min(geometry.size())));
     let from_before = kept_bits.clone().filter(|_| !complete);
     attach_slices(context, &state, &geometry, zones, &destination, source, from_before).await?;
+    // Nothing is in them yet, and nothing of the kind can fail any more.
+    created_destination.keep();
+    created_metadata.keep();
     let source_check = identity.map(|identity| {
         let copied_before = Some(state.hydrated()).filter(|hydrated| !source_was_known && *hydrated > 0);
         Rc::new(SourceCheck { identity, recorded: Cell::new(must_be.is_known()), copied_before })

@@ -399,10 +399,11 @@ impl Daemon {
         entries.get(name).and_then(Entry::failed).is_some_and(|failed| failed.next_try.is_some())
     }
 
-    /// Whether one of those that could not be started waits for the server of its source, and is tried again.
-    pub fn awaits_a_source(&self) -> bool {
-        let waits = |failed: &Failed| failed.next_try.is_some() && failed.error.kind() == ErrorKind::SourceLost;
-        self.entries.borrow().values().filter_map(Entry::failed).any(waits)
+    /// Whether one of those that could not be started is worth staying for. Not one that somebody else uses: the service
+    /// manager is to know of that.
+    pub fn may_start_later(&self) -> bool {
+        let may = |failed: &Failed| failed.next_try.is_some() && failed.error.kind() != ErrorKind::InUse;
+        self.entries.borrow().values().filter_map(Entry::failed).any(may)
     }
 
     /// Those that could not be started, and why.
@@ -479,19 +480,21 @@ impl Daemon {
     /// Whether every clone has said `exit`, and is done.
     fn has_done_all(&self) -> bool {
         let entries = self.entries.borrow();
-        let mut clones = 0;
-        for entry in entries.values() {
+        let mut done = Vec::new();
+        for (name, entry) in entries.iter() {
             match entry {
-                entry if entry.failed().is_some() => {}
-                Entry::Running(running) if self.ends_with(running) && self.is_done(running) => clones += 1,
+                Entry::Failed(failed) if failed.next_try.is_none() => {}
+                Entry::Running(running) if self.ends_with(running) && self.is_done(running) => {
+                    done.push(format!("'{name}'"));
+                }
+                // One that is tried again is not done.
                 _ => return false,
             }
         }
-        if clones > 0 {
-            let names: Vec<_> = entries.keys().map(|name| format!("'{name}'")).collect();
-            log::info!("clone {}: hydrated, and the last client is gone: ending", names.join(", "));
+        if !done.is_empty() {
+            log::info!("clone {}: hydrated, and the last client is gone: ending", done.join(", "));
         }
-        clones > 0
+        !done.is_empty()
     }
 
     /// The end of the daemon: no new clients or clones, what is in flight is finished, everything is committed. The first

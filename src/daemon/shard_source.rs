@@ -1,15 +1,15 @@
 //! What the shards of a clone read from: how each of them gets its own view of one source.
 //!
 //! The coordinator's shard has the source open. A file is opened anew for the others; an NBD export too, if it allows
-//! several connections, else they ask the coordinator's shard. Whatever it is, a clone sees so many bytes from its
+//! several connections and they get theirs, else they ask the coordinator's shard. Whatever it is, a clone sees so many bytes from its
 //! start, and zeros behind them ([`PaddedSource`]).
 
 use super::prepare::{OpenSource, OpenSourceKind};
 use crate::bail;
 use crate::disk::ring::{DiskParts, RingDisk};
 use crate::error::Result;
-use crate::shard::COORDINATOR;
 use crate::shard::pool::ShardContext;
+use crate::shard::{COORDINATOR, Mesh};
 use crate::source::Source;
 use crate::source::file::FileSource;
 use crate::source::identity::SourceIdentity;
@@ -76,12 +76,22 @@ impl SourceRecipe {
         clone: CloneId,
         local: Option<Rc<dyn Source>>,
     ) -> Result<Rc<dyn Source>> {
+        let size_shown = self.size;
+        let remote =
+            || -> Rc<dyn Source> { Rc::new(RemoteSource::new(clone, COORDINATOR, size_shown, context.mesh.clone())) };
         let inner: Rc<dyn Source> = match (local, self.parts) {
             (Some(local), _) => local,
             (None, Parts::Zeros) => return Ok(PaddedSource::zeros(self.size)),
             (None, Parts::File(parts)) => Rc::new(FileSource::new(Rc::new(RingDisk::new(parts)))),
             (None, Parts::Nbd { uri, options, size, expected }) => {
-                let source = NbdSource::connect(uri, options, context.env.clone()).await?;
+                let source = match NbdSource::connect(uri, options, context.env.clone()).await {
+                    Ok(source) => source,
+                    // A server may take fewer connections than it says, or have gone since. The coordinator's shard has one.
+                    Err(error) => {
+                        log::warn!("shard {} reads through another shard's connection: {error}", context.mesh.me());
+                        return Ok(remote());
+                    }
+                };
                 if source.size() != size {
                     bail!(SourceChanged, "the source's size changed while it was opened");
                 }
@@ -91,9 +101,7 @@ impl SourceRecipe {
                 Rc::new(source)
             }
             // The other shard's view is the clone's already.
-            (None, Parts::Remote) => {
-                return Ok(Rc::new(RemoteSource::new(clone, COORDINATOR, self.size, context.mesh.clone())));
-            }
+            (None, Parts::Remote) => return Ok(remote()),
             (None, Parts::Present) => context.shard.slice(clone)?.source()?,
         };
         Ok(PaddedSource::view(inner, self.shown, self.size))

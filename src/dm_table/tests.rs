@@ -128,6 +128,19 @@ fn good_lines() {
 }
 
 #[test]
+fn the_largest_length_and_words_that_are_shown() {
+    let of = |start: u64, len: u64| parse(&format!("{start} {len} clone m d s 8"));
+    assert!(of(0, LEN_MAX).is_ok());
+    for (start, len) in [(0, LEN_MAX + 1), (1, LEN_MAX), (LEN_MAX, 1), (u64::MAX, 1), (0, u64::MAX)] {
+        assert!(of(start, len).unwrap_err().starts_with(words::TOO_LARGE), "{start} {len}");
+    }
+    assert!(of(1, LEN_MAX - 1).unwrap_err().starts_with(words::GAP));
+    assert_eq!(shown("a\nb"), "'a\\nb'");
+    assert_eq!(shown(&"x".repeat(SHOWN_MAX)), format!("'{}'", "x".repeat(SHOWN_MAX)));
+    assert_eq!(shown(&"x".repeat(SHOWN_MAX + 1)), format!("'{}...'", "x".repeat(SHOWN_MAX)));
+}
+
+#[test]
 fn one_line_only() {
     let line = "0 8 clone m d s 8";
     for (text, number) in [

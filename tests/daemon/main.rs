@@ -35,6 +35,7 @@ mod shares;
 mod signals;
 mod source_faults;
 mod space;
+mod start_again;
 mod suspend;
 mod tables;
 mod ublk_kernel;

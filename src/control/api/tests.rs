@@ -53,7 +53,7 @@ fn json_names_are_pinned() {
          hydration.bytes_per_second hydration.eta_seconds \
          features.no_hydration features.no_discard_passdown metadata.path metadata.mode metadata.error metadata.block_size \
          metadata.used_blocks metadata.total_blocks metadata.generation event_nr events last_event source.spec \
-         source.state source.losses source.reconnects source.silent_seconds destination nbd.address nbd.export nbd.connections io.reads \
+         source.state source.silent_seconds source.losses source.reconnects destination nbd.address nbd.export nbd.connections io.reads \
          io.writes io.trims io.write_zeroes io.flushes io.read_bytes io.write_bytes io.trim_bytes \
          io.write_zeroes_bytes io.errors io.source_read_bytes io.hydrated_bytes io.commits shards uptime_seconds \
          version pid";

@@ -13,13 +13,19 @@ use crate::event_log::CloneEvents;
 use crate::events::EventKind;
 use crate::hydration_share::{HydrationRate, Priority};
 use crate::local::latch::Latch;
-use crate::local::{Raised, join_some};
+use crate::local::{Permit, Raised, Semaphore, oneshot};
+use crate::service_manager;
 use crate::shard::Mesh;
 use crate::units::CloneId;
+use std::cell::Cell;
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
+
+/// A try to start a clone that takes longer does not count among those at a time any more.
+const SLOW_START: Duration = Duration::from_secs(1);
 
 /// How the start of a clone went, when it did not fail.
 pub enum Started {
@@ -44,27 +50,61 @@ impl Daemon {
     pub async fn start_all(self: &Rc<Self>, clones: Vec<CloneConfig>) {
         // The only one: its failure is that of the daemon, which is told there.
         let is_told = clones.len() == 1;
-        let starts = clones.into_iter().map(|config| {
-            let daemon = self.clone();
-            async move {
-                let name = config.name.clone();
-                if let Err(error) = daemon.start(config, true).await
-                    && (!is_told || daemon.awaits_a_source())
+        let slots = Semaphore::new(AT_A_TIME as u64);
+        // All names are taken, and listed, at once.
+        let starts: Vec<_> = clones.into_iter().map(|config| (config.name.clone(), self.start(config, true))).collect();
+        let mut ended = Vec::new();
+        for (name, start) in starts {
+            let (daemon, slots) = (self.clone(), slots.clone());
+            let (sender, receiver) = oneshot();
+            ended.push(receiver);
+            self.context.env.spawn(Box::pin(async move {
+                let slot = daemon.hold_for_a_while(slots.acquire(1).await);
+                let started = start.await;
+                drop(slot.take());
+                if let Err(error) = started
+                    && (!is_told || daemon.may_start_later())
                 {
                     let again = if daemon.tries_again(&name) { "; it is tried again" } else { "" };
                     log::error!("clone '{name}' can't be started: {error}{again}");
                 }
-            }
-        });
-        join_some(starts, AT_A_TIME).await;
+                sender.send(());
+            }));
+        }
+        for receiver in ended {
+            // Of one that is gone with its executor nobody is told.
+            let _ = receiver.await;
+        }
+    }
+
+    /// A start that takes long, say from a server that says nothing, does not hold up the others: its slot is free then.
+    fn hold_for_a_while(&self, slot: Permit) -> Rc<Cell<Option<Permit>>> {
+        let slot = Rc::new(Cell::new(Some(slot)));
+        let (late, env) = (slot.clone(), self.context.env.clone());
+        self.context.env.spawn_background(Box::pin(async move {
+            env.sleep(SLOW_START).await;
+            drop(late.take());
+        }));
+        slot
     }
 
     /// Starts a clone under a name that is free, or that of one that could not be started. `keep`: list it as failed when
     /// it can't be started.
     pub fn start(self: &Rc<Self>, config: CloneConfig, keep: bool) -> LocalFuture<Result<Started>> {
-        let config = Rc::new(config);
-        let claimed = self.claim(&config, false);
-        self.start_claimed(config, keep, claimed)
+        let (daemon, config) = (self.clone(), Rc::new(config));
+        let is_tried = matches!(self.entries.borrow().get(&config.name), Some(Entry::Starting(_, _, Some(_))));
+        let claimed = (!is_tried).then(|| self.claim(&config, false));
+        Box::pin(async move {
+            let claimed = match claimed {
+                Some(claimed) => claimed,
+                None => {
+                    // Nobody asked for that try.
+                    daemon.give_up(config.name.as_str()).await;
+                    daemon.claim(&config, false)
+                }
+            };
+            daemon.start_claimed(config, keep || is_tried, claimed).await
+        })
     }
 
     fn start_claimed(
@@ -121,8 +161,9 @@ impl Daemon {
         let tries = replaced.as_ref().map_or(0, |failed| failed.tries.saturating_add(1));
         // Of a daemon for one clone it is the end, and `hydrant clone` begins again.
         let is_kept = keep && !self.config.one_clone;
-        let delay = (is_kept && passes_by_itself(error.kind())).then(|| start_delay(tries));
+        let delay = (is_kept && passes_by_itself(error.kind(), tries)).then(|| start_delay(tries));
         let outlook = match delay {
+            Some(_) if config.force => "; it is tried again, without force, with pauses of up to a minute",
             Some(_) => "; it is tried again, with pauses of up to a minute",
             None if is_kept => "; nothing tries again by itself: when that is mended, `hydrant create FILE` starts it",
             None => "",
@@ -149,28 +190,46 @@ impl Daemon {
 
     /// Tries those again that could not be started and may be now. Until the daemon stops.
     pub async fn start_failed_again(self: Rc<Self>) {
+        let slots = Semaphore::new(AT_A_TIME as u64);
         while !self.is_stopping() {
-            let now = self.context.env.now();
-            let is_due = |entry: &Entry| match entry {
-                Entry::Failed(failed) if failed.next_try.is_some_and(|at| at <= now) => Some(failed.config.clone()),
-                _ => None,
-            };
-            let due: Vec<_> = self.entries.borrow().values().filter_map(is_due).collect();
-            let tries = due.into_iter().map(|config| {
-                let daemon = self.clone();
-                async move {
-                    // Nothing if it was removed or created meanwhile. How the try went is with the clone.
-                    let is_failed = matches!(daemon.entries.borrow().get(&config.name), Some(Entry::Failed(_)));
-                    if is_failed {
-                        log::debug!("clone '{}': trying to start it again", config.name);
-                        let claimed = daemon.claim(&config, true);
-                        let _ = daemon.start_claimed(config, true, claimed).await;
-                    }
-                }
-            });
-            join_some(tries, AT_A_TIME).await;
+            for config in self.due(self.context.env.now()) {
+                let Some(slot) = slots.try_acquire(1) else { break };
+                self.clone().start_again(config, slot);
+            }
             self.context.env.sleep(WATCH_INTERVAL).await;
         }
+    }
+
+    /// Those that are to be tried again, in the order of their times.
+    fn due(&self, now: Duration) -> Vec<Rc<CloneConfig>> {
+        let is_due = |entry: &Entry| match entry {
+            Entry::Failed(failed) => failed.next_try.filter(|at| *at <= now).map(|at| (at, failed.config.clone())),
+            _ => None,
+        };
+        let mut due: Vec<_> = self.entries.borrow().values().filter_map(is_due).collect();
+        due.sort_by_key(|(at, _)| *at);
+        due.into_iter().map(|(_, config)| config).collect()
+    }
+
+    fn start_again(self: Rc<Self>, config: Rc<CloneConfig>, slot: Permit) {
+        log::debug!("clone '{}': trying to start it again", config.name);
+        // Whoever wanted something overwritten wanted it then.
+        let config = Rc::new(CloneConfig { force: false, ..(*config).clone() });
+        let claimed = self.claim(&config, true);
+        let slot = self.hold_for_a_while(slot);
+        let daemon = self.clone();
+        self.context.env.spawn(Box::pin(async move {
+            // How it went is with the clone.
+            if let Ok(Started::Serving) = daemon.start_claimed(config, true, claimed).await {
+                service_manager::status(&daemon.in_words());
+            }
+            drop(slot.take());
+        }));
+    }
+
+    /// How many clones are served.
+    pub fn in_words(&self) -> String {
+        format!("serving {} clones of {}", self.all_running().len(), self.entries.borrow().len())
     }
 
     async fn bring_up(

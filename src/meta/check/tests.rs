@@ -1,5 +1,5 @@
 use super::super::codec::tests::{random_bits, superblocks};
-use super::super::codec::{SourceFingerprint, words_per_zone};
+use super::super::codec::{Classified, SourceFingerprint, words_per_zone};
 use super::*;
 use crate::error::{Error, ErrorKind};
 use crate::units::{Geometry, RegionSize};
@@ -150,6 +150,51 @@ fn complete_with_a_missing_bit() {
     assert!(report(&image(&complete, |_| true)).is_clean());
     let found = report(&image(&complete, |region| region != 777));
     assert_eq!(texts(&found), ["block 0 (byte offset 0): marked complete, but 16383 of 16384 regions are hydrated"]);
+}
+
+/// Where a finding is, as blocks, sectors and bytes; what is clean, and what contradicts itself.
+#[test]
+fn places_and_verdicts() {
+    let clean = image(&sample(), |region| region % 3 == 0);
+    assert!(report(&clean).is_clean());
+    let mut damaged = clean.clone();
+    damaged[(2 + 5) * BLOCK_SIZE + 3 * SECTOR_BYTES] ^= 1;
+    let found = report(&damaged);
+    assert!(!found.is_clean());
+    let finding = &found.findings[0];
+    assert_eq!((finding.block, finding.sector, finding.offset()), (7, Some(59), 59 * 512));
+    assert_eq!(Finding::block(7, None, String::new()).offset(), 7 * 4096);
+
+    let summary = |superblock: &Superblock, hydrated_count| {
+        let (superblock, generation) = (superblock.clone(), superblock.generation);
+        Summary { superblock, hydrated_count, generation }
+    };
+    let (active, complete) = (sample(), Superblock { state: CloneState::Complete, ..sample() });
+    let all = active.geometry.nr_regions();
+    assert!(!summary(&active, all).contradicts_itself());
+    assert!(!summary(&active, 0).contradicts_itself());
+    assert!(!summary(&complete, all).contradicts_itself());
+    assert!(summary(&complete, all - 1).contradicts_itself());
+}
+
+/// A device that ends within or before the second copy has none; one byte of a block is a block.
+#[test]
+fn copies_of_short_devices() {
+    let image = image(&sample(), |_| false);
+    let is_there = |size: usize| {
+        let copies = read_copies(&mut reader(&image[..size]), size as u64);
+        copies.map(|copy| matches!(copy, Ok(Classified::Valid(_))))
+    };
+    assert_eq!(is_there(BLOCK_SIZE), [true, false]);
+    assert_eq!(is_there(BLOCK_SIZE + 1), [true, false], "cut off");
+    assert_eq!(is_there(2 * BLOCK_SIZE), [true, true]);
+    // Nothing is read behind the end, which would be an error there.
+    let mut read_block = |block: u64| match block {
+        0 => Ok(image[..BLOCK_SIZE].try_into().unwrap()),
+        _ => Err(Error::new(ErrorKind::Io, "read past the end")),
+    };
+    assert!(matches!(&read_copies(&mut read_block, BLOCK_SIZE as u64)[1], Ok(Classified::Empty)));
+    assert!(read_copies(&mut read_block, BLOCK_SIZE as u64 + 1)[1].is_err());
 }
 
 #[test]

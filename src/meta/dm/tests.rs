@@ -153,6 +153,18 @@ fn several_bitmaps() {
     round_trip(large, Layout::size_default(large), &bits);
 }
 
+/// Half as much again as the least, whole MiB, 4 MiB at least; the space map knows all of it.
+#[test]
+fn default_sizes() {
+    for (regions, default) in [(1, 4 << 20), (1 << 26, 25 << 20)] {
+        let target = target(regions * 8, 8);
+        let least = Layout::size_min(target);
+        assert_eq!(Layout::size_default(target), default, "{regions} regions, {least} at least");
+        assert!(default == 4 << 20 || (default - (1 << 20)..=default).contains(&(least * 3 / 2)), "{least}");
+        assert_eq!(Layout::new(target, default).unwrap().nr_blocks(), default / BLOCK_SIZE as u64);
+    }
+}
+
 #[test]
 fn the_largest_target() {
     let largest = target((1 << 31) * 8, 8);

@@ -217,9 +217,14 @@ impl Daemon {
 
     /// `hydrant serve`, without waiting for anything.
     pub fn spawn_serve(bench: &Bench, files: &[&Path], args: &[&str]) -> Self {
+        Self::spawn_serve_with(bench, files, args, &[])
+    }
+
+    /// With these in its environment.
+    pub fn spawn_serve_with(bench: &Bench, files: &[&Path], args: &[&str], env: &[(&str, &str)]) -> Self {
         let runtime = bench.runtime();
         let mut command = hydrant(&runtime);
-        command.arg("serve").args(files).args(args);
+        command.arg("serve").args(files).args(args).envs(env.iter().copied());
         let dir = runtime.join("hydrant");
         Self::spawn(command, "daemon", dir.join("none"), dir.join("control"), &runtime)
     }
