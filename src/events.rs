@@ -232,7 +232,7 @@ mod tests {
         let names: Vec<_> = EventKind::ALL.iter().map(|kind| kind.name()).collect();
         let pinned = "created start_failed hydration_started hydration_paused hydration_failed \
                       hydration_stopped bad_regions_healed hydration_completed read_only failed source_lost source_found \
-                      source_changed device_lost device_found suspended resumed resized stopped removed";
+                      source_changed device_lost device_found handed_over suspended resumed resized stopped removed";
         assert_eq!(names.join(" "), pinned);
         for kind in EventKind::ALL {
             let json = serde_json::to_string(kind).unwrap();

@@ -258,6 +258,7 @@ pub fn encode(which: Which<'_>, flags: Flags, event_nr: u32, table: &[Target], r
 
 /// What the kernel has made of it. `None`: it is no answer.
 pub fn decode(bytes: &[u8]) -> Option<Info> {
+    bytes.get(..HEADER_BYTES)?;
     Some(Info {
         name: text_at(bytes, NAME_OFFSET, NAME_BYTES)?,
         uuid: text_at(bytes, UUID_OFFSET, UUID_BYTES)?,
