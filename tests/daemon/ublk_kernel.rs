@@ -28,7 +28,7 @@ pub fn boot_with(script: &str, more_programs: &[&str], more_modules: &[&str]) ->
     Some(Said(vm::boot(&bench, &["ublk-lib.guest", script], &options, &images.map(|(name, _)| name))))
 }
 
-pub struct Said(String);
+pub struct Said(pub String);
 
 impl Said {
     pub fn has(&self, line: &str) {
