@@ -8,7 +8,7 @@
 mod meta;
 
 use crate::config::{
-    CloneName, FAILURES_MAX_DEFAULT, HYDRATION_RATE_MAX, HYDRATION_RATE_MIN, NAME_LEN_MAX, OnHydrated,
+    CloneName, DmName, FAILURES_MAX_DEFAULT, HYDRATION_RATE_MAX, HYDRATION_RATE_MIN, NAME_LEN_MAX, OnHydrated,
     PRIORITY_DEFAULT, PRIORITY_MAX, SHARDS_MAX, SIZE_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT, SOURCE_TIMEOUT_SECONDS_MAX,
     UBLK_NUMBER_MAX,
 };
@@ -66,6 +66,7 @@ pub enum Verb {
     Metrics(MetricsArgs),
     List(ListArgs),
     Remove(RemoveArgs),
+    Finish(FinishArgs),
     Message(MessageArgs),
     Suspend(SuspendArgs),
     Resume(ResumeArgs),
@@ -194,7 +195,9 @@ pub struct CloneArgs {
           value_parser = clap::value_parser!(u32).range(1..=i64::from(PRIORITY_MAX)))]
     pub priority: u32,
 
-    /// When all is hydrated: go on serving (stay), or end when the last client is gone (exit, remove)
+    /// When all is hydrated: go on serving (stay), end when the last client is gone (exit, remove), or hand over (linear)
+    ///
+    /// With linear as 'hydrant finish' does, as soon as no NBD client is connected; needs --dm-name.
     #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
     pub on_hydrated: OnHydrated,
 
@@ -213,6 +216,13 @@ pub struct CloneArgs {
     #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true,
           value_parser = clap::value_parser!(u32).range(..=i64::from(UBLK_NUMBER_MAX)))]
     pub ublk: Option<Option<u32>>,
+
+    /// Also be /dev/mapper/NAME, above the block device, so that 'hydrant finish' can hand it over
+    ///
+    /// Use it in place of /dev/ublkbN: when all is hydrated the destination, a block device, takes the clone's place under
+    /// whoever uses it. 1 to 127 of A-Z a-z 0-9 # + - . : = @ _ and the first not -. Needs device-mapper (modprobe dm_mod).
+    #[arg(long, value_name = "NAME", requires = "ublk")]
+    pub dm_name: Option<DmName>,
 
     /// Path of the control socket [default: NAME.control beside the NBD default]
     ///
@@ -456,6 +466,39 @@ pub struct RemoveArgs {
     pub control: ControlArgs,
 }
 
+/// Hand a complete clone's device over to the destination, while it is in use
+#[derive(Args, Debug)]
+#[command(long_about = "\
+Puts the destination in the place of a complete clone, under whoever uses it: /dev/mapper/NAME, which was the clone, is the \
+destination from then on, at its own speed. File systems stay mounted; requests wait for a moment. Then /dev/ublkbN goes, \
+and the clone. Nothing of hydrant is needed any more. The metadata stay, and say that it is complete.
+
+The clone must have a device-mapper device (--dm-name, or dm_name of [clone.ublk]), a block device as destination, and all of \
+it hydrated. Refused while NBD clients are connected, while something has /dev/ublkbN itself open, and while the clone is \
+suspended. When it fails, the clone goes on as before. What was finished can be finished again, as long as its daemon runs.
+
+'hydrant clone' ends with its clone. Started again, a clone that was finished says so. /dev/mapper/NAME stays until it is \
+removed (dmsetup remove NAME) or the machine is started again; use the destination itself then.")]
+#[command(after_long_help = "\
+Examples:
+  hydrant clone --name vm1 --ublk --dm-name vm1 --source nbd://backup/vm1 --destination /dev/vg/vm1 \\
+      --metadata /var/lib/vm1.meta
+  mount /dev/mapper/vm1 /srv
+  hydrant finish vm1 --wait        when all is hydrated; /srv stays mounted")]
+pub struct FinishArgs {
+    /// Which clone
+    pub name: CloneName,
+
+    /// Wait until it is hydrated
+    ///
+    /// Fails as soon as it can't become that without help, as 'hydrant wait --hydrated' does.
+    #[arg(long)]
+    pub wait: bool,
+
+    #[command(flatten)]
+    pub control: ControlArgs,
+}
+
 /// Change how a running clone hydrates
 #[derive(Args, Debug)]
 #[command(long_about = "\
@@ -573,7 +616,7 @@ Prints the events of running clones, the oldest first: when (UTC), which clone, 
 words. A daemon keeps the last 256 of each clone, and 4096 in all.
 
 Kinds: created, start_failed, hydration_started, hydration_paused, hydration_failed (it backs off and tries again), \
-hydration_completed, read_only, failed, source_lost, source_found, source_changed, suspended, resumed, resized, stopped, \
+hydration_completed, read_only, failed, source_lost, source_found, source_changed, handed_over, suspended, resumed, resized, stopped, \
 removed. What changes more than 6 times in 10 seconds is told once in 10 seconds.")]
 #[command(after_long_help = "\
 Examples:

@@ -5,6 +5,7 @@ pub mod config;
 pub mod create;
 pub mod daemons;
 pub mod events;
+pub mod finish;
 pub mod list;
 pub mod message;
 pub mod meta;
@@ -39,6 +40,7 @@ pub fn run(cli: Cli, out: &mut dyn Write, start: impl FnOnce(Plan) -> Result<()>
         Verb::List(args) => list::run(&args, out),
         Verb::Create(args) => create::run(&args),
         Verb::Remove(args) => remove::run(&args),
+        Verb::Finish(args) => finish::run(&args),
         Verb::Message(args) => message::run(&args),
         Verb::Suspend(args) => suspend::suspend(&args),
         Verb::Resume(args) => suspend::resume(&args),

@@ -14,6 +14,7 @@ mod same_file;
 pub mod setting;
 pub mod spec;
 
+pub use crate::device_mapper::nodes::DmName;
 use crate::dm_table::DmTable;
 use crate::hydration_share;
 use crate::io_frontend::nbd::listen::NbdAddress;
@@ -163,6 +164,13 @@ impl CloneConfig {
         self.table = Some(table);
     }
 
+    /// What is missing for `on_hydrated = "linear"`.
+    pub fn linear_lacks_a_name(&self) -> Option<&'static str> {
+        let has_name = self.ublk.as_ref().is_some_and(|ublk| ublk.dm_name.is_some());
+        (self.on_hydrated == OnHydrated::Linear && !has_name)
+            .then_some("'linear' hands a device-mapper device over: say which one by dm_name of [clone.ublk]")
+    }
+
     /// What is given as two of the three files: the key of the second one, and what is wrong with it. `as_one` makes one
     /// path of all that name one file.
     pub fn given_twice(&self, as_one: impl Fn(&Path) -> PathBuf) -> Option<(&'static str, &'static str)> {
@@ -202,6 +210,8 @@ pub struct NbdConfig {
 pub struct UblkConfig {
     /// N of /dev/ublkbN, at most [`UBLK_NUMBER_MAX`]; `None` is any that is free.
     pub number: Option<u32>,
+    /// The clone is `/dev/mapper/NAME`, a device-mapper device above it, which outlives the clone when it is handed over.
+    pub dm_name: Option<DmName>,
 }
 
 /// What to do when every region is hydrated.
@@ -215,6 +225,8 @@ pub enum OnHydrated {
     Exit,
     /// Remove the clone from the daemon when its last client is gone.
     Remove,
+    /// Hand `/dev/mapper/NAME` over to the destination, whoever uses it; then as `Remove`.
+    Linear,
 }
 
 /// The name of a clone: 1 to [`NAME_LEN_MAX`] of `A-Z a-z 0-9 . _ -`, the first one not `.` or `-`. So it is at once a

@@ -15,6 +15,7 @@
 //! | `GET /v1/clones/NAME/wait?event=N&timeout=SECONDS` | [`api::Status`] |
 //! | `POST /v1/clones` with what a `[[clone]]` of a configuration file has, as JSON; paths are absolute | `{}`, when it is served |
 //! | `POST /v1/clones/NAME/remove` with `{"force": false}` | `{}`, when its devices are free |
+//! | `POST /v1/clones/NAME/finish` | `{}`, when its `/dev/mapper/NAME` is the destination and the clone is gone; also when it has been finished before |
 //! | `POST /v1/clones/NAME/suspend` with `{"timeout": null}` | `{}`, when requests are held and everything is committed; 409 `in_use` while it is being suspended or resized, or when it was resumed meanwhile |
 //! | `POST /v1/clones/NAME/resume` | `{}`, when requests go on |
 //! | `POST /v1/clones/NAME/resize` with `{"size": null, "zeros": false}` | `{}`, when the clone has the new size |
@@ -73,6 +74,8 @@ pub trait Controlled {
     fn create(&self, spec: CloneSpec) -> LocalBoxFuture<'static, Result<()>>;
     /// Ends a clone and forgets it; one that is in use only when `force` says so.
     fn remove(&self, name: &str, force: bool) -> LocalBoxFuture<'static, Result<()>>;
+    /// Hands the device-mapper device of a complete clone over to the destination, and ends the clone.
+    fn finish(&self, name: &str) -> LocalBoxFuture<'static, Result<()>>;
     /// Suspends a clone, waiting up to `time_max` for what is in flight; or leaves it as it was.
     fn suspend(&self, name: &str, time_max: Duration) -> LocalBoxFuture<'static, Result<()>>;
     /// Lets a suspended clone go on.

@@ -9,6 +9,7 @@
 //! Flushes that come while a commit runs share the next one. Without a flush there is a commit every second. After
 //! a failed flush or metadata write nothing is retried: the clone turns read-only.
 
+mod exchange;
 mod grow;
 mod suspend;
 
@@ -31,6 +32,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use exchange::ExchangeParts;
 pub use grow::GrowParts;
 use suspend::Doing;
 pub use suspend::SUSPEND_TIME_MAX;

@@ -2,7 +2,8 @@
 //!
 //! `registry` has the clones by name; `prepare` tries everything that can fail before the first change on disk
 //! (devices, locks, metadata, the source), `activate` makes that change, `running` is a clone at work,
-//! `device_watch` looks after its files, `listeners` are where its clients come from, `block_node` is its block device, `control` is who steers it all. The end is: no new connections,
+//! `device_watch` looks after its files, `listeners` are where its clients come from, `block_node` is its block device, `mapped_node` the
+//! one above it, which `finish` hands over, `control` is who steers it all. The end is: no new connections,
 //! what is in flight is finished, hydration drained, one last commit.
 
 mod activate;
@@ -10,7 +11,9 @@ mod as_table;
 mod block_node;
 mod control;
 mod device_watch;
+mod finish;
 mod listeners;
+mod mapped_node;
 mod prepare;
 mod rate;
 mod registry;
@@ -38,7 +41,9 @@ use crate::shard::copy_pool::checked_io_memory;
 use crate::shard::pool::{self, PoolOptions, ShardContext};
 use crate::unix_socket::BoundSocket;
 use control::Handle;
+use mapped_node::Before;
 use registry::Daemon;
+use std::cell::Cell;
 use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
@@ -167,7 +172,8 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
         starter.start_all(clones).await;
         let failures = starter.failures().len();
         // With none there is nothing to stay for, but for one that may start yet.
-        if wanted > 0 && failures == wanted && !starter.may_start_later() {
+        let is_finished = starter.config.one_clone && starter.is_empty();
+        if wanted > 0 && failures == wanted && !starter.may_start_later() || is_finished {
             return stop_of_starter.notify();
         }
         if !starter.is_stopping() {
@@ -215,9 +221,17 @@ fn frontend_metrics() -> (NbdMetrics, UblkMetrics) {
 async fn dry_run(context: &Rc<ShardContext>, plan: &Plan, stop: &Notify) -> Result<()> {
     let mut failures = Vec::new();
     for config in &plan.clones {
-        let prepared = async { prepare::prepare(context, config, context.mesh.shards()).await.map(Some) };
+        let prepared = async {
+            if let Before::HandedOver(path) = mapped_node::before_start(config).await? {
+                say(&format!("clone '{}': finished, {} is its destination", config.name, path.display()))?;
+                return Ok(None);
+            }
+            prepare::prepare(context, config, context.mesh.shards()).await.map(Some)
+        };
+        let stop_seen = Cell::new(false);
         let stopped = async {
             stop.notified().await;
+            stop_seen.set(true);
             Ok(None)
         };
         match futures_lite::future::or(prepared, stopped).await {
@@ -227,7 +241,8 @@ async fn dry_run(context: &Rc<ShardContext>, plan: &Plan, stop: &Notify) -> Resu
                     say(&format!("{indent}{line}"))?;
                 }
             }
-            Ok(None) => return Ok(()),
+            Ok(None) if stop_seen.get() => return Ok(()),
+            Ok(None) => {}
             Err(error) => {
                 if plan.clones.len() > 1 {
                     say(&format!("clone '{}': can't be started: {error}", config.name))?;

@@ -22,6 +22,7 @@ mod identity;
 mod open;
 pub mod presence;
 mod ranges;
+mod reopen;
 mod sys;
 mod sysfs;
 
@@ -45,6 +46,7 @@ pub use open::{
     Grown, check_free_space, check_free_space_of, create, cut_back, grow, open_input, open_source, open_target,
     set_size,
 };
+pub use reopen::{lock_again, reopen};
 
 /// What a device is to the clone. Displays as the word that errors use.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -268,9 +270,17 @@ pub fn check_size(device: &Device, need: u64, why: &str) -> Result<()> {
 pub fn used_by(path: &Path, claim: bool) -> Option<String> {
     let id = DeviceId::of(&std::fs::metadata(path).ok()?);
     let sysfs = sysfs::Sysfs::system();
-    holders::kernel_use(&sysfs, &id)
+    holders::kernel_use(&sysfs, &id, None)
         .or_else(|| holders::open_by(&sysfs, &id))
         .or_else(|| (claim && sys::is_claimed(path)).then(|| "claimed by the kernel".into()))
+}
+
+/// As [`used_by`], of a device that the device-mapper device `above` stands on, whose own users do not count.
+pub fn used_beside(path: &Path, above: &Path) -> Option<String> {
+    let id = |path: &Path| Some(DeviceId::of(&std::fs::metadata(path).ok()?));
+    let (id, above) = (id(path)?, id(above));
+    let sysfs = sysfs::Sysfs::system();
+    holders::kernel_use(&sysfs, &id, above.as_ref()).or_else(|| holders::open_by(&sysfs, &id))
 }
 
 /// "destination /dev/sda", on one line whatever the path holds.

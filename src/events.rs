@@ -76,6 +76,8 @@ kinds! {
     DeviceLost "device_lost",
     /// It is at its path again.
     DeviceFound "device_found",
+    /// Its device-mapper device shows the destination now, and the clone is not needed any more.
+    HandedOver "handed_over",
     /// I/O is held.
     Suspended "suspended",
     /// I/O goes on.
@@ -230,7 +232,7 @@ mod tests {
         let names: Vec<_> = EventKind::ALL.iter().map(|kind| kind.name()).collect();
         let pinned = "created start_failed hydration_started hydration_paused hydration_failed \
                       hydration_stopped bad_regions_healed hydration_completed read_only failed source_lost source_found \
-                      source_changed device_lost device_found suspended resumed resized stopped removed";
+                      source_changed device_lost device_found handed_over suspended resumed resized stopped removed";
         assert_eq!(names.join(" "), pinned);
         for kind in EventKind::ALL {
             let json = serde_json::to_string(kind).unwrap();

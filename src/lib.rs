@@ -19,6 +19,7 @@ pub mod control;
 pub mod coordinator;
 pub mod daemon;
 pub mod demo;
+pub mod device_mapper;
 pub mod devices;
 pub mod disk;
 pub mod dm_table;

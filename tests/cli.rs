@@ -48,6 +48,7 @@ fn help_is_as_pinned() {
         &["create"],
         &["list"],
         &["remove"],
+        &["finish"],
         &["message"],
         &["suspend"],
         &["resume"],

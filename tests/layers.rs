@@ -21,7 +21,8 @@ const LAYERS: [&str; 5] = [
      metrics metrics/schema metrics/record metrics/text
      io_frontend/nbd/proto io_frontend/nbd/proto/* io_frontend/nbd/limits io_frontend/nbd/stats
      io_frontend/nbd/handshake io_frontend/nbd/admit io_frontend/nbd/reply
-     io_frontend/ublk/proto io_frontend/ublk/shape io_frontend/ublk/takeover io_frontend/ublk/admit io_frontend/ublk/stats",
+     io_frontend/ublk/proto io_frontend/ublk/shape io_frontend/ublk/takeover io_frontend/ublk/admit io_frontend/ublk/stats
+     device_mapper/proto device_mapper/takeover",
     // 2, generic async, over the traits Disk, Source, Env and Mesh.
     "disk env source local local/* event_log hydration_budget clone_state clone_state/* coordinator coordinator/*
      meta/store meta/store/sim shard shard/slice shard/slice/* shard/copy shard/copy_pool shard/hydrator
@@ -29,7 +30,7 @@ const LAYERS: [&str; 5] = [
      source/file source/padded source/remote source/fingerprint source/identity source/nbd/status_cache
      sim sim/*",
     // 3, edges: the kernel, sockets, glommio.
-    "ring ring/* kept_bits net metrics/* disk/ring disk/blocking env/glommio shard/pool environment service_manager unix_socket devices devices/*
+    "ring ring/* kept_bits net metrics/* disk/ring disk/blocking env/glommio shard/pool device_mapper device_mapper/* environment service_manager unix_socket devices devices/*
      source/nbd source/nbd/* io_frontend io_frontend/nbd io_frontend/nbd/* io_frontend/ublk io_frontend/ublk/*",
     // 4, product.
     "lib main cli targets cli/* metrics/dump config config/* runtime_dir commands commands/* commands/meta/* control control/* daemon daemon/* daemon/registry/*

@@ -27,7 +27,7 @@ fn plan_of(args: CloneArgs, dir: &RuntimeDir) -> Result<Plan> {
     }
     let mut clone = CloneConfig {
         nbd: NbdConfig { address, export: args.name.clone() },
-        ublk: args.ublk.map(|number| UblkConfig { number }),
+        ublk: args.ublk.map(|number| UblkConfig { number, dm_name: args.dm_name }),
         name: args.name,
         // Without a table line they are required.
         source: args.source.unwrap_or_default(),
@@ -49,6 +49,9 @@ fn plan_of(args: CloneArgs, dir: &RuntimeDir) -> Result<Plan> {
     };
     if let Some(table) = args.table {
         clone.set_table(table);
+    }
+    if clone.linear_lacks_a_name().is_some() {
+        bail!(Usage, "--on-hydrated linear hands a device-mapper device over: say which one by --dm-name");
     }
     let daemon = DaemonConfig { shards: args.shards, one_clone: true, ..DaemonConfig::new(control) };
     Ok(Plan { daemon, clones: vec![clone], dry_run: args.dry_run })
@@ -112,7 +115,7 @@ mod tests {
             "--name vm.1 --region-size 1MiB --no-hydration --no-discard-passdown --hydration-threshold 7 \
              --hydration-batch-size 8 --on-hydrated exit --nbd tcp:127.0.0.1:10809 --control c --shards 3 \
              --source-timeout 9 --force --dry-run --size 5MiB --hydration-rate 1GiB --priority 7 \
-             --hydration-failures-max 0 --ublk=7",
+             --hydration-failures-max 0 --ublk=7 --dm-name vm1",
         )
         .unwrap();
         let expected = CloneConfig {
@@ -131,14 +134,14 @@ mod tests {
             priority: 7,
             on_hydrated: OnHydrated::Exit,
             nbd: NbdConfig { address: "tcp:127.0.0.1:10809".parse().unwrap(), export: "vm.1".parse().unwrap() },
-            ublk: Some(UblkConfig { number: Some(7) }),
+            ublk: Some(UblkConfig { number: Some(7), dm_name: Some("vm1".parse().unwrap()) }),
             source_timeout: Duration::from_secs(9),
             force: true,
             table: None,
         };
         let daemon = DaemonConfig { shards: Some(3), one_clone: true, ..DaemonConfig::new("c".into()) };
         assert_eq!(plan, Plan { daemon, clones: vec![expected], dry_run: true });
-        assert_eq!(parse("--ublk").unwrap().clones[0].ublk, Some(UblkConfig { number: None }));
+        assert_eq!(parse("--ublk").unwrap().clones[0].ublk, Some(UblkConfig { number: None, dm_name: None }));
         assert_eq!(parse("--name vm1").unwrap().daemon.control.file_name(), Path::new("vm1.control").file_name());
         assert_eq!(parse("--region-size 4096").unwrap().clones[0].region_size.unwrap().bytes(), 4096);
         assert_eq!(parse("--region-size 1GiB").unwrap().clones[0].region_size.unwrap().bytes(), 1 << 30);
@@ -183,7 +186,10 @@ mod tests {
             ("--shards 257", "not in 1..=256"),
             ("--source-timeout 86401", "86400"),
             ("--source-timeout x", "invalid"),
-            ("--on-hydrated leave", "stay, exit, remove"),
+            ("--on-hydrated leave", "stay, exit, remove, linear"),
+            ("--on-hydrated linear --ublk", "say which one by --dm-name"),
+            ("--dm-name vm1", "--ublk"),
+            ("--ublk --dm-name a/b", "'/' can't be in"),
             ("--nbd /run/x.sock", "unix:PATH"),
             ("--nbd tcp:localhost:10809", "127.0.0.1:10809"),
             ("--control x --nbd unix:x", "same socket"),

@@ -173,7 +173,8 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
     }
     line("nbd", format!("{}; {}", nbd_words(status), plural(status.nbd.connections.into(), "client")))?;
     if let Some(ublk) = &status.ublk {
-        line("ublk", format!("{}; {}", ublk.path, ublk.used_by.as_deref().unwrap_or("not in use")))?;
+        let path = ublk.dm_path.as_ref().map_or(ublk.path.clone(), |path| format!("{path} above {}", ublk.path));
+        line("ublk", format!("{path}; {}", ublk.used_by.as_deref().unwrap_or("not in use")))?;
     }
     line(
         "I/O",
@@ -481,7 +482,12 @@ mod tests {
             },
             destination: "/dev/vg/vm1".into(),
             nbd: NbdStatus { address: "unix:/run/hydrant/vm1.sock".into(), export: "vm1".into(), connections: 2 },
-            ublk: Some(UblkStatus { path: "/dev/ublkb0".into(), number: 0, used_by: Some("mounted at /mnt".into()) }),
+            ublk: Some(UblkStatus {
+                path: "/dev/ublkb0".into(),
+                number: 0,
+                dm_path: None,
+                used_by: Some("mounted at /mnt".into()),
+            }),
             io: IoCounters {
                 reads: 1234,
                 writes: 56,

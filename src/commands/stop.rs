@@ -38,7 +38,7 @@ pub fn run(args: &StopArgs) -> Result<()> {
     }
     let used = statuses.iter().find_map(|status| {
         let ublk = status.ublk.as_ref()?;
-        Some((&status.name, &ublk.path, ublk.used_by.as_ref()?))
+        Some((&status.name, ublk.dm_path.as_ref().unwrap_or(&ublk.path), ublk.used_by.as_ref()?))
     });
     if let Some((name, path, user)) = used.filter(|_| !args.force) {
         bail!(

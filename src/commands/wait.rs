@@ -5,8 +5,9 @@ use super::output_error;
 use super::status::stopped_error;
 use crate::bail;
 use crate::cli::WaitArgs;
+use crate::config::CloneName;
 use crate::control::api::{MetadataMode, Status, WAIT_SECONDS_MAX};
-use crate::control::client::patiently;
+use crate::control::client::{Client, patiently};
 use crate::error::{Error, ErrorKind, Result};
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -53,6 +54,16 @@ pub fn run(args: &WaitArgs, out: &mut dyn Write) -> Result<()> {
         let text = serde_json::to_string(&status)
             .map_err(|error| Error::new(ErrorKind::InvalidRequest, format!("status as JSON: {error}")))?;
         writeln!(out, "{text}").map_err(output_error)?;
+    }
+    Ok(())
+}
+
+/// Returns when the clone is hydrated; fails when it will not be without somebody's help, or ends.
+pub(super) fn until_hydrated(client: &Client, name: &CloneName) -> Result<()> {
+    let mut status = client.status(name)?;
+    while !is_hydrated(&status)? {
+        let event = status.event_nr;
+        status = patiently(|| client.wait(name, event, QUESTION_MAX))?;
     }
     Ok(())
 }

@@ -169,10 +169,11 @@ const CLONE: &[Key] = &[
     ),
     key(
         "on_hydrated",
-        OneOf(&["stay", "exit", "remove"]),
+        OneOf(&["stay", "exit", "remove", "linear"]),
         Is("\"stay\""),
         "When all is hydrated and the last client is gone: go on serving, end the daemon (unless another clone keeps it), \
-         or remove the clone from it.",
+         or remove the clone from it. `\"linear\"` is `hydrant finish`: `/dev/mapper/NAME` (`dm_name` of `[clone.ublk]`) is \
+         handed over to the destination under whoever uses it, and the clone removed, as soon as no NBD client is connected.",
     ),
     key(
         "source_timeout",
@@ -209,12 +210,22 @@ const CLONE_NBD: &[Key] = &[
     key("export", Other("a name, as that of the clone"), Says("the clone's name"), "Name of the export."),
 ];
 
-const CLONE_UBLK: &[Key] = &[key(
-    "number",
-    Number(UblkNumber::MIN, UblkNumber::MAX),
-    Says("any that is free"),
-    "N of `/dev/ublkbN`. A device that a daemon before this one left is taken over whatever its number.",
-)];
+const CLONE_UBLK: &[Key] = &[
+    key(
+        "number",
+        Number(UblkNumber::MIN, UblkNumber::MAX),
+        Says("any that is free"),
+        "N of `/dev/ublkbN`. A device that a daemon before this one left is taken over whatever its number.",
+    ),
+    key(
+        "dm_name",
+        Other("1 to 127 of `A-Z a-z 0-9 # + - . : = @ _`, the first not `-`"),
+        Says("no device-mapper device"),
+        "The clone is `/dev/mapper/NAME` too, a device-mapper device above `/dev/ublkbN`. Use that one: when all is hydrated \
+         `hydrant finish` puts the destination, a block device, in the place of the clone while it stays mounted. Needs \
+         device-mapper (`modprobe dm_mod`).",
+    ),
+];
 
 /// All tables.
 pub const SECTIONS: &[Section] = &[

@@ -159,7 +159,7 @@ impl<'a, K: Hash + Eq> Taken<'a, K> {
 fn conflicts(clones: &[Named], daemon: Option<(&DaemonConfig, Option<&Located<DaemonSpec>>)>) -> Vec<Problem> {
     let mut problems = Vec::new();
     let (mut names, mut exports, mut paths) = (Taken::new(), Taken::new(), Taken::new());
-    let mut nodes = Taken::new();
+    let (mut nodes, mut mapped) = (Taken::new(), Taken::new());
     for Named { config, located } in clones {
         let mut report = |key: &str, text: String| problems.push(located.problem(&Fault::of(key, text)));
         if let Some((_, place)) = names.take(&config.name, located, "name") {
@@ -175,6 +175,11 @@ fn conflicts(clones: &[Named], daemon: Option<(&DaemonConfig, Option<&Located<Da
             && let Some((other, place)) = nodes.take(number, located, "ublk.number")
         {
             report("ublk.number", format!("/dev/ublkb{number} is that of {other} ({place}) already"));
+        }
+        if let Some(name) = config.ublk.as_ref().and_then(|ublk| ublk.dm_name.as_ref())
+            && let Some((other, place)) = mapped.take(name, located, "ublk.dm_name")
+        {
+            report("ublk.dm_name", format!("/dev/mapper/{name} is that of {other} ({place}) already"));
         }
         if let Some((key, text)) = config.given_twice(resolved) {
             report(key, text.into());

@@ -5,6 +5,7 @@
 
 use super::CloneName;
 use super::fault::{nearest, shown};
+use crate::device_mapper::nodes::DmName;
 use crate::dm_table::DmTable;
 use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::source::uri::SourceSpec;
@@ -219,6 +220,7 @@ impl<'de> Deserialize<'de> for RegionSizeSetting {
 }
 
 text_setting!(CloneName, "a name", |text| text.parse(), |name| Some(name.as_str().into()));
+text_setting!(DmName, "a device-mapper name", |text| text.parse(), |name| Some(name.as_str().into()));
 text_setting!(DmTable, "a line of dm-clone's table", |text| text.parse(), |table| Some(table.to_string()));
 
 /// A path of the file system.

@@ -9,8 +9,8 @@ use super::node::{Table, read};
 use super::same_file;
 use super::setting::{Address, Count, CpuList, FilePath, LogWords, RegionSizeSetting, Size, Source, Time};
 use super::{
-    CloneConfig, CloneName, DaemonConfig, FAILURES_MAX_DEFAULT, HYDRATION_RATE_MAX, HYDRATION_RATE_MIN, IO_MEMORY_MAX,
-    IO_MEMORY_MIN, METRICS_INTERVAL_MAX_MS, METRICS_INTERVAL_MIN_MS, MetricsDump, NbdConfig, OnHydrated,
+    CloneConfig, CloneName, DaemonConfig, DmName, FAILURES_MAX_DEFAULT, HYDRATION_RATE_MAX, HYDRATION_RATE_MIN,
+    IO_MEMORY_MAX, IO_MEMORY_MIN, METRICS_INTERVAL_MAX_MS, METRICS_INTERVAL_MIN_MS, MetricsDump, NbdConfig, OnHydrated,
     PRIORITY_DEFAULT, PRIORITY_MAX, SHARDS_MAX, SIZE_MAX, SOURCE_TIMEOUT_SECONDS_DEFAULT, SOURCE_TIMEOUT_SECONDS_MAX,
     SPIN_MAX_US, UBLK_NUMBER_MAX, UblkConfig,
 };
@@ -127,6 +127,8 @@ pub struct NbdSpec {
 pub struct UblkSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub number: Option<UblkNumber>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dm_name: Option<DmName>,
 }
 
 impl DaemonSpec {
@@ -261,7 +263,7 @@ impl CloneSpec {
         let address = nbd.address.map_or_else(|| NbdAddress::Unix(dir.nbd_socket(&name)), |address| address.0);
         let mut config = CloneConfig {
             nbd: NbdConfig { address, export: nbd.export.unwrap_or_else(|| name.clone()) },
-            ublk: self.ublk.map(|ublk| UblkConfig { number: ublk.number.map(|count| count.0) }),
+            ublk: self.ublk.map(|ublk| UblkConfig { number: ublk.number.map(|count| count.0), dm_name: ublk.dm_name }),
             name,
             source: self.source.map(|source| source.as_str().to_owned()).unwrap_or_default(),
             destination: self.destination.map(|path| path.0).unwrap_or_default(),
@@ -285,6 +287,7 @@ impl CloneSpec {
         if let Some(table) = self.table {
             config.set_table(table);
         }
+        faults.extend(config.linear_lacks_a_name().map(|text| Fault::of("on_hydrated", text)));
         if faults.is_empty() {
             faults.extend(config.given_twice(same_file::lexical).map(|(key, text)| Fault::of(key, text)));
         }

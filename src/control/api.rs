@@ -345,6 +345,8 @@ pub struct UblkStatus {
     pub path: String,
     /// N.
     pub number: u32,
+    /// `/dev/mapper/NAME` above it, which is to be used; null when there is none.
+    pub dm_path: Option<String>,
     /// Who uses it, in words; null when nobody was found, a second ago at most.
     pub used_by: Option<String>,
 }

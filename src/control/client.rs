@@ -34,6 +34,8 @@ const ANSWER_TIME_MAX: Duration = Duration::from_secs(10);
 const MESSAGE_TIME_MAX: Duration = Duration::from_secs(25);
 /// The same for a growth.
 const RESIZE_TIME_MAX: Duration = Duration::from_secs(155);
+/// The same for a hand-over.
+const FINISH_TIME_MAX: Duration = Duration::from_secs(155);
 /// How often [`patiently`] asks again, and after which pause.
 const BROKEN_RETRIES: u32 = 5;
 const BROKEN_PAUSE: Duration = Duration::from_millis(200);
@@ -152,6 +154,12 @@ impl Client {
     pub fn remove(&self, name: &CloneName, force: bool) -> Result<()> {
         let body = self.body(&RemoveBody { force })?;
         self.ask::<serde_json::Value>(Method::POST, &format!("/clones/{name}/remove"), body, MESSAGE_TIME_MAX).map(drop)
+    }
+
+    /// Hands a complete clone over to its destination; returns when the clone is gone.
+    pub fn finish(&self, name: &CloneName) -> Result<()> {
+        let path = format!("/clones/{name}/finish");
+        self.ask::<serde_json::Value>(Method::POST, &path, Vec::new(), FINISH_TIME_MAX).map(drop)
     }
 
     fn body(&self, body: &impl Serialize) -> Result<Vec<u8>> {

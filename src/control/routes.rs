@@ -47,6 +47,8 @@ const BODY_TIME_MAX: Duration = Duration::from_secs(2);
 pub const MESSAGE_TIME_MAX: Duration = Duration::from_secs(20);
 /// The same for a growth, which may have to wait for the source.
 const RESIZE_TIME_MAX: Duration = Duration::from_secs(150);
+/// The same for a hand-over, which waits for requests in flight.
+const FINISH_TIME_MAX: Duration = Duration::from_secs(150);
 /// What suspending gets beside the time it may wait.
 const SUSPEND_TIME_MORE: Duration = Duration::from_secs(5);
 
@@ -146,6 +148,10 @@ impl Routes {
                 }
                 Err(error) => Err(error),
             },
+            Route::Finish(name) => {
+                let log_as = format!("clone '{}': finish", name.escape_debug());
+                self.carry_out(log_as, self.controlled.finish(name), FINISH_TIME_MAX).await
+            }
             Route::Remove(name) => match read_body::<RemoveBody>(&body, r#"{"force": false}"#) {
                 Ok(RemoveBody { force }) => {
                     let log_as =
@@ -265,6 +271,7 @@ enum Route<'a> {
     Resume(&'a str),
     Resize(&'a str),
     Remove(&'a str),
+    Finish(&'a str),
     Stop,
 }
 
@@ -289,6 +296,7 @@ impl<'a> Route<'a> {
                 (name, "resume") => Some(Self::Resume(name)),
                 (name, "resize") => Some(Self::Resize(name)),
                 (name, "remove") => Some(Self::Remove(name)),
+                (name, "finish") => Some(Self::Finish(name)),
                 _ => None,
             },
         }
@@ -299,7 +307,9 @@ impl<'a> Route<'a> {
             Self::Status(name) | Self::Table(name) | Self::Metrics(name) | Self::Message(name) | Self::Wait(name) => {
                 Some(name)
             }
-            Self::Suspend(name) | Self::Resume(name) | Self::Resize(name) | Self::Remove(name) => Some(name),
+            Self::Suspend(name) | Self::Resume(name) | Self::Resize(name) | Self::Remove(name) | Self::Finish(name) => {
+                Some(name)
+            }
             Self::StatusOfAll | Self::Version | Self::MetricsOfAll | Self::Events | Self::Create | Self::Stop => None,
         }
     }
@@ -310,7 +320,7 @@ impl<'a> Route<'a> {
         match self {
             Self::StatusOfAll | Self::Status(_) | Self::MetricsOfAll | Self::Metrics(_) => Method::GET,
             Self::Version | Self::Table(_) | Self::Events | Self::Wait(_) => Method::GET,
-            Self::Suspend(_) | Self::Resume(_) | Self::Resize(_) => Method::POST,
+            Self::Suspend(_) | Self::Resume(_) | Self::Resize(_) | Self::Finish(_) => Method::POST,
             Self::Create | Self::Message(_) | Self::Remove(_) | Self::Stop => Method::POST,
         }
     }

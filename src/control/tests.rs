@@ -117,6 +117,10 @@ impl Controlled for Clones {
             Ok(())
         })
     }
+    fn finish(&self, name: &str) -> LocalBoxFuture<'static, Result<()>> {
+        self.seen.lock().unwrap().push(format!("finish {name}"));
+        Box::pin(async { Ok(()) })
+    }
     fn suspend(&self, name: &str, time_max: Duration) -> LocalBoxFuture<'static, Result<()>> {
         self.seen.lock().unwrap().push(format!("suspend {name} {}", time_max.as_secs()));
         Box::pin(async { Ok(()) })
@@ -238,12 +242,14 @@ fn suspend_resume_and_resize() {
     client.suspend(&a, None).unwrap();
     client.suspend(&a, Some(3600)).unwrap();
     client.resume(&a).unwrap();
+    client.finish(&a).unwrap();
     client.resize(&a, Wanted::default()).unwrap();
     client.resize(&a, Wanted { size: Some(u64::MAX), zeros: true }).unwrap();
     let expected = [
         "suspend a 30",
         "suspend a 3600",
         "resume a",
+        "finish a",
         "resize a None false",
         "resize a Some(18446744073709551615) true",
     ];

@@ -23,7 +23,7 @@ use crate::units::{ByteSize, Generation, Geometry, ShardIndex};
 use std::rc::Rc;
 
 /// Brings to a shard what its grown slice is made from ([`crate::shard::Shard::stage`]).
-type Stage = Box<dyn Fn(ShardIndex) -> LocalBoxFuture<'static, Result<()>>>;
+pub(super) type Stage = Box<dyn Fn(ShardIndex) -> LocalBoxFuture<'static, Result<()>>>;
 
 /// What the edges have prepared for a growth.
 pub struct GrowParts {

@@ -9,7 +9,7 @@
 //! more has nothing left to commit: it is suspended without a commit, and the log says so.
 //!
 //! Nothing queues behind a suspend that waits: another suspend or a growth is refused at once. Nor does one of these
-//! behind a growth. Whoever asked for a suspend may be gone; resuming always helps.
+//! behind a growth, or an exchange of the destination. Whoever asked for a suspend may be gone; resuming always helps.
 
 use super::Coordinator;
 use crate::clone_state::Mode;
@@ -34,6 +34,7 @@ const POLL: Duration = Duration::from_millis(2);
 pub(super) enum Doing {
     Suspending,
     Growing,
+    HandingOver,
 }
 
 /// Something that is being done, until this is dropped.
@@ -55,6 +56,7 @@ impl Coordinator {
             None => return Ok(()),
             Some(Doing::Suspending) => "being suspended: wait until it is, or resume it, which gives that up",
             Some(Doing::Growing) => "being resized: wait until it is",
+            Some(Doing::HandingOver) => "being handed over: wait until it is",
         };
         Err(Error::new(ErrorKind::InUse, format!("clone '{}' is {doing}", self.state.name)))
     }
@@ -94,8 +96,10 @@ impl Coordinator {
         match self.doing.get() {
             Some(Doing::Suspending) => self.given_up.set(true),
             // The growth lets it go on.
-            Some(Doing::Growing) if !self.state.is_suspended() && !self.state.is_stopping() => return Ok(()),
-            Some(Doing::Growing) | None => {}
+            Some(Doing::Growing | Doing::HandingOver) if !self.state.is_suspended() && !self.state.is_stopping() => {
+                return Ok(());
+            }
+            Some(Doing::Growing | Doing::HandingOver) | None => {}
         }
         self.in_turn(None, |this| async move {
             if this.state.is_suspended() {

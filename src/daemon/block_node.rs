@@ -5,6 +5,7 @@
 //! queues, only then the kernel is told to start. At the end the device is stopped before its queues go, or, when it is left
 //! to the next daemon, nothing is told to the kernel at all: it sees this process end.
 
+use super::mapped_node::MappedNode;
 use crate::clone_state::CloneState;
 use crate::config::{CloneConfig, UblkConfig};
 use crate::devices::{self, Device, DeviceKind};
@@ -68,6 +69,10 @@ pub struct BlockNode {
     /// Who used it when somebody looked, and when that was.
     user: RefCell<Option<String>>,
     looked_at: Cell<Option<Duration>>,
+    /// What stands on it and is to be used in its place.
+    mapped: RefCell<Option<MappedNode>>,
+    /// In sectors.
+    sectors: Cell<u64>,
 }
 
 impl BlockNode {
@@ -91,6 +96,8 @@ impl BlockNode {
             open_queues: Arc::default(),
             user: RefCell::default(),
             looked_at: Cell::new(None),
+            mapped: RefCell::default(),
+            sectors: Cell::new(shape.sectors()),
         };
         let sectors = shape.sectors();
         let started = async {
@@ -119,6 +126,26 @@ impl BlockNode {
     /// /dev/ublkbN.
     pub fn path(&self) -> PathBuf {
         device::block_path(self.number)
+    }
+
+    /// What stands on it.
+    pub fn mapped(&self) -> Option<MappedNode> {
+        self.mapped.borrow().clone()
+    }
+
+    pub fn set_mapped(&self, mapped: Option<MappedNode>) {
+        self.mapped.replace(mapped);
+        self.looked_at.set(None);
+    }
+
+    /// What users are to open: /dev/mapper/NAME, or /dev/ublkbN.
+    pub fn user_path(&self) -> PathBuf {
+        self.mapped().map_or_else(|| self.path(), |mapped| mapped.path())
+    }
+
+    /// In sectors.
+    pub fn sectors(&self) -> u64 {
+        self.sectors.get()
     }
 
     fn label(&self) -> String {
@@ -172,9 +199,9 @@ impl BlockNode {
     pub async fn used_by(&self, context: &ShardContext) -> Option<String> {
         let now = context.env.now();
         if self.looked_at.get().is_none_or(|at| now.saturating_sub(at) >= LOOK_AGE_MAX) {
-            let path = self.path();
+            let (path, above) = (self.path(), self.mapped().map(|mapped| mapped.path()));
             self.looked_at.set(Some(now));
-            let found = Ring::current().on_thread("ublk", move || devices::used_by(&path, false)).await;
+            let found = Ring::current().on_thread("ublk", move || user_of(&path, above.as_deref(), false)).await;
             *self.user.borrow_mut() = found.ok().flatten();
         }
         self.user.borrow().clone()
@@ -187,8 +214,8 @@ impl BlockNode {
 
     /// As [`Self::used_by`], now, and more surely: for who is about to take the device away.
     pub async fn used_by_now(&self) -> Option<String> {
-        let path = self.path();
-        let found = Ring::current().on_thread("ublk", move || devices::used_by(&path, true)).await;
+        let (path, above) = (self.path(), self.mapped().map(|mapped| mapped.path()));
+        let found = Ring::current().on_thread("ublk", move || user_of(&path, above.as_deref(), true)).await;
         *self.user.borrow_mut() = found.ok().flatten();
         self.user.borrow().clone()
     }
@@ -196,6 +223,9 @@ impl BlockNode {
     /// Removes the device, also under who has it open. Waits for requests in flight: the clone must still be at work.
     pub async fn remove(&self, context: &Rc<ShardContext>) -> Result<()> {
         let number = self.number;
+        if let Some(mapped) = self.mapped() {
+            mapped.remove(true, self.sectors()).await.unwrap_or_else(|error| log::warn!("{error}"));
+        }
         let stopped = on_thread(context, START_TIME_MAX, "stopped", move || device::stop(number)).await;
         self.forget(context).await;
         stopped.map_err(|error| error.within(self.label()))?;
@@ -271,7 +301,12 @@ impl BlockNode {
     pub async fn resize(&self, context: &Rc<ShardContext>, size: u64) -> Result<()> {
         let (number, sectors) = (self.number, size / crate::units::SECTOR_SIZE);
         let resized = on_thread(context, START_TIME_MAX, "resized", move || device::resize(number, sectors)).await;
-        resized.map_err(|error| error.within(self.label()))
+        resized.map_err(|error| error.within(self.label()))?;
+        self.sectors.set(sectors);
+        match self.mapped() {
+            Some(mapped) => mapped.resize(self.path(), sectors).await,
+            None => Ok(()),
+        }
     }
 }
 
@@ -306,6 +341,14 @@ pub async fn kept_bits(config: &CloneConfig, superblock: &Superblock) -> Result<
     let kept = Ring::current().on_thread("ublk", job).await;
     let kept = kept.map_err(|error| Error::from_io(error, "a thread for ublk can't be started"))??;
     Ok(kept.map(Arc::new))
+}
+
+/// Who uses the device, or the one above it.
+fn user_of(path: &Path, above: Option<&Path>, claim: bool) -> Option<String> {
+    match above {
+        None => devices::used_by(path, claim),
+        Some(above) => devices::used_by(above, claim).or_else(|| devices::used_beside(path, above)),
+    }
 }
 
 fn queues_of(clone: CloneId) -> Vec<Rc<Queue>> {

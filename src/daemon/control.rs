@@ -77,6 +77,7 @@ impl Controlled for Handle {
         Box::pin(async move {
             match started?.await? {
                 Started::Serving => Ok(()),
+                Started::HandedOver(text) => Err(Error::new(ErrorKind::InUse, text)),
                 Started::GivenUp if daemon.is_stopping() => Err(stopping()),
                 Started::GivenUp => Err(Error::new(ErrorKind::Shutdown, "given up before it was served: removed")),
             }
@@ -90,6 +91,16 @@ impl Controlled for Handle {
                 return Err(stopping());
             }
             daemon.remove(&name, force).await
+        })
+    }
+
+    fn finish(&self, name: &str) -> LocalBoxFuture<'static, Result<()>> {
+        let (daemon, name) = (self.0.clone(), name.to_owned());
+        Box::pin(async move {
+            if daemon.is_stopping() {
+                return Err(stopping());
+            }
+            daemon.finish(&name).await
         })
     }
 

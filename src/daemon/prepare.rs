@@ -272,7 +272,7 @@ fn tell_of_longer(config: &CloneConfig, destination: &Device, size: u64) {
 }
 
 /// Looks for metadata of ours. `None`: there are none, and what is there (if anything) may be overwritten.
-async fn find_metadata(config: &CloneConfig, metadata: &Target) -> Result<Option<Recovered>> {
+pub(super) async fn find_metadata(config: &CloneConfig, metadata: &Target) -> Result<Option<Recovered>> {
     let Target::Existing(device) = metadata else { return Ok(None) };
     if device.size == 0 {
         return Ok(None);

@@ -2,8 +2,9 @@
 //!
 //! Every clone lives on its own: one that can't start, or fails, leaves the others alone. A name is taken from the
 //! moment its clone is asked for until nothing of it runs any more, so that no two of one name ever meet. How a clone gets
-//! to run is in [`start`].
+//! to run is in [`start`], how it is handed over in [`finish`].
 
+mod finish;
 mod start;
 
 pub use start::Started;
@@ -25,7 +26,7 @@ use crate::local::{Notify, Raised, join_some};
 use crate::shard::Mesh;
 use crate::shard::pool::ShardContext;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -98,6 +99,8 @@ pub struct Daemon {
     /// Those of each entry.
     events: RefCell<BTreeMap<CloneName, Arc<CloneEvents>>>,
     next_id: Cell<u32>,
+    /// Clones that were handed over, [`CLONES_MAX`] at most, the oldest forgotten.
+    handed_over: RefCell<VecDeque<CloneName>>,
     /// Notified when the daemon is to end.
     pub stop: Rc<Notify>,
     /// Opened when it does.
@@ -121,11 +124,17 @@ impl Daemon {
             feed,
             events: RefCell::default(),
             next_id: Cell::new(0),
+            handed_over: RefCell::default(),
             stop,
             stopping: Latch::default(),
             busy: Cell::new(0),
             last_asked: Cell::new(None),
         }))
+    }
+
+    /// Whether there are no clones, in whatever state.
+    pub fn is_empty(&self) -> bool {
+        self.entries.borrow().is_empty()
     }
 
     pub fn is_stopping(&self) -> bool {
@@ -238,7 +247,7 @@ impl Daemon {
         {
             running.exported.set_hidden(&self.context, false).await;
             self.entries.borrow_mut().insert(name.clone(), Entry::Running(running));
-            let path = node.path();
+            let path = node.user_path();
             bail!(InUse, "clone '{name}' is in use ({} is {user}; end that, or use --force)", path.display());
         }
         let deadline = self.context.env.now() + DRAIN_MAX;
@@ -423,6 +432,9 @@ impl Daemon {
                 {
                     node.used_by(&self.context).await;
                 }
+                if running.config.on_hydrated == OnHydrated::Linear {
+                    self.finish_by_itself(&running);
+                }
                 if running.config.on_hydrated == OnHydrated::Remove && !self.config.one_clone && self.is_done(&running)
                 {
                     log::info!("clone '{}': hydrated, and the last client is gone: removing it", state.name);
@@ -458,7 +470,8 @@ impl Daemon {
     /// Whether a clone that is done keeps the daemon no longer.
     fn ends_with(&self, running: &RunningClone) -> bool {
         match running.config.on_hydrated {
-            OnHydrated::Stay => false,
+            // Which ends the daemon itself, when it was for the one.
+            OnHydrated::Stay | OnHydrated::Linear => false,
             OnHydrated::Exit => true,
             OnHydrated::Remove => self.config.one_clone,
         }

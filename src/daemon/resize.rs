@@ -215,7 +215,7 @@ impl RunningClone {
 }
 
 /// How every shard gets what its grown slice is made from.
-fn stage(
+pub(super) fn stage(
     context: &Rc<ShardContext>,
     clone: CloneId,
     geometry: Geometry,

@@ -4,6 +4,7 @@ use super::activate::{self, ActiveClone, Shared};
 use super::block_node::BlockNode;
 use super::device_watch::Watched;
 use super::listeners::{Exported, Listeners};
+use super::mapped_node::MappedNode;
 use super::prepare::Prepared;
 use super::rate::Rate;
 use crate::clone_state::{AUTOMATIC, Mode};
@@ -41,6 +42,12 @@ pub struct RunningClone {
     pub block_node: RefCell<Option<Rc<BlockNode>>>,
     /// The device is left to the next daemon.
     pub leaves_node: Cell<bool>,
+    /// What stands on the device shows the destination now.
+    pub handed_over: Cell<bool>,
+    /// When it may be handed over by itself; `None` while that is being tried.
+    pub finish_next: Cell<Option<Duration>>,
+    /// The destination is open with the kernel's claim.
+    pub claims_destination: Cell<bool>,
     pub rate: RefCell<Rate>,
     pub started: Instant,
     /// When every region was hydrated, as far as was noticed.
@@ -75,6 +82,9 @@ impl RunningClone {
             exported,
             block_node: RefCell::default(),
             leaves_node: Cell::new(false),
+            handed_over: Cell::new(false),
+            finish_next: Cell::new(Some(Duration::ZERO)),
+            claims_destination: Cell::new(true),
             rate: RefCell::default(),
             started: Instant::now(),
             complete_since: Cell::new(None),
@@ -118,8 +128,20 @@ impl RunningClone {
         let uuid = self.clone.coordinator.superblock().uuid;
         let destination = self.clone.devices.borrow()[0].try_clone()?;
         let node = BlockNode::start(context, &self.clone.state, &uuid, config, &destination).await?;
-        *self.block_node.borrow_mut() = Some(Rc::new(node));
-        Ok(())
+        let node = Rc::new(node);
+        *self.block_node.borrow_mut() = Some(node.clone());
+        let Some(name) = config.dm_name.clone() else { return Ok(()) };
+        match MappedNode::start(name, &uuid, node.path(), node.sectors()).await {
+            Ok(mapped) => {
+                node.set_mapped(Some(mapped));
+                Ok(())
+            }
+            Err(error) => {
+                // It may be in use by what a daemon before this one has made.
+                self.leaves_node.set(node.used_by_now().await.is_some());
+                Err(error)
+            }
+        }
     }
 
     pub fn node(&self) -> Option<Rc<BlockNode>> {
@@ -132,7 +154,7 @@ impl RunningClone {
             && let Some(node) = self.node()
             && let Some(user) = node.used_by_now().await
         {
-            let (name, path) = (&self.config.name, node.path());
+            let (name, path) = (&self.config.name, node.user_path());
             log::warn!(
                 "clone '{name}': {} is {user}: it is left, and waits for the next daemon of the clone",
                 path.display()
@@ -231,6 +253,7 @@ impl RunningClone {
             Some(node) => Some(UblkStatus {
                 path: node.path().display().to_string(),
                 number: node.number,
+                dm_path: node.mapped().map(|mapped| mapped.path().display().to_string()),
                 used_by: node.used_by(context).await,
             }),
             None => None,

@@ -80,8 +80,8 @@ fn is_swap(id: &DeviceId) -> bool {
         .any(|path| names_device(&unescape(path), id))
 }
 
-/// How a block device itself is in use, not counting its partitions: "mounted at /mnt".
-fn own_use(sysfs: &Sysfs, id: &DeviceId) -> Option<String> {
+/// How a block device itself is in use, not counting its partitions and not by `except`: "mounted at /mnt".
+fn own_use(sysfs: &Sysfs, id: &DeviceId, except: Option<&DeviceId>) -> Option<String> {
     if let Some(mount) = mount_of(id) {
         return Some(format!("mounted at {}", show(&mount.mount_point)));
     }
@@ -89,7 +89,8 @@ fn own_use(sysfs: &Sysfs, id: &DeviceId) -> Option<String> {
         return Some("used as swap".into());
     }
     let node = sysfs.node(id)?;
-    let holders: Vec<String> = node.holders().iter().map(Node::label).collect();
+    let others = node.holders().into_iter().filter(|holder| Some(&holder.id) != except);
+    let holders: Vec<String> = others.map(|holder| holder.label()).collect();
     if !holders.is_empty() {
         return Some(format!("held by {}", holders.join(", ")));
     }
@@ -124,22 +125,23 @@ pub(super) fn open_by(sysfs: &Sysfs, id: &DeviceId) -> Option<String> {
     None
 }
 
-/// How a file or block device is in use by the kernel, its partitions and its disk included; ends "it is ...".
-pub(super) fn kernel_use(sysfs: &Sysfs, id: &DeviceId) -> Option<String> {
+/// How a file or block device is in use by the kernel, its partitions and its disk included, other than by the device
+/// `except` above it; ends "it is ...".
+pub(super) fn kernel_use(sysfs: &Sysfs, id: &DeviceId, except: Option<&DeviceId>) -> Option<String> {
     if !matches!(id, DeviceId::Block { .. }) {
         return if is_swap(id) { Some("used as swap".into()) } else { loops_use(sysfs, id) };
     }
-    if let Some(used) = own_use(sysfs, id) {
+    if let Some(used) = own_use(sysfs, id, except) {
         return Some(used);
     }
     let node = sysfs.node(id)?;
     for partition in node.partitions() {
-        if let Some(used) = own_use(sysfs, &partition.id) {
+        if let Some(used) = own_use(sysfs, &partition.id, None) {
             return Some(format!("in use: its partition {} is {used}", partition.kernel_name()));
         }
     }
     let whole = node.whole()?;
-    own_use(sysfs, &whole.id).map(|used| format!("in use: its disk {} is {used}", whole.kernel_name()))
+    own_use(sysfs, &whole.id, None).map(|used| format!("in use: its disk {} is {used}", whole.kernel_name()))
 }
 
 /// Where a block device or a partition of it is mounted and not read-only.

@@ -53,7 +53,7 @@ pub fn open_input(role: Role, path: &Path) -> Result<Device> {
     let looked = fs::metadata(path).map_err(context)?;
     check_type(role, path, &looked)?;
     let id = DeviceId::of(&looked);
-    if let Some(used) = holders::kernel_use(&Sysfs::system(), &id) {
+    if let Some(used) = holders::kernel_use(&Sysfs::system(), &id, None) {
         bail!(InUse, "{} is {used}: it may change while it is read", label(role, path));
     }
     let claim = if matches!(id, DeviceId::Block { .. }) { libc::O_EXCL } else { 0 };
@@ -334,7 +334,7 @@ fn check_type(role: Role, path: &Path, stat: &Metadata) -> Result<()> {
 }
 
 fn check_unused(sysfs: &Sysfs, role: Role, path: &Path, id: &DeviceId) -> Result<()> {
-    if let Some(used) = holders::kernel_use(sysfs, id).or_else(|| holders::locked_backing(sysfs, id)) {
+    if let Some(used) = holders::kernel_use(sysfs, id, None).or_else(|| holders::locked_backing(sysfs, id)) {
         bail!(InUse, "{} is {used}: it would be overwritten", label(role, path));
     }
     Ok(())

@@ -178,3 +178,19 @@ fn holes_and_zeros_of_the_source_take_no_space_in_the_copy() {
         assert!(allocated(&copy) <= 13 * MIB + 64 * KIB, "{} bytes are allocated", allocated(&copy));
     }
 }
+
+#[test]
+fn only_a_device_mapper_device_is_handed_over() {
+    let bench = Bench::new();
+    let source = bench.random("source", MIB);
+    let daemon = bench.clone_of(&source).start();
+    let said = daemon.refused(&["finish", "vm", "--wait"]);
+    assert!(
+        said.contains("clone 'vm' has no device-mapper device to hand over: start it with --ublk --dm-name"),
+        "{said}"
+    );
+    let said = daemon.refused(&["finish", "other"]);
+    assert!(said.contains("no daemon is listening") || said.contains("no clone 'other' here, only 'vm'"), "{said}");
+    daemon.stop();
+    assert_same(&bench.copy(), &fs::read(&source).unwrap());
+}

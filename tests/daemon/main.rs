@@ -3,6 +3,7 @@
 //! One binary, so that it is linked once. Each test makes what it needs in its own directories, and everything it
 //! started ends with it. A test whose tools are missing says so and passes, unless CI is set: then it fails.
 
+mod finish_kernel;
 mod harness;
 
 mod appliance;

@@ -7,6 +7,11 @@ const SIZE: u64 = 48 * MIB;
 
 /// Boots with the images and programs that the scripts want; what they say, line by line. `None`: it can't be done here.
 fn boot(script: &str) -> Option<Said> {
+    boot_with(script, &[], &[])
+}
+
+/// As [`boot`], with more programs and kernel modules.
+pub fn boot_with(script: &str, more_programs: &[&str], more_modules: &[&str]) -> Option<Said> {
     if !vm::has_kernel() {
         return None;
     }
@@ -15,21 +20,22 @@ fn boot(script: &str) -> Option<Said> {
     images.iter().for_each(|(name, size)| drop(bench.hole(name, *size)));
     let programs = [env!("CARGO_BIN_EXE_hydrant"), "mkfs.ext4", "fsck.ext4", "blkdiscard", "dd", "fio"];
     let mut options = vec!["-t", "300", "-m", "ublk_drv", "-m", "ext4"];
-    programs.iter().for_each(|program| options.extend(["-p", program]));
+    programs.iter().chain(more_programs).for_each(|program| options.extend(["-p", program]));
+    more_modules.iter().for_each(|module| options.extend(["-m", module]));
     if have("nbdcopy").is_ok() {
         options.extend(["-p", "nbdcopy"]);
     }
     Some(Said(vm::boot(&bench, &["ublk-lib.guest", script], &options, &images.map(|(name, _)| name))))
 }
 
-struct Said(String);
+pub struct Said(pub String);
 
 impl Said {
-    fn has(&self, line: &str) {
+    pub fn has(&self, line: &str) {
         assert!(self.0.lines().any(|found| found.trim_end() == line.trim_end()), "no line '{line}' in:\n{}", self.0);
     }
     /// A line that begins with `start` has `part` in it.
-    fn has_part(&self, start: &str, part: &str) {
+    pub fn has_part(&self, start: &str, part: &str) {
         let mut lines = self.0.lines().filter(|line| line.starts_with(start));
         assert!(lines.any(|line| line.contains(part)), "no line '{start}...{part}...' in:\n{}", self.0);
     }

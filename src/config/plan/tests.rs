@@ -79,7 +79,7 @@ fn every_key_arrives() {
         source_timeout = "5min"
         force = true
         nbd = { address = "unix:vm1.sock", export = "disk" }
-        ublk = { number = 5 }
+        ublk = { number = 5, dm_name = "vm-1" }
 
         [[clone]]
         name = "vm2"
@@ -123,7 +123,7 @@ fn every_key_arrives() {
             address: NbdAddress::Unix(files.path("vm1.sock")),
             export: "disk".parse().unwrap(),
         },
-        ublk: Some(crate::config::UblkConfig { number: Some(5) }),
+        ublk: Some(crate::config::UblkConfig { number: Some(5), dm_name: Some("vm-1".parse().unwrap()) }),
         source_timeout: Duration::from_secs(300),
         force: true,
         table: None,
@@ -205,8 +205,8 @@ fn wrong_values_name_place_key_and_what_was_expected() {
         ("priority = 1001", "expected a number from 1 to 1000, found 1001".into()),
         ("priority = []", "expected a number from 1 to 1000, found an array".into()),
         ("no_hydration = 1", "expected a boolean, found 1".into()),
-        ("on_hydrated = 'leave'", "expected 'stay', 'exit' or 'remove', found 'leave'".into()),
-        ("on_hydrated = 3", "expected 'stay', 'exit' or 'remove', found 3".into()),
+        ("on_hydrated = 'leave'", "expected 'stay', 'exit', 'remove' or 'linear', found 'leave'".into()),
+        ("on_hydrated = 3", "expected 'stay', 'exit', 'remove' or 'linear', found 3".into()),
         ("source_timeout = 86401", format!("{}, found 86401", time("from 0s to 24h"))),
         ("source_timeout = '1d'", format!("{}, found the text '1d'", time("from 0s to 24h"))),
         ("source_timeout = 2026-11-22", format!("{}, found the date 2026-11-22", time("from 0s to 24h"))),
@@ -427,7 +427,7 @@ fn specs_survive_json() {
         "name": "vm", "source": "/s", "destination": "/d", "metadata": "/m", "region_size": 65536, "size": 77,
         "no_hydration": true, "no_discard_passdown": false, "hydration_threshold": 1, "hydration_batch_size": 2,
         "hydration_rate": 500000, "hydration_failures_max": 3, "priority": 7, "on_hydrated": "exit", "source_timeout": "90s", "force": true,
-        "table": "0 8 clone /m /d /s 8", "nbd": {"address": "unix:/x", "export": "y"}, "ublk": {"number": 3}
+        "table": "0 8 clone /m /d /s 8", "nbd": {"address": "unix:/x", "export": "y"}, "ublk": {"number": 3, "dm_name": "vm1"}
     });
     let spec = CloneSpec::from_json(json.to_string().as_bytes()).unwrap();
     assert_eq!(serde_json::to_value(&spec).unwrap(), json);

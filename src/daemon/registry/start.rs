@@ -4,6 +4,7 @@ use super::{AT_A_TIME, Claim, Daemon, Entry, Failed, WATCH_INTERVAL};
 use crate::config::CloneConfig;
 use crate::control::routes::MESSAGE_TIME_MAX;
 use crate::daemon::activate::Shared;
+use crate::daemon::mapped_node::{self, Before};
 use crate::daemon::prepare;
 use crate::daemon::running::RunningClone;
 use crate::daemon::start_again::{passes_by_itself, start_delay};
@@ -31,6 +32,15 @@ pub enum Started {
     Serving,
     /// The daemon was told to stop before anything was changed.
     GivenUp,
+    /// It is finished, and need not be started: why, in words.
+    HandedOver(String),
+}
+
+/// The same, on its way.
+enum BroughtUp {
+    Running(Rc<RunningClone>),
+    GivenUp,
+    HandedOver(String),
 }
 
 type LocalFuture<T> = Pin<Box<dyn Future<Output = T>>>;
@@ -112,12 +122,18 @@ impl Daemon {
             // Who asked for it has been told that it goes on: how it ended is to be found.
             let keep = keep || replaced.is_some() || daemon.context.env.now() - begun >= MESSAGE_TIME_MAX;
             match started {
-                Ok(Some(running)) => {
+                Ok(BroughtUp::Running(running)) => {
                     daemon.set(&config.name, Entry::Running(running));
                     daemon.set_events(&config.name, events);
                     Ok(Started::Serving)
                 }
-                Ok(None) => {
+                Ok(BroughtUp::HandedOver(text)) => {
+                    daemon.forget(&config.name);
+                    log::info!("{text}");
+                    daemon.note_handed_over(config.name.clone());
+                    Ok(Started::HandedOver(text))
+                }
+                Ok(BroughtUp::GivenUp) => {
                     log::info!("clone '{}': stopped before it was started; nothing was changed", config.name);
                     match replaced {
                         // Its failure is part of how the daemon ends.
@@ -216,22 +232,27 @@ impl Daemon {
         format!("serving {} clones of {}", self.all_running().len(), self.entries.borrow().len())
     }
 
-    /// `None`: it was given up before anything was changed.
     async fn bring_up(
         &self,
         config: &Rc<CloneConfig>,
         events: &Arc<CloneEvents>,
         give_up: &Latch,
-    ) -> Result<Option<Rc<RunningClone>>> {
+    ) -> Result<BroughtUp> {
         let rate = config.hydration_rate.map(HydrationRate::new).transpose()?;
         let priority = Priority::new(u64::from(config.priority))?;
+        if let Before::HandedOver(path) = mapped_node::before_start(config).await? {
+            let (name, path) = (&config.name, path.display());
+            return Ok(BroughtUp::HandedOver(format!("clone '{name}' is finished: {path} is its destination")));
+        }
         let prepared = async { prepare::prepare(&self.context, config, self.context.mesh.shards()).await.map(Some) };
         // Nothing is changed on disk yet, so a stop just gives up: a source may be slow to answer.
         let stopped = async {
             futures_lite::future::or(self.stopping.opened(), give_up.opened()).await;
             Ok(None)
         };
-        let Some(prepared) = futures_lite::future::or(prepared, stopped).await? else { return Ok(None) };
+        let Some(prepared) = futures_lite::future::or(prepared, stopped).await? else {
+            return Ok(BroughtUp::GivenUp);
+        };
         for (index, line) in prepared.describe(config).iter().enumerate() {
             // The first line names the clone; among many, the others need it too.
             match index > 0 && !self.config.one_clone {
@@ -244,13 +265,13 @@ impl Daemon {
             Shared { events: events.clone(), budget: self.budget.join(priority, rate, self.context.env.now()) };
         let config_now = (**config).clone();
         let running = RunningClone::start(&self.context, &self.listeners, id, config_now, prepared, shared).await?;
-        let block = running.node().map(|node| format!("{} and ", node.path().display())).unwrap_or_default();
+        let block = running.node().map(|node| format!("{} and ", node.user_path().display())).unwrap_or_default();
         log::info!(
             "clone '{}': serving {block}NBD at {}, control at {}",
             config.name,
             running.exported.listener.address,
             self.config.control.display()
         );
-        Ok(Some(running))
+        Ok(BroughtUp::Running(running))
     }
 }

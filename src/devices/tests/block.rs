@@ -325,9 +325,10 @@ fn mapped_devices() {
     assert_eq!(sysfs.stack(&id(253, 9)), [id(253, 9), id(8, 1), id(8, 0)]);
     assert_eq!(sysfs.node(&id(8, 1)).unwrap().holders()[0].label(), "dm-0 (vg-root)");
     assert_eq!(sysfs.node(&id(8, 0)).unwrap().partitions().len(), 2);
-    assert_eq!(holders::kernel_use(&sysfs, &id(8, 1)).unwrap(), "held by dm-0 (vg-root)");
-    assert!(holders::kernel_use(&sysfs, &id(8, 0)).unwrap().contains("its partition sda1 is held by dm-0"));
-    assert_eq!(holders::kernel_use(&sysfs, &id(253, 9)), None);
+    assert_eq!(holders::kernel_use(&sysfs, &id(8, 1), None).unwrap(), "held by dm-0 (vg-root)");
+    assert_eq!(holders::kernel_use(&sysfs, &id(8, 1), Some(&id(253, 9))), None, "by no other one");
+    assert!(holders::kernel_use(&sysfs, &id(8, 0), None).unwrap().contains("its partition sda1 is held by dm-0"));
+    assert_eq!(holders::kernel_use(&sysfs, &id(253, 9), None), None);
 
     let block = |role, major, minor| Place {
         role,

@@ -114,6 +114,23 @@ pub fn orphan(mark: u64) -> Result<Option<PathBuf>> {
     Ok(found.map(block_path))
 }
 
+/// Removes what is left of devices with the mark, which nobody uses any more.
+pub fn discard(mark: u64) -> Result<()> {
+    let mut control = ControlDevice::open()?;
+    for number in control::numbers() {
+        let Ok(info) = control.info(number) else { continue };
+        if judge(&info, mark) == Found::Foreign {
+            continue;
+        }
+        log::info!("{}: removing it, a daemon before this one left it", block_path(number).display());
+        if info.state != State::Dead {
+            control.stop(number)?;
+        }
+        delete_with(&mut control, number)?;
+    }
+    Ok(())
+}
+
 /// Whether there is ublk, with all that is needed.
 pub fn check() -> Result<()> {
     ControlDevice::open().map(drop)

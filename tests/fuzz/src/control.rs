@@ -156,6 +156,9 @@ impl Controlled for Clones {
         assert_eq!(CloneSpec::from_json(&body).ok(), Some(spec));
         ready(Err(Error::new(ErrorKind::InUse, "there is\none already")))
     }
+    fn finish(&self, name: &str) -> LocalBoxFuture<'static, Result<()>> {
+        self.remove(name, false)
+    }
     fn remove(&self, name: &str, _: bool) -> LocalBoxFuture<'static, Result<()>> {
         ready(known(name))
     }
