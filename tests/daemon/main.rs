@@ -37,4 +37,5 @@ mod space;
 mod suspend;
 mod tables;
 mod ublk_kernel;
+mod ublk_vm;
 mod views;

@@ -6,7 +6,7 @@ const KIB64: &str = "65536";
 const SIZE: u64 = 48 * MIB;
 
 /// Boots with the images and programs that the scripts want; what they say, line by line. `None`: it can't be done here.
-fn boot(script: &str) -> Option<Said> {
+fn boot(script: &str) -> Option<vm::Said> {
     if !vm::has_kernel() {
         return None;
     }
@@ -19,20 +19,7 @@ fn boot(script: &str) -> Option<Said> {
     if have("nbdcopy").is_ok() {
         options.extend(["-p", "nbdcopy"]);
     }
-    Some(Said(vm::boot(&bench, &["ublk-lib.guest", script], &options, &images.map(|(name, _)| name))))
-}
-
-struct Said(String);
-
-impl Said {
-    fn has(&self, line: &str) {
-        assert!(self.0.lines().any(|found| found.trim_end() == line), "no line '{line}' in:\n{}", self.0);
-    }
-    /// A line that begins with `start` has `part` in it.
-    fn has_part(&self, start: &str, part: &str) {
-        let mut lines = self.0.lines().filter(|line| line.starts_with(start));
-        assert!(lines.any(|line| line.contains(part)), "no line '{start}...{part}...' in:\n{}", self.0);
-    }
+    Some(vm::boot(&bench, &["ublk-lib.guest", script], &options, &images.map(|(name, _)| name)))
 }
 
 #[test]
