@@ -248,7 +248,9 @@ pub struct CloneArgs {
 #[command(long_about = "\
 Runs a daemon with every clone of the given configuration files (TOML) until SIGTERM or SIGINT: it then drains, commits \
 and exits (a second signal exits at once). The files are read as one: a [daemon] in one of them, any number of [[clone]] \
-in each. A clone that can't be started does not keep the others from it.
+in each. A clone that can't be started does not keep the others from it; when its source, its devices or their locks may \
+come by themselves it is tried again, with pauses of up to a minute. It ends with status 1 when none can be started, but \
+stays for the server of a source.
 
 The keys are the options of 'hydrant clone' with _ for -. Relative paths are taken from the directory of their file.")]
 #[command(after_long_help = "\

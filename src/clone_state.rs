@@ -4,6 +4,7 @@
 //! read or write but one load of the mode.
 
 mod health;
+mod source_wait;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::CloneEvents;
@@ -13,6 +14,7 @@ use crate::hydration_failures::FAILURES_MAX_DEFAULT;
 use crate::units::{CloneId, Geometry, RegionRange, ShardIndex};
 use health::Health;
 pub use health::{CopyFailure, FailureReport, LastFailure};
+use source_wait::SourceWait;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::*};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
@@ -101,6 +103,7 @@ pub struct CloneState {
     source_refusal: OnceLock<Error>,
     /// Of a clone whose block device may outlive this process.
     kept_bits: Option<Arc<dyn KeepsBits>>,
+    source_wait: SourceWait,
 }
 
 impl CloneState {
@@ -142,6 +145,7 @@ impl CloneState {
             budget: BudgetMember::alone(),
             source_refusal: OnceLock::new(),
             kept_bits: None,
+            source_wait: SourceWait::default(),
         }
     }
 
@@ -378,6 +382,11 @@ impl CloneState {
         let last = self.foreground_last_us.load(Relaxed);
         self.foreground_in_flight.load(Relaxed) > 0
             || (last > 0 && now.saturating_sub(Duration::from_micros(last)) < window)
+    }
+
+    /// What waits for the source.
+    pub fn source_wait(&self) -> &SourceWait {
+        &self.source_wait
     }
 
     /// The clone's events, to raise one and to ask how many there were.

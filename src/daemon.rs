@@ -18,6 +18,7 @@ mod resize;
 mod running;
 mod shard_source;
 mod source_watch;
+mod start_again;
 
 use crate::bail;
 use crate::commands::output_error;
@@ -165,7 +166,8 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
     context.env.spawn(Box::pin(async move {
         starter.start_all(clones).await;
         let failures = starter.failures().len();
-        if wanted > 0 && failures == wanted {
+        // With none there is nothing to stay for, but for a server that may come.
+        if wanted > 0 && failures == wanted && !starter.awaits_a_source() {
             return stop_of_starter.notify();
         }
         if !starter.is_stopping() {
@@ -178,6 +180,7 @@ async fn live(context: Rc<ShardContext>, plan: Plan, signals: OwnedFd) -> Result
     }));
     context.env.spawn_background(Box::pin(daemon.clone().watch()));
     context.env.spawn_background(Box::pin(daemon.clone().watch_devices()));
+    context.env.spawn_background(Box::pin(daemon.clone().start_failed_again()));
     context.env.spawn_background(Box::pin(dumper.clone().run()));
     stop.notified().await;
     service_manager::stopping();

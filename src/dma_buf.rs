@@ -51,8 +51,12 @@ fn class_of(capacity: usize) -> Option<usize> {
     (class < CACHE_CLASSES && class_bytes(class) == capacity).then_some(class)
 }
 
+/// Of an allocation. Those that are not cached are aligned by their window instead: the allocator gets zeroed memory with
+/// such a small alignment from the kernel as it is, while it overwrites memory of a larger one with zeros by itself, all
+/// of which a payload is then written over.
 fn layout(capacity: usize) -> Layout {
-    Layout::from_size_align(capacity, DMA_ALIGN).expect("capacity is a small multiple of the alignment")
+    let align = if class_of(capacity).is_some() { DMA_ALIGN } else { align_of::<usize>() };
+    Layout::from_size_align(capacity, align).expect("capacity is a small multiple of the alignment")
 }
 
 /// An owned buffer for direct I/O. Its bytes are always initialised (old data of this process at worst).
@@ -72,7 +76,8 @@ impl DmaBuf {
     /// A buffer of `len` bytes. Its content is unspecified (but initialised): overwrite it or use [`Self::zeroed`].
     pub fn new(len: usize) -> Self {
         let capacity = len.max(1).next_multiple_of(DMA_ALIGN);
-        let capacity = if capacity <= class_bytes(CACHE_CLASSES - 1) { capacity.next_power_of_two() } else { capacity };
+        let is_cached = capacity <= class_bytes(CACHE_CLASSES - 1);
+        let capacity = if is_cached { capacity.next_power_of_two() } else { capacity + DMA_ALIGN };
         let cached = CACHE.try_with(|cache| {
             let mut cache = cache.borrow_mut();
             cache.in_use += capacity as isize;
@@ -85,7 +90,9 @@ impl DmaBuf {
             let ptr = unsafe { alloc_zeroed(layout(capacity)) };
             NonNull::new(ptr).unwrap_or_else(|| handle_alloc_error(layout(capacity)))
         });
-        Self { ptr, capacity, start: 0, len }
+        let start = ptr.as_ptr().addr().next_multiple_of(DMA_ALIGN) - ptr.as_ptr().addr();
+        assert!(start + len <= capacity, "{start}+{len} of {capacity}");
+        Self { ptr, capacity, start, len }
     }
 
     /// A buffer of `len` zero bytes.
@@ -100,8 +107,7 @@ impl DmaBuf {
     pub fn with_head(head: usize, len: usize) -> Self {
         assert!(head < DMA_ALIGN);
         let mut buf = Self::new(head + len);
-        buf.start = head;
-        buf.len = len;
+        buf.narrow(head, len);
         buf
     }
 
@@ -208,7 +214,7 @@ mod tests {
 
     #[test]
     fn aligned_windows_and_reuse() {
-        for len in [1, 4095, 4096, 4097, 1 << 20, (2 << 20) + 1] {
+        for len in [1, 4095, 4096, 4097, 1 << 20, 2 << 20, (2 << 20) + 1, 32 << 20] {
             let buf = DmaBuf::zeroed(len);
             assert_eq!(buf.len(), len);
             assert_eq!(buf.as_ptr() as usize % DMA_ALIGN, 0);
@@ -226,14 +232,33 @@ mod tests {
     #[test]
     fn usage_follows_buffers_from_thread_to_thread() {
         let (kept, moved) = (DmaBuf::new(5000), DmaBuf::new(3 << 20));
-        assert_eq!(usage(), BufferUsage { in_use: 8192 + (3 << 20), cached: 0 });
+        let large = (3 << 20) + DMA_ALIGN as i64;
+        assert_eq!(usage(), BufferUsage { in_use: 8192 + large, cached: 0 });
         let there = std::thread::spawn(move || {
             drop(moved);
             usage()
         });
-        assert_eq!(there.join().unwrap(), BufferUsage { in_use: -(3 << 20), cached: 0 }, "too large to be kept");
+        assert_eq!(there.join().unwrap(), BufferUsage { in_use: -large, cached: 0 }, "too large to be kept");
         drop(kept);
-        assert_eq!(usage(), BufferUsage { in_use: 3 << 20, cached: 8192 });
+        assert_eq!(usage(), BufferUsage { in_use: large, cached: 8192 });
+    }
+
+    /// What is going to be overwritten is not written before: no page of a large buffer is there until it is used.
+    #[test]
+    fn a_large_buffer_costs_nothing_before_it_is_used() {
+        // Of this thread: minor faults, the tenth field.
+        let faults = || {
+            let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+            let fields = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace();
+            fields.skip(7).map(|field| field.parse::<u64>().unwrap()).next().unwrap()
+        };
+        let before = faults();
+        let mut buf = DmaBuf::new(32 << 20);
+        let made = faults();
+        assert!(made - before < 100, "{} pages were touched", made - before);
+        // It is measured indeed.
+        buf.fill(1);
+        assert!(faults() > made);
     }
 
     #[test]

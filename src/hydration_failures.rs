@@ -223,6 +223,10 @@ mod tests {
         assert_eq!((failures.failed(now, now, 20), failures.count()), (Verdict::GoOn, 20));
         failures.begin_anew(now);
         assert_eq!((failures.count(), failures.paused_until(now)), (0, None));
+        let mut lost = FailuresInARow::default();
+        assert_eq!(lost.failed(now, now, 2), Verdict::GoOn);
+        lost.source_is_back(now);
+        assert_eq!((lost.count(), lost.failed(now, now, 1)), (0, Verdict::GoOn), "it was in flight");
         assert_eq!(failures.failed(now, now + MS, 1), Verdict::GoOn, "it was in flight");
         assert_eq!(failures.failed(now + MS, now + MS, 1), Verdict::Stop);
     }
@@ -291,6 +295,7 @@ mod tests {
                 let runs = bad.runs(usize::MAX);
                 let regions: Vec<u64> = runs.iter().flat_map(|run| run.iter().map(|region| region.0)).collect();
                 prop_assert!(regions.iter().eq(plain.iter()));
+                prop_assert_eq!(runs.len(), bad.runs.len(), "empty ones");
                 prop_assert!(runs.windows(2).all(|pair| pair[0].end() < pair[1].first()), "not merged");
             }
         }

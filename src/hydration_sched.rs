@@ -28,6 +28,11 @@ pub const URGENT_MAX: usize = 1024;
 const BUSY_DUE_MAX: usize = 16;
 /// A region that is being tried again is not due.
 const NEVER: Duration = Duration::MAX;
+/// When one that was never tried alone is due: before any retry, however long that has been due. A bad area may have
+/// hundreds, and hydration can stop before all of them had their turn.
+const ALONE_AT_ONCE: Duration = Duration::ZERO;
+/// When one that has failed alone is due without a delay.
+const AGAIN_AT_ONCE: Duration = Duration::from_nanos(1);
 
 /// What the scheduler needs to know of a region map.
 pub trait Unhydrated {
@@ -53,6 +58,13 @@ pub enum Next {
 struct Failure {
     attempts: u32,
     not_before: Duration,
+}
+
+impl Failure {
+    /// Due, without a delay.
+    fn at_once(&self) -> Duration {
+        if self.attempts == 0 { ALONE_AT_ONCE } else { AGAIN_AT_ONCE }
+    }
 }
 
 /// What a failed batch means, see [`HydrationSched::failed`].
@@ -218,6 +230,12 @@ impl HydrationSched {
         None
     }
 
+    fn set_due_at_once(&mut self, region: RegionIndex) {
+        if let Some(failure) = self.failures.get(&region) {
+            self.set_due(region, failure.at_once());
+        }
+    }
+
     fn set_due(&mut self, region: RegionIndex, at: Duration) {
         let Some(failure) = self.failures.get_mut(&region) else { return };
         let before = std::mem::replace(&mut failure.not_before, at);
@@ -264,7 +282,7 @@ impl HydrationSched {
     /// A batch has ended without being tried (its regions turned out to be hydrated or held).
     pub fn skipped(&mut self, batch: RegionRange) {
         self.batches_in_flight -= 1;
-        self.failed_in(batch).into_iter().for_each(|region| self.set_due(region, Duration::ZERO));
+        self.failed_in(batch).into_iter().for_each(|region| self.set_due_at_once(region));
     }
 
     /// A batch is hydrated.
@@ -287,7 +305,7 @@ impl HydrationSched {
         let known = self.failures.get(&batch.first()).map(|failure| failure.attempts);
         for region in batch.iter() {
             let failure = self.failures.entry(region).or_insert(Failure { attempts: 0, not_before: NEVER });
-            let due = if single { now + backoff(failure.attempts) } else { now };
+            let due = if single { now + backoff(failure.attempts) } else { failure.at_once() };
             self.failed_alone += u64::from(single && failure.attempts == 0);
             failure.attempts = failure.attempts.saturating_add(u32::from(single));
             self.set_due(region, due);
@@ -320,7 +338,7 @@ impl HydrationSched {
         self.paused_until = None;
         self.pauses_in_a_row = 0;
         for (_, region) in std::mem::take(&mut self.due) {
-            self.set_due(region, Duration::ZERO);
+            self.set_due_at_once(region);
         }
     }
 
@@ -340,203 +358,4 @@ impl HydrationSched {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    struct Bits(Vec<bool>);
-    impl Unhydrated for Bits {
-        fn next_unhydrated(&self, from: RegionIndex, max: u64) -> Option<RegionRange> {
-            let first = (from.0 as usize..self.0.len()).find(|i| !self.0[*i])?;
-            let count = self.0[first..].iter().take(max as usize).take_while(|b| !**b).count();
-            RegionRange::between(RegionIndex(first as u64), RegionIndex((first + count) as u64))
-        }
-        fn is_hydrated(&self, region: RegionIndex) -> bool {
-            self.0[region.0 as usize]
-        }
-    }
-
-    #[test]
-    fn one_bad_region_keeps_only_itself_back_and_heals() {
-        let mut map = Bits(vec![false; 64]);
-        let (mut sched, mut now, bad) = (HydrationSched::default(), Duration::ZERO, RegionIndex(21));
-        let mut tries_of_bad = 0;
-        while now < Duration::from_secs(200) {
-            match sched.next(&map, now, 16, &|_| false) {
-                Next::Batch(batch) if batch.contains(bad) && now < Duration::from_secs(100) => {
-                    tries_of_bad += u32::from(batch.count() == 1);
-                    sched.failed(batch, now);
-                }
-                Next::Batch(batch) => {
-                    batch.iter().for_each(|r| map.0[r.0 as usize] = true);
-                    sched.succeeded(batch);
-                }
-                Next::WaitUntil(until) => {
-                    assert!(until > now);
-                    assert_eq!(map.0.iter().filter(|b| !**b).count(), 1, "all others are hydrated before waiting");
-                    assert_eq!(sched.failed_regions(), 1);
-                    now = until;
-                }
-                Next::Done => break,
-                Next::WaitForBatch => unreachable!("no batch is left in flight"),
-            }
-        }
-        assert!(map.0.iter().all(|b| *b));
-        assert_eq!(sched.failed_regions(), 0);
-        assert!((5..=12).contains(&tries_of_bad), "{tries_of_bad} tries in 100 s: the delay doubles");
-    }
-
-    #[test]
-    fn a_clients_region_goes_first_but_not_when_it_failed() {
-        let map = Bits(vec![false; 1000]);
-        let mut sched = HydrationSched::default();
-        let single = RegionRange::single(RegionIndex(500));
-        sched.prioritise(RegionIndex(500));
-        assert_eq!(sched.next(&map, Duration::ZERO, 4, &|_| false), Next::Batch(single));
-        assert_eq!(sched.failed(single, Duration::ZERO), Failed { isolating: false });
-        sched.prioritise(RegionIndex(500));
-        let Next::Batch(batch) = sched.next(&map, Duration::ZERO, 4, &|_| false) else { panic!("a batch") };
-        assert!(!batch.contains(RegionIndex(500)), "{batch:?}");
-    }
-
-    #[test]
-    fn what_holds_for_all_pauses() {
-        let map = Bits(vec![false; 1000]);
-        let mut sched = HydrationSched::default();
-        let Next::Batch(batch) = sched.next(&map, Duration::ZERO, 4, &|_| false) else { panic!("a batch") };
-        sched.failed_for_all(batch, Duration::ZERO);
-        assert_eq!(sched.next(&map, Duration::ZERO, 4, &|_| false), Next::WaitUntil(BACKOFF_MIN));
-        assert_eq!(sched.failed_regions(), 0);
-        sched.retry_now();
-        assert!(matches!(sched.next(&map, Duration::ZERO, 4, &|_| false), Next::Batch(_)));
-    }
-
-    /// A bad area of any size, wherever it is: all the rest is hydrated after a few failures, before any region is tried
-    /// a second time; then which regions are bad is found out exactly.
-    #[test]
-    fn a_bad_area_keeps_back_nothing_but_itself() {
-        for (first, end) in [(0, 300), (100, 101), (40, 900), (700, 1000), (17, 19), (0, 999)] {
-            let mut map = Bits(vec![false; 1000]);
-            let mut sched = HydrationSched::default();
-            let is_bad = |region: RegionIndex| (first..end).contains(&region.0);
-            let (mut in_a_row, mut in_a_row_max, mut retries) = (0, 0, 0);
-            while map.0.iter().filter(|b| !**b).count() as u64 > end - first {
-                let Next::Batch(batch) = sched.next(&map, Duration::ZERO, 16, &|_| false) else { panic!("a batch") };
-                if batch.iter().any(is_bad) {
-                    retries += u32::from(sched.failures.get(&batch.first()).is_some_and(|f| f.attempts > 0));
-                    let counts = !sched.failed(batch, Duration::ZERO).isolating;
-                    in_a_row += u32::from(counts);
-                    in_a_row_max = in_a_row_max.max(in_a_row);
-                } else {
-                    batch.iter().for_each(|r| map.0[r.0 as usize] = true);
-                    sched.succeeded(batch);
-                    in_a_row = 0;
-                }
-            }
-            assert_eq!(retries, 0);
-            // Those to leap out of it, then those that were leapt over, once each; a leap leaves a short one at each end.
-            assert!(u64::from(in_a_row_max) <= (end - first) / 16 + 10, "{first}..{end}: {in_a_row_max} in a row");
-            while let Next::Batch(batch) = sched.next(&map, Duration::ZERO, 16, &|_| false) {
-                sched.failed(batch, Duration::ZERO);
-            }
-            assert_eq!(sched.failed_regions(), end - first);
-        }
-    }
-
-    /// However many bad regions are due, what was never tried is handed out every other time at least.
-    #[test]
-    fn retries_do_not_keep_back_what_was_never_tried() {
-        let mut map = Bits(vec![false; 1000]);
-        let mut sched = HydrationSched::default();
-        for region in 0..200 {
-            sched.batches_in_flight += 1;
-            sched.failed(RegionRange::single(RegionIndex(region)), Duration::ZERO);
-        }
-        sched.fresh_works();
-        let now = Duration::from_secs(3);
-        let (mut fresh, mut retries) = (0, 0);
-        while fresh < 50 {
-            let Next::Batch(batch) = sched.next(&map, now, 16, &|_| false) else { panic!("a batch") };
-            if batch.first().0 < 200 {
-                retries += 1;
-                sched.failed(batch, now);
-            } else {
-                fresh += 1;
-                batch.iter().for_each(|r| map.0[r.0 as usize] = true);
-                sched.succeeded(batch);
-            }
-        }
-        assert!((45..=51).contains(&retries), "{retries}");
-    }
-
-    /// Thousands that failed and were overwritten by clients meanwhile: forgotten one by one, not one call deeper each.
-    #[test]
-    fn any_number_of_failures_heals() {
-        let mut map = Bits(vec![false; 100_000]);
-        let mut sched = HydrationSched::default();
-        for region in 0..100_000 {
-            sched.batches_in_flight += 1;
-            sched.failed(RegionRange::single(RegionIndex(region)), Duration::ZERO);
-        }
-        assert_eq!(sched.failed_regions(), 100_000);
-        map.0[..99_999].fill(true);
-        sched.retry_now();
-        let last = Next::Batch(RegionRange::single(RegionIndex(99_999)));
-        assert_eq!(sched.next(&map, Duration::from_secs(100), 1, &|_| false), last);
-        assert_eq!(sched.failed_regions(), 1);
-        map.0[99_999] = true;
-        assert_eq!(sched.next(&map, Duration::from_secs(100), 1, &|_| false), Next::Done);
-        assert_eq!(sched.failed_regions(), 0);
-    }
-
-    proptest! {
-        /// Whatever fails, is busy or is hydrated by clients meanwhile: batches hold only unhydrated, free,
-        /// adjacent regions that are not in another batch, and in the end everything is hydrated.
-        #[test]
-        fn hands_out_what_is_left_and_ends(
-            start in prop::collection::vec(any::<bool>(), 1..200),
-            batch_max in 1u64..20,
-            events in prop::collection::vec((0u8..8, any::<prop::sample::Index>()), 0..300),
-        ) {
-            let mut map = Bits(start);
-            let mut sched = HydrationSched::default();
-            let mut now = Duration::ZERO;
-            let mut in_flight: Vec<RegionRange> = Vec::new();
-            let mut events = events.into_iter();
-            for step in 0.. {
-                prop_assert!(step < 20_000, "no progress");
-                let event = events.next();
-                let calm = event.is_none();
-                if let Some((what, pick)) = event {
-                    let region = pick.index(map.0.len());
-                    match what {
-                        0 => map.0[region] = true,
-                        1 => sched.prioritise(RegionIndex(region as u64)),
-                        2 if !in_flight.is_empty() => { let b = in_flight.remove(pick.index(in_flight.len())); sched.failed(b, now); }
-                        3 if !in_flight.is_empty() => { let b = in_flight.remove(pick.index(in_flight.len())); sched.failed_for_all(b, now); }
-                        4 if !in_flight.is_empty() => { let b = in_flight.remove(pick.index(in_flight.len())); sched.skipped(b); }
-                        5 => now += Duration::from_millis(pick.index(3000) as u64),
-                        _ => {}
-                    }
-                }
-                let held = in_flight.clone();
-                match sched.next(&map, now, batch_max, &|r| r.iter().any(|r| held.iter().any(|b| b.contains(r)))) {
-                    Next::Batch(batch) => {
-                        prop_assert!(batch.count() <= batch_max);
-                        prop_assert!(batch.iter().all(|r| !map.0[r.0 as usize] && !held.iter().any(|b| b.contains(r))));
-                        in_flight.push(batch);
-                    }
-                    Next::WaitUntil(until) if calm && in_flight.is_empty() => { prop_assert!(until > now); now = until; }
-                    Next::WaitUntil(_) => {}
-                    Next::WaitForBatch => prop_assert!(!in_flight.is_empty()),
-                    Next::Done => { prop_assert!(map.0.iter().all(|b| *b)); if calm { break; } }
-                }
-                if calm && !in_flight.is_empty() {
-                    let batch = in_flight.remove(0);
-                    batch.iter().for_each(|r| map.0[r.0 as usize] = true);
-                    sched.succeeded(batch);
-                }
-            }
-        }
-    }
-}
+mod tests;

@@ -31,8 +31,9 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering::*};
 use std::sync::{PoisonError, RwLock};
 
-/// Where the files are: one place for all daemons of root, who alone can have block devices.
-pub const DIRECTORY: &str = "/run/hydrant";
+/// Where the files are: one place for all daemons of root, who alone can have block devices. Not the runtime directory, which
+/// the environment chooses, and which systemd removes at the end of a service.
+pub const DIRECTORY: &str = "/run/hydrant-ublk";
 /// Bits begin here, in bytes: a page of most machines.
 const HEADER_BYTES: usize = 4096;
 const MAGIC: &[u8; 8] = b"hydrbits";
@@ -295,7 +296,7 @@ fn allocate(file: &File, bytes: u64) -> io::Result<()> {
 pub fn missing(device: &Path, spoiled: bool) -> Error {
     let why = match spoiled {
         true => "a commit of the daemon before this one had failed",
-        false => "the bits of the daemon before this one are not in /run/hydrant",
+        false => "the bits of the daemon before this one are not in /run/hydrant-ublk",
     };
     let text = format!(
         "{}: it is of this clone and may be in use, but {why}: acknowledged writes since its last commit would be missing; \

@@ -365,3 +365,6 @@ impl Geometry {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -32,7 +32,7 @@ const LAYERS: [&str; 5] = [
     "ring ring/* kept_bits net metrics/* disk/ring disk/blocking env/glommio shard/pool environment service_manager unix_socket devices devices/*
      source/nbd source/nbd/* io_frontend io_frontend/nbd io_frontend/nbd/* io_frontend/ublk io_frontend/ublk/*",
     // 4, product.
-    "lib main cli targets cli/* metrics/dump config config/* runtime_dir commands commands/* commands/meta/* control control/* daemon daemon/*
+    "lib main cli targets cli/* metrics/dump config config/* runtime_dir commands commands/* commands/meta/* control control/* daemon daemon/* daemon/registry/*
      demo demo/*",
 ];
 

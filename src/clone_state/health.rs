@@ -51,6 +51,12 @@ pub struct LastFailure {
     pub errno: i32,
 }
 
+impl LastFailure {
+    fn of(error: &Error) -> Self {
+        Self { text: error.to_string(), errno: error.errno() }
+    }
+}
+
 /// What failed so far and has not been mended.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct FailureReport {
@@ -74,10 +80,20 @@ pub(super) struct Health {
     bad_told: bool,
     /// Of a background copy.
     last_failure: Option<LastFailure>,
+    /// Why shards back off from all copies (see `failing`): the newest failure of theirs.
+    failing_because: Option<LastFailure>,
     source: Condition<SourceHealth>,
     source_text: String,
     /// Why the metadata mode is not `rw`.
     pub(super) mode_reason: Option<String>,
+}
+
+impl Health {
+    /// No shard backs off any more.
+    fn end_failing(&mut self) {
+        self.failing.clear();
+        self.failing_because = None;
+    }
 }
 
 impl Default for Health {
@@ -90,6 +106,7 @@ impl Default for Health {
             bad: BadRegions::default(),
             bad_told: false,
             last_failure: None,
+            failing_because: None,
             source: Condition::new(SourceHealth::Found),
             source_text: String::new(),
             mode_reason: None,
@@ -132,7 +149,7 @@ impl CloneState {
         let mut health = self.health();
         health.hydration = Condition::new(Hydration::Off);
         health.in_a_row = FailuresInARow::default();
-        health.failing.clear();
+        health.end_failing();
         self.hydration_told.store(false, Relaxed);
         self.hydration_stopped.store(false, Release);
     }
@@ -151,15 +168,19 @@ impl CloneState {
     pub fn hydration_paused(&self, why: &str, now: Duration) {
         let mut health = self.health();
         self.hydration_told.store(false, Relaxed);
-        health.failing.clear();
+        health.end_failing();
         if !self.is_complete() && !self.is_stopping() && self.mode() == Mode::ReadWrite {
             self.hydration_is(&mut health, Hydration::Off, &format!("hydration paused: {why}"), now);
         }
     }
 
-    /// A shard backs off for a reason that holds for all copies; `why` in words.
-    pub fn hydration_fails(&self, shard: ShardIndex, why: &str, now: Duration) {
-        self.shard_fails(&mut self.health(), shard, why, now);
+    /// A shard backs off for a reason that holds for all copies.
+    pub fn hydration_fails(&self, shard: ShardIndex, error: &Error, now: Duration) {
+        let mut health = self.health();
+        self.shard_fails(&mut health, shard, &format!("hydration pauses on shard {shard}: {error}"), now);
+        if health.failing.contains(&shard) {
+            health.failing_because = Some(LastFailure::of(error));
+        }
     }
 
     fn shard_fails(&self, health: &mut Health, shard: ShardIndex, why: &str, now: Duration) {
@@ -178,7 +199,7 @@ impl CloneState {
             health.bad.insert(failure.batch.first());
         }
         let error = failure.error;
-        health.last_failure = Some(LastFailure { text: error.to_string(), errno: error.errno() });
+        health.last_failure = Some(LastFailure::of(error));
         if failure.isolating || !self.may_hydrate() || self.is_all_hydrated() {
             return;
         }
@@ -194,7 +215,7 @@ impl CloneState {
             Verdict::Stop => {
                 self.hydration_stopped.store(true, Release);
                 self.hydration_told.store(false, Relaxed);
-                health.failing.clear();
+                health.end_failing();
                 let in_a_row = if count == 1 { "a failure".into() } else { format!("{count} failures in a row") };
                 let left = self.geometry().nr_regions() - self.hydrated();
                 let text = format!(
@@ -276,7 +297,8 @@ impl CloneState {
             in_a_row: if self.is_complete() { 0 } else { health.in_a_row.count() },
             bad_regions: health.bad.count(),
             bad_runs: health.bad.runs(BAD_RUNS_LISTED_MAX),
-            last: health.last_failure.clone(),
+            // Of a clone that is complete nothing is left to copy.
+            last: health.failing_because.clone().filter(|_| !self.is_complete()).or(health.last_failure.clone()),
         }
     }
 
@@ -286,7 +308,9 @@ impl CloneState {
             return;
         }
         let mut health = self.health();
-        health.failing.remove(&shard);
+        if health.failing.remove(&shard) && health.failing.is_empty() {
+            health.end_failing();
+        }
         let recovered = health.failing.is_empty() && matches!(health.hydration.state(), Hydration::Failing(_));
         if recovered && self.may_hydrate() && !self.is_all_hydrated() {
             self.hydration_told.store(true, Relaxed);
@@ -407,6 +431,7 @@ mod tests {
     #[test]
     fn hydration_is_told_once_per_transition() {
         let (state, log) = clone(false);
+        let bad = Error::new(ErrorKind::NoSpace, "bad");
         state.hydration_starts(SECOND);
         state.set_hydration_enabled(false, SECOND);
         assert!(kinds(&log).is_empty(), "nothing ran");
@@ -416,8 +441,8 @@ mod tests {
         (0..3).for_each(|_| state.hydration_works(ShardIndex(1), SECOND));
         assert_eq!(kinds(&log), ["hydration_started"]);
         // Both shards back off: one event. One of them is well again: none yet.
-        (0..3).for_each(|_| state.hydration_fails(ShardIndex(0), "bad", SECOND));
-        state.hydration_fails(ShardIndex(1), "bad", SECOND);
+        (0..3).for_each(|_| state.hydration_fails(ShardIndex(0), &bad, SECOND));
+        state.hydration_fails(ShardIndex(1), &bad, SECOND);
         state.hydration_starts(SECOND);
         state.hydration_works(ShardIndex(0), SECOND);
         assert_eq!(kinds(&log), ["hydration_started", "hydration_failed"]);
@@ -425,7 +450,7 @@ mod tests {
         assert_eq!(kinds(&log)[2..], ["hydration_started"]);
         state.set_hydration_threshold(0, SECOND);
         state.set_hydration_enabled(false, SECOND);
-        state.hydration_fails(ShardIndex(1), "late", SECOND);
+        state.hydration_fails(ShardIndex(1), &bad, SECOND);
         state.hydration_starts(SECOND);
         assert_eq!(kinds(&log)[3..], ["hydration_paused"]);
         state.set_hydration_threshold(1, SECOND);
@@ -437,9 +462,36 @@ mod tests {
         // A clone that ends, is complete or read-only has nothing to tell of it.
         state.degrade(Mode::ReadOnly, &Error::new(ErrorKind::Io, "bad"));
         state.degrade(Mode::ReadOnly, &Error::new(ErrorKind::Io, "bad"));
-        state.hydration_fails(ShardIndex(1), "late", SECOND);
+        state.hydration_fails(ShardIndex(1), &bad, SECOND);
         assert_eq!(kinds(&log)[5..], ["read_only"]);
         assert_eq!(state.events().count().dm, 1);
+    }
+
+    /// As long as a shard backs off, whatever copies succeed on others.
+    #[test]
+    fn why_copies_are_held_back_is_known_as_long_as_they_are() {
+        let (state, _) = clone(true);
+        let full = Error::os(libc::ENOSPC, "destination /d: write");
+        let reported = || state.failure_report().last.map(|last| (last.text, last.errno));
+        let reason = Some((full.to_string(), libc::ENOSPC));
+        state.hydration_starts(SECOND);
+        state.hydration_fails(ShardIndex(0), &full, SECOND);
+        state.hydration_fails(ShardIndex(1), &full, SECOND);
+        state.copy_succeeded();
+        state.hydration_works(ShardIndex(0), SECOND);
+        assert_eq!(reported(), reason);
+        state.hydration_works(ShardIndex(1), SECOND);
+        assert_eq!(reported(), None);
+        state.hydration_fails(ShardIndex(0), &full, SECOND);
+        state.set_hydration_enabled(false, SECOND);
+        assert_eq!(reported(), None, "nothing is copied because nobody wants it");
+        state.hydration_fails(ShardIndex(0), &full, SECOND);
+        assert_eq!(reported(), None, "that is late");
+        state.set_hydration_enabled(true, SECOND);
+        state.hydration_fails(ShardIndex(0), &full, SECOND);
+        assert_eq!(reported(), reason);
+        state.set_complete();
+        assert_eq!(reported(), None, "clients have overwritten what was left");
     }
 
     #[test]

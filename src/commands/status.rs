@@ -4,7 +4,9 @@ use super::daemons::find;
 use super::output_error;
 use crate::bail;
 use crate::cli::StatusArgs;
-use crate::control::api::{CloneRunState, HydrationState, HydrationStatus, MetadataMode, SourceState, Status};
+use crate::control::api::{
+    CloneRunState, HydrationState, HydrationStatus, MetadataMode, SOURCE_STALLED_SECONDS, SourceState, Status,
+};
 use crate::control::client::{self, Client};
 use crate::error::{Error, ErrorKind, Result, plain};
 use crate::human::{count, duration, percent, rate, size};
@@ -87,6 +89,9 @@ fn write_idle_text(text: &mut String, status: &Status) -> std::fmt::Result {
     match &status.error {
         Some(error) => writeln!(text, "{}: {}: {}", status.name, status.state, plain(error.clone()))?,
         None => writeln!(text, "{}: {}", status.name, status.state)?,
+    }
+    if let Some(seconds) = status.retry_in_seconds {
+        write_line(text, "next try", format!("in {seconds} s"))?;
     }
     write_line(text, "source", status.source.spec.clone())?;
     write_line(text, "destination", status.destination.clone())?;
@@ -289,12 +294,14 @@ fn source_words(status: &Status) -> String {
     if source.state == SourceState::Changed {
         return format!("{}, {SOURCE_CHANGED}", source.spec);
     }
-    match source.losses {
-        0 => format!("{}, {}", source.spec, source.state),
-        losses => {
-            format!("{}, {}; lost {}, back {}", source.spec, source.state, times(losses), times(source.reconnects))
-        }
+    let mut words = format!("{}, {}", source.spec, source.state);
+    if source.silent_seconds >= SOURCE_STALLED_SECONDS {
+        let _ = write!(words, ", no answer for {}", duration(source.silent_seconds));
     }
+    if source.losses > 0 {
+        let _ = write!(words, "; lost {}, back {}", times(source.losses), times(source.reconnects));
+    }
+    words
 }
 
 /// Where to connect, as an NBD URI where that needs no quoting.
@@ -419,6 +426,7 @@ mod tests {
             name: "vm1".into(),
             state: CloneRunState::Running,
             error: None,
+            retry_in_seconds: None,
             warnings: Vec::new(),
             suspended: false,
             suspending: false,
@@ -468,6 +476,7 @@ mod tests {
                 state: SourceState::Connected,
                 losses: 1,
                 reconnects: 1,
+                silent_seconds: 0,
             },
             destination: "/dev/vg/vm1".into(),
             nbd: NbdStatus { address: "unix:/run/hydrant/vm1.sock".into(), export: "vm1".into(), connections: 2 },
@@ -518,6 +527,10 @@ vm1: 16GiB, 262144 regions of 64KiB
         let line = "  source       nbd://backup/vm1, changed: nothing more is read from it; when the right one is back, \
                     remove and create the clone again (or restart)\n";
         assert!(text_of(&changed).contains(line), "{}", text_of(&changed));
+        let mut stalled = sample();
+        (stalled.source.state, stalled.source.silent_seconds) = (SourceState::Stalled, 61);
+        let line = "  source       nbd://backup/vm1, stalled, no answer for 1m 1s; lost 1 time, back 1 time\n";
+        assert!(text_of(&stalled).contains(line), "{}", text_of(&stalled));
         let mut read_only = sample();
         read_only.warnings = vec!["destination /dev/vg/vm1 was deleted".into()];
         assert!(text_of(&read_only).contains("64KiB\n  WARNING      destination /dev/vg/vm1 was deleted\n"));

@@ -53,6 +53,8 @@ pub struct Status {
     pub state: CloneRunState,
     /// Why it could not be started; null unless `state` is `failed`.
     pub error: Option<String>,
+    /// When its start is tried again, rounded up; null when it is not, since only a user can mend what is wrong.
+    pub retry_in_seconds: Option<u64>,
     /// What is wrong with its files (deleted, moved, cut off), and what to do about it: a line each.
     pub warnings: Vec<String>,
     /// Size of the clone, in bytes: that of the source.
@@ -146,7 +148,8 @@ pub struct HydrationStatus {
     pub failed_ranges: Vec<FailedRange>,
     /// Bad regions that are not in `failed_ranges`.
     pub failed_regions_more: u64,
-    /// The newest failure of a copy, as long as there are bad regions, or no copy succeeded since.
+    /// The newest failure of a copy, as long as there are bad regions, copies are held back because of it (a full destination,
+    /// a lost source), or no copy succeeded since.
     pub last_failure: Option<CopyFailureStatus>,
     /// The bound of this clone alone, in bytes per second; null is none.
     pub rate: Option<u64>,
@@ -295,13 +298,22 @@ pub struct SourceStatus {
     pub losses: u64,
     /// How often it came back.
     pub reconnects: u64,
+    /// For how long requests have been waiting for it and none was answered, in seconds; 0 when none waits.
+    pub silent_seconds: u64,
 }
+
+/// A source that answers nothing for so long, in seconds, while requests wait for it, is said to be stalled. Disks that wake up and
+/// servers under load take a second or two.
+pub const SOURCE_STALLED_SECONDS: u64 = 3;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SourceState {
     #[default]
     Connected,
+    /// Connected, but requests have been waiting for [`SOURCE_STALLED_SECONDS`] or more and none was answered. When that goes on
+    /// the connections are given up and made again.
+    Stalled,
     /// Trying to reach it again.
     Lost,
     /// It came back as another one: nothing more is read from it, until the clone is started again.
@@ -316,6 +328,7 @@ impl fmt::Display for SourceState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Connected => "connected",
+            Self::Stalled => "stalled",
             Self::Lost => "lost",
             Self::Changed => "changed",
             Self::Released => "released",

@@ -256,8 +256,9 @@ pub async fn activate(
         Coordinator::new(state.clone(), store, generation, disk, context.mesh.clone(), context.env.clone());
     context.shard.attach_coordinator(state.id, coordinator.clone());
     context.env.spawn(Box::pin(coordinator.clone().run()));
-    if state.is_all_hydrated() && !complete {
-        // The daemon ended between the last commit and its last word.
+    if !complete && (state.is_all_hydrated() || kept_bits.is_some()) {
+        // The daemon ended between the last commit and its last word; or there are bits that only a daemon before this one
+        // knew of, which are to be durable before they count. When their data are not, this is where it is found out.
         coordinator.commit().await?;
     }
     Ok(ActiveClone {

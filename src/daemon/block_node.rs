@@ -279,7 +279,11 @@ impl BlockNode {
 pub async fn kept_bits(config: &CloneConfig, superblock: &Superblock) -> Result<Option<Arc<KeptBits>>> {
     let (is_wanted, force, geometry) = (config.ublk.is_some(), config.force, superblock.geometry);
     let (is_complete, mark) = (superblock.state == codec::CloneState::Complete, mark_of(&superblock.uuid));
-    let identity = Identity::now(superblock.uuid, &geometry)?;
+    let identity = match Identity::now(superblock.uuid, &geometry) {
+        // Where that is not known, there are no block devices either.
+        Err(_) if !is_wanted => return Ok(None),
+        identity => identity?,
+    };
     let directory = Path::new(kept_bits::DIRECTORY);
     let job = move || {
         let is_spoiled = match KeptBits::find(directory, &identity, &geometry)? {

@@ -15,7 +15,7 @@ use crate::ring::Ring;
 use crate::shard::pool::ShardContext;
 use crate::source::Source;
 use crate::source::file::FileSource;
-use crate::source::fingerprint::{Samples, sample};
+use crate::source::fingerprint::{Sampled, Samples, sample};
 use crate::source::nbd::{NbdSource, NbdSourceOptions};
 use crate::source::padded::PaddedSource;
 use crate::source::uri::{NbdUri, SourceSpec};
@@ -206,22 +206,21 @@ async fn look(context: &Rc<ShardContext>, config: &CloneConfig, shards: u16) -> 
     }
 }
 
-/// The fingerprint of the first `len` bytes of a source, or of all when it has not so many.
+/// Looks at the first `len` bytes of a source, or at all when it has not so many.
+async fn sampled(config: &CloneConfig, source: &OpenSource, len: u64) -> Result<Sampled> {
+    let len = len.min(source.source.size());
+    let seen = PaddedSource::view(source.source.clone(), len, len);
+    sample(&*seen).await.map_err(|error| error.within(format!("source {}", config.source)))
+}
+
+/// The fingerprint of so much of a source; all of its samples must be readable.
 pub async fn fingerprint_of(
     config: &CloneConfig,
     source: &OpenSource,
     len: u64,
 ) -> Result<(SourceFingerprint, Samples)> {
-    let len = len.min(source.source.size());
-    let seen = PaddedSource::view(source.source.clone(), len, len);
-    let read = async {
-        let sampled = sample(&*seen).await?;
-        match (sampled.error, sampled.samples.fingerprint()) {
-            (None, Some(fingerprint)) => Ok((fingerprint, sampled.samples)),
-            (error, _) => Err(error.unwrap_or_else(|| Error::new(ErrorKind::Io, "not all samples could be read"))),
-        }
-    };
-    read.await.map_err(|error| error.within(format!("source {}", config.source)))
+    let sampled = sampled(config, source, len).await?;
+    sampled.complete().map_err(|error| error.within(format!("source {}", config.source)))
 }
 
 /// As [`fingerprint_of`], but bad sectors of the source must not keep a clone from starting: they are what many a clone is
@@ -232,9 +231,7 @@ async fn readable_fingerprint_of(
     source: &OpenSource,
     len: u64,
 ) -> Result<(SourceFingerprint, Samples)> {
-    let len = len.min(source.source.size());
-    let seen = PaddedSource::view(source.source.clone(), len, len);
-    let sampled = sample(&*seen).await.map_err(|error| error.within(format!("source {}", config.source)))?;
+    let sampled = sampled(config, source, len).await?;
     if let Some(error) = sampled.error {
         let (read, all) = (sampled.samples.read_count(), sampled.samples.count());
         log::warn!(
@@ -244,7 +241,7 @@ async fn readable_fingerprint_of(
             config.source
         );
     }
-    let unknown = SourceFingerprint { size: len, ..SourceFingerprint::UNKNOWN };
+    let unknown = SourceFingerprint { size: sampled.samples.size(), ..SourceFingerprint::UNKNOWN };
     Ok((sampled.samples.fingerprint().unwrap_or(unknown), sampled.samples))
 }
 
@@ -454,7 +451,12 @@ async fn open_nbd_source(
         source_timeout: config.source_timeout,
         ..NbdSourceOptions::default()
     };
-    let source = Rc::new(NbdSource::connect(uri.clone(), options.clone(), context.env.clone()).await?);
+    let connected = NbdSource::connect(uri.clone(), options.clone(), context.env.clone()).await;
+    let source = Rc::new(connected.map_err(|error| match error.kind() {
+        // No server, host, socket or export of that name yet, or one that is going down: it may come.
+        ErrorKind::Io | ErrorKind::NotFound => Error::new(ErrorKind::SourceLost, error.to_string()),
+        _ => error,
+    })?);
     Ok(OpenSource { source: source.clone(), kind: OpenSourceKind::Nbd { source, uri, options } })
 }
 

@@ -1,32 +1,31 @@
 //! The clones of a daemon, by name: started together or one by one, removed, and looked up. On shard 0.
 //!
 //! Every clone lives on its own: one that can't start, or fails, leaves the others alone. A name is taken from the
-//! moment its clone is asked for until nothing of it runs any more, so that no two of one name ever meet.
+//! moment its clone is asked for until nothing of it runs any more, so that no two of one name ever meet. How a clone gets
+//! to run is in [`start`].
 
-use super::activate::Shared;
+mod start;
+
+pub use start::Started;
+
 use super::listeners::Listeners;
-use super::prepare;
 use super::running::RunningClone;
 use crate::bail;
 use crate::config::{CloneConfig, CloneName, DaemonConfig, OnHydrated};
 use crate::control::api::{
     CloneRunState, HydrationStatus, MetadataMode, MetadataStatus, NbdStatus, SourceState, SourceStatus, Status,
 };
-use crate::control::routes::MESSAGE_TIME_MAX;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_log::{CloneEvents, Feed};
 use crate::events::EventKind;
 use crate::hydration_budget::HydrationBudget;
-use crate::hydration_share::{HydrationRate, Priority};
+use crate::hydration_share::HydrationRate;
 use crate::local::latch::Latch;
 use crate::local::{Notify, Raised, join_some};
 use crate::shard::Mesh;
 use crate::shard::pool::ShardContext;
-use crate::units::CloneId;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::future::Future;
-use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -47,28 +46,43 @@ const BUSY_POLL: Duration = Duration::from_millis(2);
 
 /// A name that was taken for a new clone.
 struct Claim {
+    /// Nobody asked for it.
+    again: bool,
     /// It was that of a clone that could not be started.
-    replaces_failed: bool,
+    replaced: Option<Failed>,
     events: Arc<CloneEvents>,
     give_up: Rc<Latch>,
 }
 
 /// What is known of one name.
 enum Entry {
-    /// The latch is opened to give the start up, as long as nothing was changed.
-    Starting(Rc<CloneConfig>, Rc<Latch>),
+    /// The latch is opened to give the start up, as long as nothing was changed. One that is tried again by itself is
+    /// told as failed until it has succeeded: how the last try went.
+    Starting(Rc<CloneConfig>, Rc<Latch>, Option<Failed>),
     Running(Rc<RunningClone>),
-    /// It could not be started.
-    Failed(Rc<CloneConfig>, Error),
+    Failed(Failed),
     /// It is draining.
     Removing(Rc<RunningClone>),
 }
 
-/// How the start of a clone went, when it did not fail.
-pub enum Started {
-    Serving,
-    /// The daemon was told to stop before anything was changed.
-    GivenUp,
+impl Entry {
+    fn failed(&self) -> Option<&Failed> {
+        match self {
+            Self::Failed(failed) | Self::Starting(_, _, Some(failed)) => Some(failed),
+            _ => None,
+        }
+    }
+}
+
+/// A clone that could not be started.
+#[derive(Clone)]
+struct Failed {
+    config: Rc<CloneConfig>,
+    error: Error,
+    /// How often that was tried.
+    tries: u32,
+    /// When it is tried again; `None` when only a user can mend what is wrong.
+    next_try: Option<Duration>,
 }
 
 /// A daemon and its clones.
@@ -94,8 +108,6 @@ pub struct Daemon {
     pub last_asked: Cell<Option<Instant>>,
 }
 
-type LocalFuture<T> = Pin<Box<dyn Future<Output = T>>>;
-
 impl Daemon {
     /// `Usage` when a number of the configuration is out of bounds.
     pub fn new(context: Rc<ShardContext>, config: DaemonConfig, stop: Rc<Notify>, feed: Rc<Feed>) -> Result<Rc<Self>> {
@@ -120,67 +132,12 @@ impl Daemon {
         self.stopping.is_open()
     }
 
-    /// Starts clones side by side. Those that can't be started stay listed as failed.
-    pub async fn start_all(self: &Rc<Self>, clones: Vec<CloneConfig>) {
-        let only_one = clones.len() == 1;
-        let starts = clones.into_iter().map(|config| {
-            let daemon = self.clone();
-            async move {
-                let name = config.name.clone();
-                // The only one: its failure is that of the daemon, which is told there.
-                if let Err(error) = daemon.start(config, true).await
-                    && !only_one
-                {
-                    log::error!("clone '{name}' can't be started: {error}");
-                }
-            }
-        });
-        join_some(starts, AT_A_TIME).await;
+    fn set(&self, name: &CloneName, entry: Entry) {
+        self.entries.borrow_mut().insert(name.clone(), entry);
     }
 
-    /// Starts a clone under a name that is free, or that of one that could not be started. `keep`: list it as failed when
-    /// it can't be started.
-    pub fn start(self: &Rc<Self>, config: CloneConfig, keep: bool) -> LocalFuture<Result<Started>> {
-        let config = Rc::new(config);
-        let claimed = self.claim(&config);
-        let daemon = self.clone();
-        Box::pin(async move {
-            let Claim { replaces_failed, events, give_up } = claimed?;
-            let _busy = Raised::new(&daemon.busy);
-            let begun = daemon.context.env.now();
-            let started = daemon.bring_up(&config, &events, &give_up).await;
-            // Who asked for it has been told that it goes on: how it ended is to be found.
-            let keep = keep || replaces_failed || daemon.context.env.now() - begun >= MESSAGE_TIME_MAX;
-            match started {
-                Ok(Some(running)) => {
-                    daemon.entries.borrow_mut().insert(config.name.clone(), Entry::Running(running));
-                    Ok(Started::Serving)
-                }
-                Ok(None) => {
-                    daemon.forget(&config.name);
-                    log::info!("clone '{}': stopped before it was started; nothing was changed", config.name);
-                    Ok(Started::GivenUp)
-                }
-                Err(error) => {
-                    // Of a daemon for one clone it is the end, and `hydrant clone` begins again.
-                    let again = match keep && !daemon.config.one_clone {
-                        true => "; nothing tries again by itself: when that is mended, `hydrant create FILE` starts it",
-                        false => "",
-                    };
-                    events.record(EventKind::StartFailed, format!("could not be started: {error}{again}"));
-                    events.set_ending();
-                    if keep {
-                        daemon
-                            .entries
-                            .borrow_mut()
-                            .insert(config.name.clone(), Entry::Failed(config.clone(), error.clone()));
-                    } else {
-                        daemon.forget(&config.name);
-                    }
-                    Err(error)
-                }
-            }
-        })
+    fn set_events(&self, name: &CloneName, events: Arc<CloneEvents>) {
+        self.events.borrow_mut().insert(name.clone(), events);
     }
 
     /// Nothing of a clone runs any more.
@@ -194,71 +151,36 @@ impl Daemon {
     pub fn events_of(&self, name: &str) -> Result<Arc<CloneEvents>> {
         let entries = self.entries.borrow();
         let known: Option<CloneName> = name.parse().ok().filter(|name| entries.contains_key(name));
-        if let Some(Entry::Failed(..)) = known.as_ref().and_then(|name| entries.get(name)) {
+        if known.as_ref().and_then(|name| entries.get(name)).is_some_and(|entry| entry.failed().is_some()) {
             return Err(self.running(name).err().unwrap_or_else(|| self.no_clone_in(name, &entries)));
         }
         let events = known.and_then(|name| self.events.borrow().get(&name).cloned());
         events.ok_or_else(|| self.no_clone_in(name, &entries))
     }
 
-    /// Takes the name.
-    fn claim(&self, config: &Rc<CloneConfig>) -> Result<Claim> {
+    /// Takes the name. `again`: nobody asked for that.
+    fn claim(&self, config: &Rc<CloneConfig>, again: bool) -> Result<Claim> {
         if self.is_stopping() {
             bail!(Shutdown, "the daemon is stopping");
         }
         let mut entries = self.entries.borrow_mut();
-        let replaces_failed = match entries.get(&config.name) {
+        let failed = match entries.get(&config.name) {
             None if entries.len() >= CLONES_MAX => {
                 bail!(Limit, "the daemon has {CLONES_MAX} clones, the most it can have")
             }
-            None => false,
-            Some(Entry::Failed(..)) => true,
+            None => None,
+            Some(Entry::Failed(failed)) => Some(failed.clone()),
             Some(Entry::Removing(_)) => bail!(InUse, "clone '{}' is being removed: try again", config.name),
             Some(_) => bail!(InUse, "there is a clone '{}' already", config.name),
         };
         let give_up = Rc::<Latch>::default();
-        entries.insert(config.name.clone(), Entry::Starting(config.clone(), give_up.clone()));
+        let shown = failed.clone().filter(|_| again);
+        entries.insert(config.name.clone(), Entry::Starting(config.clone(), give_up.clone(), shown));
         let events = CloneEvents::new(self.feed.log(), config.name.to_string());
-        self.events.borrow_mut().insert(config.name.clone(), events.clone());
-        Ok(Claim { replaces_failed, events, give_up })
-    }
-
-    /// `None`: it was given up before anything was changed.
-    async fn bring_up(
-        &self,
-        config: &Rc<CloneConfig>,
-        events: &Arc<CloneEvents>,
-        give_up: &Latch,
-    ) -> Result<Option<Rc<RunningClone>>> {
-        let rate = config.hydration_rate.map(HydrationRate::new).transpose()?;
-        let priority = Priority::new(u64::from(config.priority))?;
-        let prepared = async { prepare::prepare(&self.context, config, self.context.mesh.shards()).await.map(Some) };
-        // Nothing is changed on disk yet, so a stop just gives up: a source may be slow to answer.
-        let stopped = async {
-            futures_lite::future::or(self.stopping.opened(), give_up.opened()).await;
-            Ok(None)
-        };
-        let Some(prepared) = futures_lite::future::or(prepared, stopped).await? else { return Ok(None) };
-        for (index, line) in prepared.describe(config).iter().enumerate() {
-            // The first line names the clone; among many, the others need it too.
-            match index > 0 && !self.config.one_clone {
-                true => log::info!("clone '{}': {line}", config.name),
-                false => log::info!("{line}"),
-            }
+        if !again {
+            self.set_events(&config.name, events.clone());
         }
-        let id = CloneId(self.next_id.replace(self.next_id.get() + 1));
-        let shared =
-            Shared { events: events.clone(), budget: self.budget.join(priority, rate, self.context.env.now()) };
-        let config_now = (**config).clone();
-        let running = RunningClone::start(&self.context, &self.listeners, id, config_now, prepared, shared).await?;
-        let block = running.node().map(|node| format!("{} and ", node.path().display())).unwrap_or_default();
-        log::info!(
-            "clone '{}': serving {block}NBD at {}, control at {}",
-            config.name,
-            running.exported.listener.address,
-            self.config.control.display()
-        );
-        Ok(Some(running))
+        Ok(Claim { again, replaced: failed, events, give_up })
     }
 
     /// Ends a clone and forgets it; its devices are free then. One that NBD clients use is refused unless `force`.
@@ -333,7 +255,9 @@ impl Daemon {
             let entries = self.entries.borrow();
             let found = name.parse().ok().and_then(|name: CloneName| entries.get(&name));
             match found {
-                Some(Entry::Starting(_, now)) if latch.is_none_or(|latch| Rc::ptr_eq(latch, now)) => Some(now.clone()),
+                Some(Entry::Starting(_, now, _)) if latch.is_none_or(|latch| Rc::ptr_eq(latch, now)) => {
+                    Some(now.clone())
+                }
                 _ => None,
             }
         };
@@ -369,9 +293,9 @@ impl Daemon {
         match name.parse().ok().and_then(|name: CloneName| entries.get(&name)) {
             None => Err(self.no_clone_in(name, &entries)),
             Some(Entry::Running(running)) => Ok(running.clone()),
-            Some(Entry::Starting(..)) => bail!(InUse, "clone '{name}' is starting: try again"),
+            Some(Entry::Starting(_, _, None)) => bail!(InUse, "clone '{name}' is starting: try again"),
             Some(Entry::Removing(_)) => bail!(Shutdown, "clone '{name}' is being removed"),
-            Some(Entry::Failed(_, error)) => {
+            Some(Entry::Failed(Failed { error, .. }) | Entry::Starting(_, _, Some(Failed { error, .. }))) => {
                 Err(error.clone().within(format!("clone '{name}' does not run, it could not be started")))
             }
         }
@@ -409,8 +333,10 @@ impl Daemon {
     async fn status_of(&self, name: &CloneName) -> Result<Option<Status>> {
         let (running, run_state) = match self.entries.borrow().get(name) {
             None => return Ok(None),
-            Some(Entry::Starting(config, _)) => return Ok(Some(self.idle_status(config, None))),
-            Some(Entry::Failed(config, error)) => return Ok(Some(self.idle_status(config, Some(error)))),
+            Some(Entry::Starting(config, _, None)) => return Ok(Some(self.idle_status(config, None))),
+            Some(Entry::Failed(failed) | Entry::Starting(_, _, Some(failed))) => {
+                return Ok(Some(self.idle_status(&failed.config, Some(failed))));
+            }
             Some(Entry::Running(running)) => (running.clone(), CloneRunState::Running),
             Some(Entry::Removing(running)) => (running.clone(), CloneRunState::Removing),
         };
@@ -423,13 +349,17 @@ impl Daemon {
     }
 
     /// Of a clone that does not run.
-    fn idle_status(&self, config: &CloneConfig, error: Option<&Error>) -> Status {
-        let state = if error.is_some() { CloneRunState::Failed } else { CloneRunState::Starting };
+    fn idle_status(&self, config: &CloneConfig, failed: Option<&Failed>) -> Status {
+        let now = self.context.env.now();
+        let state = if failed.is_some() { CloneRunState::Failed } else { CloneRunState::Starting };
         let events = self.events.borrow().get(&config.name).map(|events| events.count()).unwrap_or_default();
         Status {
             name: config.name.to_string(),
             state,
-            error: error.map(Error::to_string),
+            error: failed.map(|failed| failed.error.to_string()),
+            retry_in_seconds: failed
+                .and_then(|failed| failed.next_try)
+                .map(|at| at.saturating_sub(now).as_millis().div_ceil(1000) as u64),
             event_nr: events.dm,
             events: events.all,
             last_event: events.last.map(|event| event.text),
@@ -454,13 +384,22 @@ impl Daemon {
         }
     }
 
+    /// Whether a clone that could not be started is tried again.
+    fn tries_again(&self, name: &CloneName) -> bool {
+        let entries = self.entries.borrow();
+        entries.get(name).and_then(Entry::failed).is_some_and(|failed| failed.next_try.is_some())
+    }
+
+    /// Whether one of those that could not be started waits for the server of its source, and is tried again.
+    pub fn awaits_a_source(&self) -> bool {
+        let waits = |failed: &Failed| failed.next_try.is_some() && failed.error.kind() == ErrorKind::SourceLost;
+        self.entries.borrow().values().filter_map(Entry::failed).any(waits)
+    }
+
     /// Those that could not be started, and why.
     pub fn failures(&self) -> Vec<(CloneName, Error)> {
-        let failed = |(name, entry): (&CloneName, &Entry)| match entry {
-            Entry::Failed(_, error) => Some((name.clone(), error.clone())),
-            _ => None,
-        };
-        self.entries.borrow().iter().filter_map(failed).collect()
+        let entries = self.entries.borrow();
+        entries.iter().filter_map(|(name, entry)| Some((name.clone(), entry.failed()?.error.clone()))).collect()
     }
 
     /// Samples the rates, and does what clones want when they are hydrated. Until the daemon stops.
@@ -530,7 +469,7 @@ impl Daemon {
         let mut clones = 0;
         for entry in entries.values() {
             match entry {
-                Entry::Failed(..) => {}
+                entry if entry.failed().is_some() => {}
                 Entry::Running(running) if self.ends_with(running) && self.is_done(running) => clones += 1,
                 _ => return false,
             }

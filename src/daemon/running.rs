@@ -10,7 +10,7 @@ use crate::clone_state::{AUTOMATIC, Mode};
 use crate::config::CloneConfig;
 use crate::control::api::{
     CloneRunState, CopyFailureStatus, FailedRange, Features, HydrationState, HydrationStatus, IoCounters, Message,
-    MetadataMode, MetadataStatus, NbdStatus, SourceState, SourceStatus, Status, UblkStatus,
+    MetadataMode, MetadataStatus, NbdStatus, SOURCE_STALLED_SECONDS, SourceState, SourceStatus, Status, UblkStatus,
 };
 use crate::dm_table;
 use crate::error::{Error, ErrorKind, Result};
@@ -221,7 +221,7 @@ impl RunningClone {
         let stats = self.stats(context).await?;
         let (state, config) = (&self.clone.state, &self.config);
         let geometry = &state.geometry();
-        let source = self.source();
+        let source = self.source(context.env.now());
         // Before what they tell of: who has seen an event's number has seen what it says, or more.
         let events = state.events().count();
         let hydration_state = self.hydration_state(&stats, source.state);
@@ -239,6 +239,7 @@ impl RunningClone {
             name: state.name.clone(),
             state: CloneRunState::Running,
             error: None,
+            retry_in_seconds: None,
             warnings: self.warnings(),
             size: geometry.size(),
             region_size: geometry.region_size().bytes(),
@@ -398,7 +399,7 @@ impl RunningClone {
         }
     }
 
-    fn source(&self) -> SourceStatus {
+    fn source(&self, now: Duration) -> SourceStatus {
         let mut status = SourceStatus { spec: self.config.source.clone(), ..Default::default() };
         status.losses = self.clone.source_counts.losses.get();
         status.reconnects = self.clone.source_counts.reconnects.get();
@@ -417,6 +418,12 @@ impl RunningClone {
                 true => SourceState::Connected,
                 false => SourceState::Lost,
             };
+        }
+        if !matches!(status.state, SourceState::Released | SourceState::Changed) {
+            status.silent_seconds = self.clone.state.source_wait().silence(now).as_secs();
+        }
+        if status.state == SourceState::Connected && status.silent_seconds >= SOURCE_STALLED_SECONDS {
+            status.state = SourceState::Stalled;
         }
         status
     }

@@ -82,6 +82,31 @@ mod tests {
         assert_eq!(condition.overdue(Duration::from_secs(100)), None, "all was told");
     }
 
+    #[test]
+    fn a_burst_is_cut_off_and_summed_up() {
+        let mut condition = Condition::new(0);
+        let told = (1..=100u32).filter(|to| condition.change(*to, Duration::from_secs(1)).is_some()).count();
+        assert_eq!(told, TOLD_MAX as usize);
+        let end = Duration::from_secs(1) + WINDOW;
+        assert_eq!(condition.overdue(end - Duration::from_nanos(1)), None);
+        assert_eq!(condition.overdue(end), Some((100, u64::from(100 - TOLD_MAX) - 1)));
+        assert_eq!(condition.overdue(end + WINDOW), None);
+    }
+
+    /// What was told in another way is not told again, nor counted.
+    #[test]
+    fn quiet_changes_are_not_told() {
+        let mut condition = Condition::new(0);
+        for to in (0..TOLD_MAX + 3).map(|i| (i + 1) % 2) {
+            condition.change(to, Duration::ZERO);
+        }
+        condition.is_quietly(7);
+        assert_eq!(condition.state(), 7);
+        assert_eq!(condition.overdue(WINDOW), None);
+        assert_eq!(condition.change(7, WINDOW), None);
+        assert_eq!(condition.change(1, WINDOW), Some(0));
+    }
+
     proptest! {
         /// Whatever flaps: what is told is bounded, nothing is told twice, no change goes uncounted, and after a window of
         /// peace the last thing told is true.

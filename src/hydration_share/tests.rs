@@ -15,6 +15,54 @@ fn weight(weight: u64) -> Priority {
     Priority::new(weight).unwrap()
 }
 
+#[test]
+fn what_a_rate_allows_in_a_time() {
+    assert_eq!(rate(MIB).in_time(Duration::from_millis(250)), MIB / 4);
+    assert_eq!(rate(3 * MIB).in_time(SECOND), 3 * MIB);
+    assert_eq!(rate(RATE_MAX).in_time(Duration::from_secs(1 << 24)), u64::MAX);
+}
+
+#[test]
+fn the_total_rate_is_what_was_set() {
+    let mut share = HydrationShare::default();
+    assert_eq!(share.total_rate(), None);
+    share.set_total_rate(Some(rate(MIB)), SECOND);
+    assert_eq!(share.total_rate(), Some(rate(MIB)));
+    share.set_total_rate(None, SECOND);
+    assert_eq!(share.total_rate(), None);
+}
+
+/// The time that a bucket names is the first at which it is open: to the nanosecond, from any level.
+#[test]
+fn a_bucket_opens_when_it_says() {
+    let at = |nanos: u64| Duration::from_secs(100) + Duration::from_nanos(nanos);
+    let nanos_per_byte = 1000;
+    let new = || Bucket::new(rate(1_000_000), at(0));
+    let level_after = |bytes: i128| Bucket { level: bytes * NANOS, ..new() };
+    for (bucket, opens) in [
+        // Empty is not open: it would be a grant for whoever makes one anew all the time.
+        (new(), at(1)),
+        (level_after(5), at(0)),
+        (level_after(-5), at(5 * nanos_per_byte + 1)),
+        (Bucket { starved_at: at(7), ..level_after(-5) }, at(7)),
+        (Bucket { starved_at: at(7_000_000), ..level_after(-5) }, at(5 * nanos_per_byte + 1)),
+    ] {
+        assert_eq!(bucket.opens_at(0), opens, "{bucket:?}");
+        let is_open = |now: Duration| {
+            let mut bucket = bucket;
+            bucket.refill(now);
+            bucket.is_open(now)
+        };
+        assert!(is_open(opens) && is_open(opens + SECOND), "{bucket:?}");
+        assert!(opens == at(0) || !is_open(opens - Duration::from_nanos(1)), "{bucket:?}");
+    }
+    // Others are before it: what is taken ahead counts, and that it would have waited long does not.
+    let starved = Bucket { starved_at: at(7), ..level_after(-5) };
+    assert_eq!(starved.opens_at(3), at(8 * nanos_per_byte + 1));
+    assert_eq!(level_after(5).opens_at(3), at(0));
+    assert_eq!(level_after(5).opens_at(5), at(1));
+}
+
 struct Copier {
     id: MemberId,
     /// A bit per shard that has something to copy.
@@ -130,6 +178,48 @@ fn bounds_of_rates_and_priorities() {
         assert!(Priority::new(bad).is_err());
     }
     assert_eq!((Priority::default().weight(), weight(1).weight(), weight(1000).weight()), (100, 1, 1000));
+}
+
+/// One after the other, from the one that has waited longest.
+#[test]
+fn the_shards_of_a_clone_take_turns() {
+    let mut share = HydrationShare::default();
+    share.set_total_rate(Some(rate(10 * SLOW)), Duration::ZERO);
+    let id = share.add(Priority::default(), None, Duration::ZERO);
+    let mut order = Vec::new();
+    for step in 1..200 {
+        let now = step * Duration::from_millis(10);
+        for shard in [2, 0, 1] {
+            if share.request(id, ShardIndex(shard), SLOW, now) == Answer::Granted {
+                share.spend(id, ShardIndex(shard), SLOW);
+                order.push(shard);
+            }
+        }
+    }
+    assert!(order.len() >= 12, "{order:?}");
+    assert!(
+        order.windows(3).skip(1).all(|three| three[0] != three[1] && three[1] != three[2] && three[0] != three[2]),
+        "{order:?}"
+    );
+}
+
+/// Who is told when to look again looks a few times for each grant, and is not late.
+#[test]
+fn estimates_spare_looks() {
+    for (weights, shards) in [([1, 1], 1), ([1, 3], 1), ([10, 1], 2), ([5, 2], 3)] {
+        let mut world = World::new(Some(20 * SLOW), Duration::ZERO);
+        weights.into_iter().for_each(|weight| _ = world.add(weight, None, shards, SLOW));
+        world.run(SECOND);
+        world.looks = 0;
+        let spent: u64 = world.spent_in(60 * SECOND).iter().sum();
+        let grants = spent / SLOW;
+        assert!(grants >= 1180, "{grants}");
+        assert!(
+            world.looks <= (3 + u64::from(shards)) * grants,
+            "{weights:?} {shards}: {} looks for {grants} grants",
+            world.looks
+        );
+    }
 }
 
 #[test]

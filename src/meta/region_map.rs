@@ -347,7 +347,8 @@ impl RegionMap {
         owned * per_zone + 8 * owned.div_ceil(64) + 32
     }
 
-    pub fn is_released(&self) -> bool {
+    #[cfg(test)]
+    fn is_released(&self) -> bool {
         self.released
     }
 }

@@ -153,7 +153,7 @@ impl CloneSlice {
                     self.store_zeros(piece).await?;
                     zero_bytes += piece.len();
                 }
-                false => self.write_held(piece, data.slice(at..end), false).await?,
+                false => self.write_held(piece, data.slice(at..end)).await?,
             }
             at = end;
         }

@@ -229,8 +229,7 @@ impl CloneSlice {
             }
             Err(error) if is_for_all(&error) => {
                 sched.failed_for_all(batch, now);
-                let why = format!("hydration pauses on shard {}: {error}", self.me);
-                self.state.hydration_fails(self.me, &why, now);
+                self.state.hydration_fails(self.me, &error, now);
                 drop(sched);
                 self.note_failed_batch(error);
             }
@@ -259,7 +258,8 @@ impl CloneSlice {
         let Some(range) = ByteRange::between(start, zone_end.min(start + ALLOCATION_AHEAD_BYTES)) else {
             return Ok(None);
         };
-        let extents = match self.source()?.allocation(range).await {
+        let source = self.source()?;
+        let extents = match self.answer_of_source(source.allocation(range)).await {
             Ok(extents) => extents,
             Err(error) if is_for_all(&error) => return Err(error),
             // Reads may work all the same: then all is data.

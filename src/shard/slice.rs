@@ -247,13 +247,24 @@ impl CloneSlice {
         })
     }
 
+    /// Waits for what the source says. It counts as silent meanwhile; a request that was given up is no answer.
+    pub(super) async fn answer_of_source<T>(&self, answer: impl Future<Output = Result<T>>) -> Result<T> {
+        let asked = self.state.source_wait().asked(self.env.now());
+        let result = answer.await;
+        let given_up = |error: &Error| matches!(error.kind(), ErrorKind::SourceLost | ErrorKind::Shutdown);
+        if !result.as_ref().is_err_and(given_up) {
+            asked.answered(self.env.now());
+        }
+        result
+    }
+
     /// Reads from the source, counted and timed.
     pub(super) async fn read_source(&self, range: ByteRange) -> Result<DmaBuf> {
         let counters = &self.counters;
         counters.source_read.request(range.len());
         let began = self.env.now();
         let result = match self.source() {
-            Ok(source) => source.read(range).await,
+            Ok(source) => self.answer_of_source(source.read(range)).await,
             Err(error) => Err(error),
         };
         match &result {

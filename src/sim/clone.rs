@@ -4,7 +4,7 @@ use super::disk::SimDisk;
 use super::executor::Sim;
 use super::mesh::{Net, SimMesh};
 use super::source::SimSource;
-use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs, Mode};
+use crate::clone_state::{AUTOMATIC, CloneState, HydrationKnobs, KeepsBits, Mode};
 use crate::coordinator::{Coordinator, GrowParts, SUSPEND_TIME_MAX};
 use crate::disk::Disk;
 use crate::env::Env;
@@ -23,10 +23,12 @@ use crate::shard::{COORDINATOR, Mesh, ShardRequest};
 use crate::source::Source;
 use crate::source::padded::PaddedSource;
 use crate::source::remote::RemoteSource;
-use crate::units::{ByteRange, CloneId, Generation, Geometry, RegionSize, ShardIndex};
+use crate::units::{ByteRange, CloneId, Generation, Geometry, RegionIndex, RegionRange, RegionSize, ShardIndex};
 use bytes::Bytes;
+use std::collections::BTreeSet;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::*};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// What the destination holds before the clone: no read may ever show it.
@@ -74,12 +76,39 @@ impl Setup {
     }
 }
 
+/// What keeps bits in the simulation; see [`crate::kept_bits`].
+#[derive(Default)]
+pub struct SimKept {
+    regions: Mutex<BTreeSet<u64>>,
+    spoiled: AtomicBool,
+}
+
+impl SimKept {
+    pub fn is_spoiled(&self) -> bool {
+        self.spoiled.load(Acquire)
+    }
+    pub fn count(&self) -> usize {
+        self.regions.lock().unwrap().len()
+    }
+}
+
+impl KeepsBits for SimKept {
+    fn keep(&self, regions: RegionRange) {
+        self.regions.lock().unwrap().extend(regions.indices());
+    }
+    fn spoil(&self) {
+        self.spoiled.store(true, Release);
+    }
+}
+
 /// What survives a clone's end.
 #[derive(Clone)]
 pub struct Devices {
     pub source: Rc<SimSource>,
     pub destination: Rc<SimDisk>,
     pub metadata: Rc<SimDisk>,
+    /// Of a clone with a block device: survives a kill, not a power cut.
+    pub kept: Option<Arc<SimKept>>,
 }
 
 impl Devices {
@@ -91,6 +120,7 @@ impl Devices {
             source: SimSource::new(sim, content),
             destination: SimDisk::new(sim, "destination", old, setup.block),
             metadata: SimDisk::new(sim, "metadata", metadata, 512),
+            kept: None,
         }
     }
 
@@ -98,7 +128,9 @@ impl Devices {
     pub fn crash(&self, sim: &Sim) -> Self {
         sim.kill_all();
         sim.say(|| "CRASH".into());
-        Self { source: self.source.clone(), destination: self.destination.crashed(), metadata: self.metadata.crashed() }
+        let kept = self.kept.as_ref().map(|_| Arc::default());
+        let (destination, metadata) = (self.destination.crashed(), self.metadata.crashed());
+        Self { source: self.source.clone(), destination, metadata, kept }
     }
 }
 
@@ -108,7 +140,7 @@ impl Devices {
         sim.kill_all();
         sim.say(|| "KILL".into());
         let (destination, metadata) = (self.destination.after_kill(), self.metadata.after_kill());
-        Self { source: self.source.clone(), destination, metadata }
+        Self { source: self.source.clone(), destination, metadata, kept: self.kept.clone() }
     }
 }
 
@@ -191,13 +223,20 @@ impl SimClone {
         let log = EventLog::new("sim", Box::new(|| {}));
         let events = CloneEvents::new(&log, format!("sim{id}"));
         let state = CloneState::new(id, events, geometry, setup.shards, setup.discard_passdown, knobs);
-        let state = Arc::new(state.with_budget(budget));
+        let kept = devices.kept.clone();
+        let state = state.with_budget(budget).with_kept_bits(kept.clone().map(|kept| kept as Arc<dyn KeepsBits>));
+        let state = Arc::new(state);
         let complete = store.superblock().state == codec::CloneState::Complete;
         let env: Rc<dyn Env> = Rc::new(sim.clone());
         let mut maps: Vec<RegionMap> =
             (0..setup.shards).map(|shard| RegionMap::new(geometry, setup.shards, ShardIndex(shard))).collect();
         for (zone, bits) in zones {
             maps[usize::from(geometry.owner_of(zone, setup.shards).0)].load_zone(zone, &bits);
+        }
+        for region in kept.iter().flat_map(|kept| kept.regions.lock().unwrap().clone()) {
+            let owner = geometry.owner_of(geometry.zone_of(RegionIndex(region)), setup.shards);
+            maps[usize::from(owner.0)].set(RegionRange::single(RegionIndex(region)));
+            state.set_dirty(owner);
         }
         let mut meshes = Vec::new();
         let mut dispatchers = Vec::new();
@@ -235,7 +274,7 @@ impl SimClone {
         );
         net.shard(COORDINATOR).attach_coordinator(id, coordinator.clone());
         sim.spawn(coordinator.clone().run());
-        if state.is_all_hydrated() && !complete {
+        if !complete && (state.is_all_hydrated() || kept.is_some()) {
             coordinator.commit().await?;
         }
         for shard in 0..setup.shards {

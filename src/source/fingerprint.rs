@@ -47,6 +47,17 @@ pub struct Sampled {
     pub error: Option<Error>,
 }
 
+impl Sampled {
+    /// The fingerprint, when every sample was read; else why one could not be.
+    pub fn complete(self) -> Result<(SourceFingerprint, Samples)> {
+        match (self.error, self.samples.fingerprint()) {
+            (None, Some(fingerprint)) => Ok((fingerprint, self.samples)),
+            (Some(error), _) => Err(error),
+            (None, None) => unreachable!("what is missing has an error"),
+        }
+    }
+}
+
 impl Samples {
     /// In bytes: so many of the source, from its start.
     pub fn size(&self) -> u64 {
@@ -105,12 +116,7 @@ impl Samples {
 
 /// Reads the samples of `source`, 16 at a time, and digests them. Fails as the reads fail.
 pub async fn fingerprint(source: &dyn Source) -> Result<SourceFingerprint> {
-    let Sampled { samples, error } = sample(source).await?;
-    match (error, samples.fingerprint()) {
-        (None, Some(fingerprint)) => Ok(fingerprint),
-        (Some(error), _) => Err(error),
-        (None, None) => unreachable!("what is missing has an error"),
-    }
+    sample(source).await?.complete().map(|(fingerprint, _)| fingerprint)
 }
 
 /// Reads the samples of `source`, 16 at a time. One that fails by itself (`Io`: a bad sector) is left out; fails as the

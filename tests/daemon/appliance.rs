@@ -87,12 +87,17 @@ fn one_that_fails_does_not_keep_the_others_from_starting() {
     need!("nbdsh");
     let bench = Bench::new();
     let good = bench.random("good.source", MIB);
+    // Nothing that passes by itself.
     let missing = bench.path("missing");
+    fs::create_dir(&missing).unwrap();
     let config = clone_table("bad", &missing, "") + &clone_table("good", &good, "");
     let mut daemon = Daemon::serve(&bench, &config);
     daemon.wait_status_of("good", "hydrated", |status| status.is_complete());
     let status = daemon.wait_status_of("bad", "failed", |status| status.state == CloneRunState::Failed);
     assert!(status.error.as_ref().unwrap().contains("missing"), "{status:?}");
+    assert_eq!(status.retry_in_seconds, None);
+    let text = status.last_event.unwrap();
+    assert!(text.contains("nothing tries again by itself: when that is mended, `hydrant create FILE`"), "{text}");
     assert!(!bench.path("bad.img").exists() && !bench.path("bad.meta").exists());
     let list = daemon.done(&["list"]);
     assert!(list.lines().any(|line| line.starts_with("bad") && line.contains("failed")), "{list}");
@@ -103,6 +108,7 @@ fn one_that_fails_does_not_keep_the_others_from_starting() {
     assert!(refused.contains("could not be started"), "{refused}");
 
     // The name is free for another try.
+    fs::remove_dir(&missing).unwrap();
     bench.random("missing", MIB);
     fs::write(bench.path("bad.toml"), clone_table("bad", &missing, "")).unwrap();
     daemon.done(&["create", bench.path("bad.toml").to_str().unwrap()]);
@@ -110,6 +116,89 @@ fn one_that_fails_does_not_keep_the_others_from_starting() {
     daemon.signal("TERM");
     let (status, log) = daemon.end_within(Duration::from_secs(20));
     assert!(status.success(), "{log}");
+}
+
+/// A daemon that begins at boot, before the servers of its sources do.
+#[test]
+fn a_source_that_is_away_at_the_start_is_waited_for() {
+    need!("nbdkit");
+    let bench = Bench::new();
+    let mut server = Nbdkit::start(&bench, "pattern 1M");
+    server.kill();
+    let late = bench.path("late.source");
+    let nbd = |name: &str| clone_table(name, Path::new(&server.uri()), "");
+    let config = nbd("vm") + &clone_table("late", &late, "") + &clone_table("dir", bench.path("").as_path(), "");
+    let mut daemon = Daemon::serve(&bench, &config);
+    let failed = |status: &hydrant::control::api::Status| status.state == CloneRunState::Failed;
+    for name in ["vm", "late", "dir"] {
+        let status = daemon.wait_status_of(name, "failed", failed);
+        assert_eq!(status.retry_in_seconds.is_some(), name != "dir", "{status:?}");
+        assert!(!bench.path(&format!("{name}.img")).exists());
+    }
+    daemon.wait_log("; it is tried again");
+    daemon.wait_log("serving 0 clones of 3");
+    // Tried twice more at least, and told once.
+    std::thread::sleep(Duration::from_secs(4));
+    let status = daemon.status_of("vm");
+    assert_eq!((status.state, status.events), (CloneRunState::Failed, 1), "{status:?}");
+    assert!(
+        status.last_event.as_ref().unwrap().contains("it is tried again, with pauses of up to a minute"),
+        "{status:?}"
+    );
+    let text = daemon.done(&["status", "vm"]);
+    assert!(text.contains("\n  next try     in ") && text.contains(" s\n"), "{text}");
+    assert!(daemon.refused(&["wait", "vm"]).contains("could not be started"));
+    assert_eq!(daemon.done(&["events", "vm"]).lines().count(), 1, "{}", daemon.done(&["events", "vm"]));
+
+    server.again("pattern 1M");
+    fs::write(&late, random_bytes(1, MIB)).unwrap();
+    for name in ["vm", "late"] {
+        let status = daemon.wait_status_of(name, "hydrated", |status| status.is_complete());
+        assert_eq!((status.error, status.retry_in_seconds), (None, None));
+    }
+    assert_same_files(&late, &bench.path("late.img"));
+    assert!(failed(&daemon.status_of("dir")));
+    daemon.done(&["remove", "vm"]);
+    daemon.signal("TERM");
+    let (status, log) = daemon.end_within(Duration::from_secs(20));
+    assert_eq!(status.code(), Some(1), "'dir' has failed: {log}");
+    assert_eq!(log.matches("clone 'vm' can't be started").count(), 1, "{log}");
+    assert!(!log.contains("still can't be started"), "{log}");
+}
+
+/// The only clone: the daemon stays for a server that may come, and ends, when it is told to, with why it does not run.
+#[test]
+fn the_only_clone_waits_for_its_server_too() {
+    need!("nbdkit");
+    let bench = Bench::new();
+    let mut server = Nbdkit::start(&bench, "pattern 1M");
+    server.kill();
+    let table = clone_table("vm", Path::new(&server.uri()), "");
+    let mut daemon = Daemon::serve(&bench, &table);
+    daemon.wait_log("clone 'vm' can't be started: source nbd");
+    daemon.done(&["remove", "vm"]);
+    let file = bench.path("vm.toml");
+    fs::write(&file, &table).unwrap();
+    let create = ["create", file.to_str().unwrap()];
+    // Who asks for it is told, and asks again.
+    let refused = daemon.refused(&create);
+    assert!(refused.contains("source nbd"), "{refused}");
+    assert_eq!(daemon.done(&["list"]).lines().count(), 1);
+    server.again("pattern 1M");
+    daemon.done(&create);
+    daemon.wait_status_of("vm", "hydrated", |status| status.is_complete());
+    daemon.done(&["stop"]);
+    let (status, log) = daemon.end_within(Duration::from_secs(20));
+    assert!(status.success(), "{log}");
+
+    fs::remove_file(bench.path("vm.img")).unwrap();
+    fs::remove_file(bench.path("vm.meta")).unwrap();
+    server.kill();
+    let mut daemon = Daemon::serve(&bench, &table);
+    daemon.wait_log("clone 'vm' can't be started: source nbd");
+    daemon.signal("TERM");
+    let (status, log) = daemon.end_within(Duration::from_secs(20));
+    assert_eq!(status.code(), Some(1), "{log}");
 }
 
 #[test]

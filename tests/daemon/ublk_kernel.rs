@@ -94,3 +94,26 @@ fn who_uses_the_device_of_a_killed_daemon_has_only_waited() {
     said.has("left at the end: ");
     said.has("end");
 }
+
+#[test]
+fn block_devices_of_a_daemon_of_many_clones() {
+    need!("qemu-system-x86_64", "busybox", "cpio", "modprobe", "xz", "mkfs.ext4");
+    let Some(said) = boot("ublk-serve.guest") else { return };
+    said.has("chosen: /dev/ublkb3");
+    said.has("free one: /dev/ublkbN");
+    said.has_part("remove-mounted: ", "clone 'a' is in use (/dev/ublkb");
+    said.has_part("remove-mounted: ", " is mounted at /mnt; end that, or use --force)");
+    said.has_part("remove-open: ", "clone 'b' is in use (/dev/ublkb3 is open by process ");
+    said.has("end while suspended: 0");
+    said.has("other device: removed");
+    said.has("taken over: the same");
+    said.has("held: written");
+    said.has("both taken over: the same");
+    said.has("held: still there");
+    said.has("removed: b");
+    said.has("removed by force: a");
+    said.has("gone: 0");
+    said.has("end: 0");
+    said.has("left at the end: ");
+    said.has("end");
+}

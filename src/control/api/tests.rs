@@ -46,14 +46,14 @@ fn json_names_are_pinned() {
     let json = serde_json::to_value(Status { last_event: Some("x".into()), ..fresh() }).unwrap();
     let mut names = Vec::new();
     collect_names("", &json, &mut names);
-    let pinned = "name state error warnings ublk suspended suspending resizing size region_size nr_regions hydrated_regions hydrating_regions hydration.enabled \
+    let pinned = "name state error retry_in_seconds warnings ublk suspended suspending resizing size region_size nr_regions hydrated_regions hydrating_regions hydration.enabled \
          hydration.threshold hydration.batch_size hydration.threshold_effective hydration.batch_size_effective \
          hydration.state hydration.failures_max hydration.failures_in_a_row hydration.failed_regions \
          hydration.failed_ranges hydration.failed_regions_more hydration.last_failure hydration.rate hydration.total_rate hydration.priority \
          hydration.bytes_per_second hydration.eta_seconds \
          features.no_hydration features.no_discard_passdown metadata.path metadata.mode metadata.error metadata.block_size \
          metadata.used_blocks metadata.total_blocks metadata.generation event_nr events last_event source.spec \
-         source.state source.losses source.reconnects destination nbd.address nbd.export nbd.connections io.reads \
+         source.state source.losses source.reconnects source.silent_seconds destination nbd.address nbd.export nbd.connections io.reads \
          io.writes io.trims io.write_zeroes io.flushes io.read_bytes io.write_bytes io.trim_bytes \
          io.write_zeroes_bytes io.errors io.source_read_bytes io.hydrated_bytes io.commits shards uptime_seconds \
          version pid";

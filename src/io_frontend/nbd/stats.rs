@@ -38,3 +38,24 @@ impl Drop for Raised<'_> {
         self.0.set(self.0.get().saturating_sub(1));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_add_up_and_a_gauge_falls_with_its_guard() {
+        let stats = ConnectionStats::default();
+        add(&stats.read_bytes, 3);
+        add(&stats.read_bytes, 4);
+        assert_eq!(stats.read_bytes.get(), 7);
+
+        let first = Raised::new(&stats.in_flight);
+        let second = Raised::new(&stats.in_flight);
+        assert_eq!(stats.in_flight.get(), 2);
+        drop(first);
+        assert_eq!(stats.in_flight.get(), 1);
+        drop(second);
+        assert_eq!(stats.in_flight.get(), 0);
+    }
+}

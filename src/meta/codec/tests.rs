@@ -110,6 +110,44 @@ fn sizes_and_limits() {
     }
 }
 
+/// The most that is allowed is allowed.
+#[test]
+fn limits_are_inclusive() {
+    let small = RegionSize::new(4096).unwrap();
+    assert_eq!(geometry_for(REGIONS_MAX * 4096, small).unwrap().nr_regions(), REGIONS_MAX);
+    assert!(geometry_for(REGIONS_MAX * 4096 + 1, small).is_err());
+    let with_zones = |zones: u64| Geometry::new(zones * 4096, small, 1).unwrap();
+    assert_eq!(check_limits(&with_zones(ZONES_MAX)), Ok(()));
+    let refused = check_limits(&with_zones(ZONES_MAX + 1)).unwrap_err();
+    assert_eq!(refused, "16777217 zones, at most 16777216 are supported");
+    assert!(check_limits(&with_zones(3 * ZONES_MAX)).is_err());
+}
+
+/// What is not known of a clone's devices yet, and what that means for its length.
+#[test]
+fn devices_that_are_not_known_yet() {
+    let with = |source, destination_id| Superblock { source, destination_id, ..sample() };
+    let known = sample();
+    assert!(known.source.is_known() && !known.source.is_none());
+    assert!(!SourceFingerprint::UNKNOWN.is_known() && !SourceFingerprint::UNKNOWN.is_none());
+    assert!(SourceFingerprint::NONE.is_known() && SourceFingerprint::NONE.is_none());
+    assert_eq!(with(SourceFingerprint::UNKNOWN, [1; 16]).source_len(), known.geometry.size());
+    assert_eq!(with(SourceFingerprint::NONE, [1; 16]).source_len(), 0);
+    let short = SourceFingerprint { size: 77, ..known.source };
+    assert_eq!(with(short, [1; 16]).source_len(), 77);
+    for (source, destination, lacks) in [
+        (known.source, [1; 16], false),
+        (known.source, DESTINATION_UNKNOWN, false),
+        (SourceFingerprint::NONE, [1; 16], false),
+        (SourceFingerprint::UNKNOWN, [1; 16], true),
+        (known.source, DESTINATION_NONE_YET, true),
+        (SourceFingerprint::UNKNOWN, DESTINATION_NONE_YET, true),
+    ] {
+        assert_eq!(with(source, destination).lacks_devices(), lacks, "{source:?} {destination:?}");
+    }
+    assert_eq!([CloneState::Active, CloneState::Complete].map(CloneState::name), ["active", "complete"]);
+}
+
 /// The format as committed: these bytes may change only together with `FORMAT_VERSION`. They were
 /// made by another implementation (of the description at the head of the codec, with a bitwise crc32c).
 #[test]
@@ -227,6 +265,66 @@ fn sector_fields_are_checked_under_a_right_checksum() {
         bad[0].to_string(),
         "sector 336 (byte offset 172032): all zero, what was written is lost; it covers regions 163840 to 163840"
     );
+}
+
+/// The words of a sector that have no regions belong to no other sector's.
+#[test]
+fn bits_behind_the_words_of_a_sector_are_damage() {
+    let superblock = sample();
+    let codec = ZoneCodec::new(&superblock);
+    // 4096 regions per zone: 8 words in each sector of a whole zone.
+    let mut block = encode(&superblock, ZoneIndex(1), 1, &[u64::MAX; 64]);
+    assert!(codec.decode(ZoneIndex(1), &block).bad.is_empty());
+    block[BITS_AT + 8 * 8] = 1;
+    let crc = codec.sector_crc(zone_block(ZoneIndex(1)) * 8, &block[..512]);
+    put(&mut block, 0, &crc.to_le_bytes());
+    let bad = codec.decode(ZoneIndex(1), &block).bad;
+    assert_eq!(bad.len(), 1);
+    assert_eq!(bad[0].fault, SectorFault::Field("bits (some without a region are set)"));
+}
+
+/// Every byte whose value is known otherwise is put right, in every sector of whole and short zones; one that is only known
+/// by itself (checksum, generation, bits of regions) is left as it is, damaged.
+#[test]
+fn what_is_known_of_a_sector_is_restored() {
+    let superblock = sample();
+    let codec = ZoneCodec::new(&superblock);
+    let last = ZoneIndex(superblock.geometry.nr_zones() - 1);
+    for (zone, words_of) in [(ZoneIndex(2), [8; 8]), (last, [1, 0, 0, 0, 0, 0, 0, 0])] {
+        let bits = random_bits(&superblock.geometry, zone, 3);
+        let good = encode(&superblock, zone, 5, &bits);
+        for at in 0..BLOCK_SIZE {
+            let (sector, offset) = (at / SECTOR_BYTES, at % SECTOR_BYTES);
+            let of_regions = BITS_AT..BITS_AT + words_of[sector] * 8;
+            // The one region of the last zone is the lowest bit of its first byte.
+            let flip = if zone == last { 0xfe } else { 0xff };
+            let is_known = match offset {
+                4..8 | 16..32 => true,
+                BITS_AT.. if zone == last => true,
+                BITS_AT.. => !of_regions.contains(&offset),
+                _ => false,
+            };
+            let mut damaged = good;
+            damaged[at] ^= flip;
+            let mut restored = damaged;
+            codec.restore(zone, &mut restored);
+            assert!(restored == if is_known { good } else { damaged }, "zone {zone}, byte {at}");
+        }
+        // All of that in all sectors at once.
+        let mut damaged = good;
+        for (sector, words) in damaged.chunks_exact_mut(SECTOR_BYTES).zip(words_of) {
+            sector[4..8].fill(1);
+            sector[16..32].fill(2);
+            sector[BITS_AT + words * 8..].fill(3);
+        }
+        codec.restore(zone, &mut damaged);
+        assert!(damaged == good, "zone {zone}");
+        let mut lost = good;
+        lost[..SECTOR_BYTES].fill(0);
+        let before = lost;
+        codec.restore(zone, &mut lost);
+        assert!(lost == before, "nothing is known of its bits");
+    }
 }
 
 #[test]

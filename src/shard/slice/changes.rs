@@ -95,7 +95,7 @@ impl CloneSlice {
     async fn change_destination(&self, range: ByteRange, change: Change) -> Result<()> {
         let route = match change {
             Change::Data(data) => {
-                self.write_destination(range, data, false).await?;
+                self.write_destination(range, data).await?;
                 Route::WriteDestination
             }
             Change::Zeroes(flags) => {
@@ -140,17 +140,17 @@ impl CloneSlice {
         Err(error)
     }
 
-    async fn write_destination(&self, range: ByteRange, data: Bytes, fua: bool) -> Result<()> {
+    async fn write_destination(&self, range: ByteRange, data: Bytes) -> Result<()> {
         let outer = self.outer(range);
         let hold = if outer == range { Hold::Shared } else { Hold::Exclusive };
         let _held = self.locks.hold(outer, hold).await;
-        self.write_held(range, data, fua).await
+        self.write_held(range, data).await
     }
 
     /// Writes; the bytes around it, to whole blocks, are held exclusively unless the range is aligned.
-    pub(in crate::shard) async fn write_held(&self, range: ByteRange, data: Bytes, fua: bool) -> Result<()> {
+    pub(in crate::shard) async fn write_held(&self, range: ByteRange, data: Bytes) -> Result<()> {
         let whole = self.merged(range, data).await?;
-        self.destination.write(self.outer(range).start(), whole, fua).await
+        self.destination.write(self.outer(range).start(), whole, false).await
     }
 
     /// The whole blocks that a write of `data` to `range` changes, as they are afterwards.
@@ -181,12 +181,12 @@ impl CloneSlice {
     pub(in crate::shard) async fn zero_held(&self, range: ByteRange, flags: ZeroFlags) -> Result<()> {
         let Some(inner) = self.inner(range) else {
             let zeros = Bytes::from(DmaBuf::zeroed(range.len() as usize));
-            return self.write_held(range, zeros, false).await;
+            return self.write_held(range, zeros).await;
         };
         self.destination.zero(inner, flags).await?;
         let edges = [ByteRange::between(range.start(), inner.start()), ByteRange::between(inner.end(), range.end())];
         for edge in edges.into_iter().flatten() {
-            self.write_held(edge, Bytes::from(DmaBuf::zeroed(edge.len() as usize)), false).await?;
+            self.write_held(edge, Bytes::from(DmaBuf::zeroed(edge.len() as usize))).await?;
         }
         Ok(())
     }
@@ -207,7 +207,7 @@ impl CloneSlice {
             Change::Trim(_) => (Route::TrimWholeRegion, How::Discard),
         };
         match change {
-            Change::Data(data) => self.write_held(bytes, data, false).await?,
+            Change::Data(data) => self.write_held(bytes, data).await?,
             Change::Zeroes(flags) | Change::Trim(flags) => self.zero_held(bytes, flags).await?,
         }
         self.counters.part(route, bytes.len());
@@ -245,7 +245,7 @@ impl CloneSlice {
         if bytes.len() > COPY_UNIT_BYTES {
             let zero_bytes = self.copy_chunks(bytes).await?;
             match change {
-                Change::Data(data) => self.write_held(range, data, false).await?,
+                Change::Data(data) => self.write_held(range, data).await?,
                 Change::Zeroes(flags) | Change::Trim(flags) => self.zero_held(range, flags).await?,
             }
             self.counters.part(route, range.len());
@@ -261,7 +261,7 @@ impl CloneSlice {
             Change::Data(data) => changed.copy_from_slice(&data),
             Change::Zeroes(_) | Change::Trim(_) => changed.fill(0),
         }
-        self.write_held(bytes, buf.into(), false).await?;
+        self.write_held(bytes, buf.into()).await?;
         self.counters.part(route, range.len());
         self.copied(&copy, How::PartialWrite, 0);
         Ok(())

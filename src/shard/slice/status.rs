@@ -34,7 +34,10 @@ impl CloneSlice {
                 }
                 let found = match (hydrated, &source) {
                     (false, None) => Ok(Vec::new()),
-                    (false, Some(asked)) => asked.allocation(rest).await.inspect_err(|_| source = None),
+                    (false, Some(asked)) => {
+                        let answer = self.answer_of_source(asked.allocation(rest)).await;
+                        answer.inspect_err(|_| source = None)
+                    }
                     (true, _) => {
                         self.destination.allocation(self.outer(rest)).await.map(|e| clip(e, self.outer(rest), rest))
                     }

@@ -125,7 +125,8 @@ fn bad_areas_keep_back_nothing_else() {
     let areas: [&[(u64, u64)]; 4] =
         [&[(100, 40)], &[(0, 700)], &[(1500, 500)], &[(3, 1), (17, 2), (64, 128), (700, 33), (1999, 1)]];
     for areas in areas {
-        scenario_of(&setup, content(setup.size), 0..4, |clone| async move {
+        // With seed 46 the last good regions of a zone were once kept back by hundreds of retries.
+        scenario_of(&setup, content(setup.size), 43..47, |clone| async move {
             clone.devices.source.set_bad(areas.iter().map(|(first, count)| regions(*first, *count)).collect());
             let bad: Vec<u64> = areas.iter().flat_map(|(first, count)| *first..first + count).collect();
             let good = 2000 - bad.len() as u64;

@@ -281,6 +281,33 @@ fn a_fua_write_that_fails_in_its_flush_makes_read_only() {
     });
 }
 
+/// What can't be read at the edges of a direct FUA write, the block that it changes a part of, is its client's affair, also
+/// when it can be read a moment later: no flush has failed.
+#[test]
+fn a_failed_read_at_a_fua_writes_edge_is_no_failed_flush() {
+    // Within a block, the first block in part, the last one in part.
+    for (offset, len) in [(100, 100), (700, 1348), (512, 700)] {
+        scenario(&setup(), move |clone| async move {
+            clone.write_flags(0, &[1; 4096], RequestFlags::FUA).await.unwrap();
+            clone.devices.destination.clear_log();
+            let mut reads = 0;
+            clone.devices.destination.set_fault(move |op| {
+                reads += u32::from(matches!(op, Op::Read(_)));
+                (matches!(op, Op::Read(_)) && reads == 1).then_some(libc::EIO)
+            });
+            let error = clone.write_flags(offset, &vec![2; len], RequestFlags::FUA).await.unwrap_err();
+            assert_eq!((error.kind(), clone.state.mode()), (ErrorKind::Io, Mode::ReadWrite));
+            let log = clone.devices.destination.log();
+            assert!(matches!(log[..], [(_, Op::Read(_))]), "nothing was written: {log:?}");
+            clone.write_flags(offset, &vec![3; len], RequestFlags::FUA).await.unwrap();
+            clone.flush().await.unwrap();
+            let mut expected = [1; 4096];
+            expected[offset as usize..][..len].fill(3);
+            assert_eq!(clone.read(0, 4096).await.unwrap(), expected);
+        });
+    }
+}
+
 #[test]
 fn copies_that_fail_are_not_counted_as_hydrated() {
     let setup = Setup { hydration: true, ..setup() };

@@ -209,6 +209,39 @@ mod tests {
         }
     }
 
+    /// A server may send the chunks of a read in any order.
+    #[test]
+    fn chunks_in_any_order_make_a_whole() {
+        // Four chunks of the range 4090..4100, each with its own content.
+        let chunks = [(4090, 1, b'a'), (4091, 4, b'b'), (4095, 3, b'c'), (4098, 2, b'd')];
+        for order in 0..4usize.pow(4) {
+            let order = [0, 1, 2, 3].map(|place| order / 4usize.pow(place) % 4);
+            if (0..4).any(|chunk| !order.contains(&chunk)) {
+                continue;
+            }
+            let mut assembly = read(4090, 10);
+            for (offset, len, content) in order.map(|chunk| chunks[chunk]) {
+                let place = assembly.claim(offset, len).unwrap();
+                let mut buf = assembly.take_buf();
+                buf[place].fill(content);
+                assembly.put_buf(buf);
+            }
+            match assembly.finish() {
+                Ok(Outcome::Data(buf)) => assert_eq!(&buf[..], b"abbbbcccdd", "order {order:?}"),
+                other => panic!("order {order:?}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_reply_that_ends_early_says_how_much_came() {
+        let mut assembly = read(100, 10);
+        assembly.hole(101, 2).unwrap();
+        assembly.hole(107, 3).unwrap();
+        let error = assembly.finish().unwrap_err();
+        assert!(error.to_string().contains("reply with 5 of 10 bytes"), "{error}");
+    }
+
     #[test]
     fn what_does_not_belong_is_refused() {
         assert!(read(100, 10).claim(99, 1).is_err());

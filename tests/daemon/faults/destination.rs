@@ -1,7 +1,7 @@
 //! The destination fails.
 
 use super::super::harness::*;
-use super::{ends_badly, events, status_text};
+use super::{ends_badly, events, on_faulty_disk, status_text};
 use std::fs;
 
 /// A flush that failed is never retried into success, not even when the disk flushes again: no later flush or FUA write is
@@ -11,9 +11,7 @@ use std::fs;
 fn after_a_failed_flush_no_flush_succeeds_until_the_next_start() {
     need!("fuse", "nbdsh");
     let bench = Bench::new();
-    let source = bench.random("source", 8 * MIB);
-    let disk = FaultyFile::new(&bench, "disk", 8 * MIB);
-    let command = bench.clone_of(&source).destination(&disk.path).args("--shards 2");
+    let (source, disk, command) = on_faulty_disk(&bench, 8 * MIB);
     let daemon = command.clone().args("--no-hydration").start();
     nbdsh(&daemon.uri(), "h = connect(); h.pwrite(b'1' * 300_000, 65536); h.flush()");
     disk.fail("flush", "EIO");
@@ -69,9 +67,7 @@ assert h.pread(1000, 7 << 20) == open(@SOURCE@, "rb").read()[7 << 20:][:1000]
 fn write_errors_of_a_part_cost_that_part() {
     need!("fuse", "nbdsh");
     let bench = Bench::new();
-    let source = bench.random("source", 8 * MIB);
-    let disk = FaultyFile::new(&bench, "disk", 8 * MIB);
-    let command = bench.clone_of(&source).destination(&disk.path);
+    let (source, disk, command) = on_faulty_disk(&bench, 8 * MIB);
     // Regions 64 and 65.
     disk.fail("write", &format!("EIO {} {}", 64 * 65536 + 4096, 65 * 65536 + 4096));
     let daemon = command.start();
@@ -112,9 +108,7 @@ h.flush()
 fn read_errors_of_hydrated_bytes_are_told_and_never_covered_by_the_source() {
     need!("fuse", "nbdsh");
     let bench = Bench::new();
-    let source = bench.random("source", 4 * MIB);
-    let disk = FaultyFile::new(&bench, "disk", 4 * MIB);
-    let command = bench.clone_of(&source).destination(&disk.path);
+    let (source, disk, command) = on_faulty_disk(&bench, 4 * MIB);
     let daemon = command.clone().args("--no-hydration").start();
     nbdsh(&daemon.uri(), "h = connect(); h.pwrite(b'n' * 131072, 65536); h.flush()");
     disk.fail("read", "EIO 65536 66048");

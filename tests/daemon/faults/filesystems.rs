@@ -1,7 +1,7 @@
 //! The file system under a destination or the metadata is full, read-only, shut down; the disk under it is gone.
 
 use super::super::harness::*;
-use super::{ends_badly, events, status_text};
+use super::{ends_badly, events, on_faulty_disk, status_text};
 use hydrant::control::api::HydrationState;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -76,7 +76,10 @@ print(done[-1])
         daemon.log()
     );
     daemon.message("enable_hydration");
-    daemon.wait_status("failing", |status| status.hydration.state == HydrationState::Failing);
+    let status = daemon.wait_status("failing", |status| status.hydration.state == HydrationState::Failing);
+    let failure = status.hydration.last_failure.unwrap_or_default();
+    assert!(failure.error.contains("No space left on device") && failure.errno == libc::ENOSPC, "{failure:?}");
+    assert!(status_text(&daemon).contains("the last failure: destination "), "{}", status_text(&daemon));
     let told = events(&daemon, "hydration_failed");
     assert!(told.iter().any(|text| text.contains("No space left on device")), "{told:?}");
     daemon.kill9();
@@ -85,6 +88,7 @@ print(done[-1])
     daemon.wait_event("hydration pauses");
     fs::remove_file(filler).unwrap();
     daemon.wait_hydrated();
+    assert_eq!(daemon.status().hydration.last_failure, None);
     daemon.stop();
     let (found, expected) = (read_first(destination, 32 * MIB), fs::read(&source).unwrap());
     for (region, found) in found.chunks(65536).enumerate() {
@@ -234,9 +238,7 @@ print(failed, flushed)
 fn a_destination_that_is_pulled_out_loses_nothing_that_was_flushed() {
     need!("fuse", "nbdsh");
     let bench = Bench::new();
-    let source = bench.random("source", 4 * MIB);
-    let mut disk = FaultyFile::new(&bench, "disk", 4 * MIB);
-    let command = bench.clone_of(&source).destination(&disk.path).args("--shards 2");
+    let (source, mut disk, command) = on_faulty_disk(&bench, 4 * MIB);
     let daemon = command.clone().args("--no-hydration").start();
     nbdsh(&daemon.uri(), "h = connect(); h.pwrite(b'1' * 100_000, 65536); h.flush()");
     disk.pull();
@@ -270,9 +272,7 @@ fails(errno.EIO, lambda: h.pwrite(b"x", 0))
 fn a_destination_that_stalls_costs_time_only() {
     need!("fuse", "nbdsh");
     let bench = Bench::new();
-    let source = bench.random("source", 4 * MIB);
-    let disk = FaultyFile::new(&bench, "disk", 4 * MIB);
-    let command = bench.clone_of(&source).destination(&disk.path).args("--shards 2");
+    let (source, disk, command) = on_faulty_disk(&bench, 4 * MIB);
     let daemon = command.start();
     disk.fail("write", "STALL 2097152 4194304");
     disk.fail("flush", "STALL");

@@ -10,6 +10,14 @@ mod metadata;
 mod source;
 
 use super::harness::*;
+use std::path::PathBuf;
+
+/// A clone of random data, on two shards, to a disk that fails when it is told to.
+fn on_faulty_disk(bench: &Bench, size: u64) -> (PathBuf, FaultyFile, CloneCommand) {
+    let (source, disk) = (bench.random("source", size), FaultyFile::new(bench, "disk", size));
+    let command = bench.clone_of(&source).destination(&disk.path).args("--shards 2");
+    (source, disk, command)
+}
 
 /// What the daemon says to people and programs about one clone.
 fn status_text(daemon: &Daemon) -> String {

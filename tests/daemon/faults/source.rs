@@ -2,7 +2,7 @@
 
 use super::super::harness::*;
 use super::{events, status_text};
-use hydrant::control::api::{HydrationState, SourceState};
+use hydrant::control::api::{HydrationState, SOURCE_STALLED_SECONDS, SourceState};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -49,18 +49,25 @@ fn stalled(stall: Duration, args: &str) {
     let reader =
         std::thread::spawn(move || nbdsh(&uri, "h = connect(); h.pread(4096, 4 << 20); h.pwrite(b'x', 5 << 20)"));
     daemon.message("enable_hydration");
-    let mut slowest = Duration::ZERO;
+    let (mut slowest, mut told) = (Duration::ZERO, String::new());
     while began.elapsed() < stall {
         let asked = Instant::now();
-        assert!(!daemon.status().is_complete());
+        let status = daemon.status();
+        assert!(!status.is_complete());
+        if status.source.state == SourceState::Stalled && told.is_empty() {
+            assert!(status.source.silent_seconds >= SOURCE_STALLED_SECONDS, "{:?}", status.source);
+            told = status_text(&daemon);
+        }
         daemon.client().status_of_all().unwrap();
         slowest = slowest.max(asked.elapsed());
         std::thread::sleep(Duration::from_millis(50));
     }
     assert!(!reader.is_finished(), "what is not hydrated waits");
     assert!(slowest < Duration::from_millis(1500), "status took {slowest:?}");
+    assert!(told.contains(", stalled, no answer for "), "it was not said that the source stalls: {told}");
     server.freeze(false);
     reader.join().unwrap();
+    assert_ne!(daemon.status().source.state, SourceState::Stalled);
     fs::write(&stop, "").unwrap();
     let longest: u64 = client.join().unwrap().trim().parse().unwrap();
     // The machine may be slow; what waits for the source would take as long as it stalls.
@@ -73,12 +80,13 @@ fn stalled(stall: Duration, args: &str) {
     assert_same(&bench.copy(), &expected);
 }
 
-/// While the source stalls, clients of hydrated regions read, write and flush undisturbed, the status answers, others wait;
+/// While the source stalls, clients of hydrated regions read, write and flush undisturbed, the status answers and says so, others
+/// wait;
 /// all goes on when the source does.
 #[test]
 fn a_source_that_stalls_holds_up_only_who_needs_it() {
     need!("nbdkit", "nbdsh");
-    stalled(Duration::from_secs(4), "");
+    stalled(Duration::from_secs(6), "");
 }
 
 /// The same for more than a minute, so that connections are given up and made again; reads wait up to `--source-timeout`.

@@ -39,7 +39,7 @@ pub struct Said(pub String);
 
 impl Said {
     pub fn has(&self, line: &str) {
-        assert!(self.0.lines().any(|found| found.trim_end() == line), "no line '{line}' in:\n{}", self.0);
+        assert!(self.0.lines().any(|found| found.trim_end() == line.trim_end()), "no line '{line}' in:\n{}", self.0);
     }
     /// A line that begins with `start` has `part` in it.
     pub fn has_part(&self, start: &str, part: &str) {

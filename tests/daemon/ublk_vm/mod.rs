@@ -4,6 +4,8 @@
 use super::harness::*;
 
 mod beside_dm_clone;
+mod log_writes;
+mod power_cuts;
 
 /// Boots with these disks, modules and programs for the scripts, with hydrant and what all scripts want. `None`: it can't be
 /// done here.

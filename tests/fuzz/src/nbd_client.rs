@@ -36,8 +36,18 @@ const REQUESTS_MAX: usize = 1 << 20;
 const STREAM_MAX: usize = 1 << 20;
 /// How much data a reply is built with, at most, in bytes.
 const CONTENT_MAX: u64 = 300_000;
-/// What the client asks for, in this order; the first request has cookie 1.
+/// What the client asks for, in this order, as far as the export has it.
 const READS: [(u64, u64); 3] = [(5000, 1000), (65536, 262_144), (0, 1)];
+
+/// The part of these bytes that an export of `size` bytes has.
+fn inside(size: u64, start: u64, len: u64) -> Option<ByteRange> {
+    ByteRange::between(start, start.saturating_add(len).min(size))
+}
+
+/// The reads that the client makes of such an export; the first one has cookie 1.
+fn reads_of(size: u64) -> Vec<ByteRange> {
+    READS.into_iter().filter_map(|(start, len)| inside(size, start, len)).collect()
+}
 
 /// Content of the export that a built stream is about; never 0.
 fn truth(offset: u64) -> u8 {
@@ -100,9 +110,8 @@ async fn ask(source: NbdSource, is_true: bool) {
         set.set(true);
         wake.notify();
     });
-    let inside = |start: u64, len: u64| ByteRange::between(start, start.saturating_add(len).min(source.size()));
     let mut asked: Vec<LocalBoxFuture<'_, ()>> = Vec::new();
-    for range in READS.into_iter().filter_map(|(start, len)| inside(start, len)) {
+    for range in reads_of(source.size()) {
         let source = &source;
         asked.push(Box::pin(async move {
             match source.read(range).await {
@@ -115,7 +124,8 @@ async fn ask(source: NbdSource, is_true: bool) {
             }
         }));
     }
-    for range in [inside(0, DEVICE_SIZE_MAX), inside(4096, 100_000)].into_iter().flatten() {
+    let asked_of = [(0, DEVICE_SIZE_MAX), (4096, 100_000)];
+    for range in asked_of.into_iter().filter_map(|(start, len)| inside(source.size(), start, len)) {
         let source = &source;
         asked.push(Box::pin(async move {
             match source.allocation(range).await {
@@ -188,20 +198,21 @@ fn server(input: &mut Input<'_>) -> (Vec<u8>, bool) {
     }
     // Else the client asks for whole blocks, and a reply that does not say what it is would be of other bytes.
     let is_exact = structured || (how & 0x88 == 0 && minimum == 1);
+    let reads = reads_of(size);
     while !input.is_empty() && out.len() < STREAM_MAX {
-        is_true &= reply(input, structured, &mut out) && is_exact;
+        is_true &= reply(input, structured, &reads, &mut out) && is_exact;
     }
     (out, is_true)
 }
 
 /// A reply, or a part of one, to one of the requests; returns whether its data are what they say they are.
-fn reply(input: &mut Input<'_>, structured: bool, out: &mut Vec<u8>) -> bool {
+fn reply(input: &mut Input<'_>, structured: bool, reads: &[ByteRange], out: &mut Vec<u8>) -> bool {
     let kind = input.u8();
     let which = input.u8();
     let request = usize::from(which & 3);
     let cookie = if which & 0xc0 == 0xc0 { input.number(4) } else { request as u64 + 1 };
     // The requests after the reads are for block status.
-    let (start, len) = READS.get(request).copied().unwrap_or((0, 1 << 20));
+    let (start, len) = reads.get(request).map_or((0, 1 << 20), |range| (range.start(), range.len()));
     let asked = (start, len);
     let done = if which & 4 == 0 { ChunkFlags::DONE } else { ChunkFlags::empty() };
     // All of the request, or a part, or too much.

@@ -119,3 +119,49 @@ proptest! {
         }
     }
 }
+
+/// "Clients MUST NOT set a command flag bit that is not documented for the particular command": every bit by itself.
+#[test]
+fn each_flag_is_valid_for_the_commands_that_document_it() {
+    let (fua, no_hole, df, req_one, fast_zero) = (0, 1, 2, 3, 4);
+    for structured in [false, true] {
+        let terms = Terms { size: 5000, structured, contexts: Contexts::all() };
+        let read: &[u32] = if structured { &[fua, df] } else { &[fua] };
+        for (command, len, valid) in [
+            (Command::READ, 10, read),
+            (Command::WRITE, 10, &[fua]),
+            (Command::FLUSH, 0, &[fua]),
+            (Command::TRIM, 10, &[fua]),
+            (Command::CACHE, 10, &[fua]),
+            (Command::WRITE_ZEROES, 10, &[fua, no_hole, fast_zero]),
+            (Command::BLOCK_STATUS, 10, &[fua, req_one]),
+        ] {
+            for bit in 0..16 {
+                let header = RequestHeader { flags: 1 << bit, command, cookie: 0, offset: 0, len };
+                let verdict = admit(&header, &terms, &limits()).unwrap();
+                let taken = match &verdict {
+                    Verdict::Submit(_) | Verdict::Write { .. } => true,
+                    Verdict::Refuse { error: ErrorCode::EINVAL, .. } => false,
+                    other => panic!("{command}, bit {bit}: {other:?}"),
+                };
+                assert_eq!(taken, valid.contains(&bit), "{command}, bit {bit}, structured {structured}: {verdict:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_refused_block_status_says_what_was_wrong() {
+    for (contexts, len, names) in [
+        (Contexts::all(), 0, "length 0"),
+        (Contexts::empty(), 0, "length 0"),
+        (Contexts::empty(), 10, "no metadata context"),
+    ] {
+        let header = RequestHeader { flags: 0, command: Command::BLOCK_STATUS, cookie: 0, offset: 0, len };
+        let terms = Terms { size: 5000, structured: true, contexts };
+        match admit(&header, &terms, &limits()) {
+            Ok(Verdict::Refuse { why, .. }) => assert!(why.contains(names), "{why}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}

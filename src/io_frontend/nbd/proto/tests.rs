@@ -172,6 +172,8 @@ fn golden_bytes() {
     assert!(oldstyle.to_string().contains("oldstyle"), "{oldstyle}");
     assert!(decode_client_flags([0, 0, 0, 4]).is_err());
     assert_eq!(decode_client_flags([0, 0, 0, 3]).unwrap(), ClientFlags::all());
+    assert_eq!(encode_client_flags(ClientFlags::FIXED_NEWSTYLE), [0, 0, 0, 1]);
+    assert_eq!(encode_client_flags(ClientFlags::NO_ZEROES), [0, 0, 0, 2]);
 
     let go = ClientOption::Go(InfoRequest { name: "a".into(), wanted: vec![InfoType::BLOCK_SIZE] });
     assert_eq!(&go.encode()[..], b"IHAVEOPT\0\0\0\x07\0\0\0\x09\0\0\0\x01a\0\x01\0\x03");
@@ -190,13 +192,120 @@ fn golden_bytes() {
     );
 }
 
+/// Characters of two and of three bytes, placed so that one ends at the limit, or lies across it.
 #[test]
 fn long_texts_are_cut_at_a_character() {
-    let long = "é".repeat(3000);
-    let bytes = encode_error_chunk(1, ErrorCode::EIO, &long);
-    let chunk = decode_error_chunk(ChunkType::ERROR, &bytes[CHUNK_HEADER_LEN..]).unwrap();
-    assert_eq!(chunk.message.len(), STRING_MAX);
-    assert!(long.starts_with(&chunk.message));
+    for (long, len) in [
+        ("é".repeat(3000), STRING_MAX),
+        (format!("x{}", "é".repeat(3000)), STRING_MAX - 1),
+        ("€".repeat(2000), STRING_MAX - 1),
+        (format!("x{}", "€".repeat(2000)), STRING_MAX),
+        (format!("xy{}", "€".repeat(2000)), STRING_MAX - 2),
+    ] {
+        let bytes = encode_error_chunk(1, ErrorCode::EIO, &long);
+        let chunk = decode_error_chunk(ChunkType::ERROR, &bytes[CHUNK_HEADER_LEN..]).unwrap();
+        assert_eq!(chunk.message.len(), len);
+        assert!(long.starts_with(&chunk.message));
+    }
+}
+
+/// "a maximum payload size that is at least 2^25 (33,554,432)", "not send more than 2^20 extents".
+#[test]
+fn sizes_that_hold_when_nothing_was_agreed_on() {
+    assert_eq!(PAYLOAD_DEFAULT_MAX, 33_554_432);
+    assert_eq!(BlockSizes::DEFAULT, BlockSizes { minimum: 1, preferred: 4096, payload_max: 33_554_432 });
+    assert!(BlockSizes::DEFAULT.check().is_ok());
+    assert_eq!(EXTENTS_PER_CHUNK_MAX, 1_048_576);
+}
+
+/// The section "Size constraints", at each of its bounds.
+#[test]
+fn block_sizes_keep_the_protocols_constraints() {
+    for (minimum, preferred, payload_max, ok) in [
+        // minimum: a power of two, 1 to 2^16.
+        (1, 4096, 1 << 25, true),
+        (0, 4096, 1 << 25, false),
+        (3, 4096, 1 << 25, false),
+        (65536, 65536, 1 << 25, true),
+        (1 << 17, 1 << 17, 1 << 25, false),
+        // preferred: a power of two, at least 512 and the minimum.
+        (1, 512, 1 << 25, true),
+        (1, 256, 1 << 25, false),
+        (1, 513, 1 << 25, false),
+        (1, 0, 1 << 25, false),
+        (4096, 4096, 1 << 25, true),
+        (4096, 2048, 1 << 25, false),
+        // payload_max: at least the preferred size; any number.
+        (1, 4096, 4096, true),
+        (1, 4096, 4095, false),
+        (1, 4096, 4097, true),
+        (1, 4096, 0, false),
+        (1, 1 << 31, u32::MAX, true),
+    ] {
+        let sizes = BlockSizes { minimum, preferred, payload_max };
+        assert_eq!(sizes.check().ok(), ok.then_some(sizes), "{sizes:?}");
+    }
+}
+
+/// Bit 15 makes an error, of a known type or of an unknown one.
+#[test]
+fn errors_among_the_chunk_types() {
+    for kind in [0x8000, 0x8001, 0x8002, 0x8123, 0xffff] {
+        assert!(ChunkType(kind).is_error(), "{kind:#x}");
+    }
+    for kind in [0, 1, 2, 5, 6, 0x7fff] {
+        assert!(!ChunkType(kind).is_error(), "{kind:#x}");
+    }
+}
+
+/// The header of a chunk.
+fn chunk_header(done: bool, kind: u16, len: u32) -> Vec<u8> {
+    let (flags, cookie) = (u16::from(done), 7u64);
+    [&b"\x66\x8e\x33\xef"[..], &flags.to_be_bytes(), &kind.to_be_bytes(), &cookie.to_be_bytes(), &len.to_be_bytes()]
+        .concat()
+}
+
+/// "Structured reply types": the lengths of each, at their bounds; and which types end the connection.
+#[test]
+fn a_chunk_has_a_length_that_its_type_allows() {
+    let (none, data, hole, status, error, error_offset) = (0, 1, 2, 5, 0x8001, 0x8002);
+    for (kind, valid, invalid) in [
+        (data, &[9, 10, u32::MAX][..], &[0, 7, 8][..]),
+        (hole, &[12], &[0, 11, 13, 24]),
+        (status, &[12, 20, 28, 4 + 8 * (1 << 20)], &[0, 4, 8, 11, 13, 16, 19]),
+        (error, &[6, 7, 14, 4096 + 6], &[0, 5]),
+        (error_offset, &[14, 15, 4096 + 14], &[0, 6, 13]),
+        // An error of an unknown type begins like the known ones.
+        (0x8003, &[6, 7, 100], &[0, 5]),
+        (0xffff, &[6], &[5]),
+        // Unknown types that are no error: never.
+        (3, &[], &[0, 6, 12]),
+        (6, &[], &[0, 12, 20]),
+        (0x7fff, &[], &[6]),
+    ] {
+        for done in [false, true] {
+            for (len, ok) in valid.iter().map(|len| (*len, true)).chain(invalid.iter().map(|len| (*len, false))) {
+                let decoded = ReplyHeader::decode(&chunk_header(done, kind, len));
+                let flags = if done { ChunkFlags::DONE } else { ChunkFlags::empty() };
+                let chunk = ChunkHeader { flags, kind: ChunkType(kind), cookie: 7, len };
+                let expected = ok.then_some(Some((ReplyHeader::Chunk(chunk), CHUNK_HEADER_LEN)));
+                assert_eq!(decoded.ok(), expected, "type {kind:#x}, {len} bytes, done: {done}");
+            }
+        }
+    }
+    // NONE is empty, and the last one.
+    for (done, len, ok) in [(true, 0, true), (false, 0, false), (true, 1, false), (false, 1, false)] {
+        assert_eq!(ReplyHeader::decode(&chunk_header(done, none, len)).is_ok(), ok, "{len} bytes, done: {done}");
+    }
+}
+
+/// A peer that is out of step is known by its first four bytes: no more of them are waited for.
+#[test]
+fn a_reply_is_judged_by_its_magic_as_soon_as_that_is_there() {
+    assert_eq!(ReplyHeader::decode(b"\x67\x44\x66").unwrap(), None);
+    assert_eq!(ReplyHeader::decode(b"\x67\x44\x66\x98").unwrap(), None);
+    assert_eq!(ReplyHeader::decode(b"\x66\x8e\x33\xef").unwrap(), None);
+    assert!(ReplyHeader::decode(b"\x67\x44\x66\x99").is_err());
 }
 
 #[test]

@@ -159,6 +159,19 @@ fn a_volume_that_answers_nonsense_is_an_io_error() {
     assert!(matches!(short, Outcome::Error { error: ErrorCode::EIO, .. }), "{short:?}");
     let empty = Outcome::of(Ok(Completion::Status(StatusExtents::default())), &header);
     assert!(matches!(empty, Outcome::Error { error: ErrorCode::EIO, .. }), "{empty:?}");
+    // Both lists of a block status begin with an extent that is not empty, or the chunk of a context would be.
+    let (data, hydrated) = (Extent { len: 10, state: Allocation::DATA }, Extent { len: 10, state: true });
+    let status = RequestHeader { command: Command::BLOCK_STATUS, ..header };
+    for (allocation, hydrated, whole) in [
+        (vec![data], vec![hydrated], true),
+        (vec![], vec![hydrated], false),
+        (vec![data], vec![], false),
+        (vec![Extent { len: 0, ..data }, data], vec![hydrated], false),
+        (vec![data], vec![Extent { len: 0, ..hydrated }], false),
+    ] {
+        let of = Outcome::of(Ok(Completion::Status(StatusExtents { allocation, hydrated })), &status);
+        assert_eq!(!matches!(of, Outcome::Error { error: ErrorCode::EIO, .. }), whole, "{of:?}");
+    }
     let done = Outcome::of(Ok(Completion::Done), &header);
     assert!(matches!(done, Outcome::Error { error: ErrorCode::EIO, .. }), "a READ without data: {done:?}");
     let data = Outcome::of(
@@ -205,5 +218,25 @@ fn errors_are_the_protocols() {
             assert!(error.name().is_some(), "{kind:?} becomes {error}");
             assert_eq!(error == ErrorCode::ENOTSUP, kind == NotSupported && flags != 0);
         }
+    }
+}
+
+#[test]
+fn a_batch_is_empty_until_a_reply_is_in_it() {
+    let mut batch = Batch::default();
+    assert!(batch.is_empty());
+    batch.push(&header(Command::FLUSH, 0, 0, 0, 1), Outcome::Done, &terms(false, Contexts::empty()));
+    assert!(!batch.is_empty());
+}
+
+/// "exactly one extent whose length does not exceed the client's original length" with REQ_ONE, alone or beside FUA;
+/// without it, all that begin inside of the asked range.
+#[test]
+fn req_one_and_nothing_else_limits_the_extents_to_one() {
+    let extents = [(10, true), (20, false), (30, true), (40, false)].map(|(len, state)| Extent { len, state });
+    for (flags, expected) in [(0u16, &[10, 20, 5][..]), (1, &[10, 20, 5]), (1 << 3, &[10]), (1 << 3 | 1, &[10])] {
+        let header = header(Command::BLOCK_STATUS, flags, 0, 35, 1);
+        let lens: Vec<u32> = descriptors(&header, &extents, u32::from).iter().map(|d| d.len).collect();
+        assert_eq!(lens, expected, "flags {flags:#x}");
     }
 }

@@ -108,6 +108,11 @@ fn tree() {
     refused(&root(&|b| put_u32(b, 16, 0)), "block 7: the bitset has 0 array blocks");
     refused(&root(&|b| put_u32(b, 16, 2)), "block 7: the bitset has 2 array blocks, 70000 regions need 3");
     refused(&root(&|b| put_u64(b, 32 + 8, 0)), "block 7: key 0 is out of order");
+    let one_more = root(&|b| {
+        put_u32(b, 16, 4);
+        put_u64(b, 32 + 24, 3);
+    });
+    refused(&one_more, "block 7: array block 3 where 3 of 3 should be");
     refused(&root(&|b| put_u64(b, 32 + 16, 3)), "block 7: array block 3 where 2 of 3 should be");
     let value = |i: usize| 32 + 8 * 252 + 8 * i;
     refused(&root(&|b| put_u64(b, value(1), 999)), "block 7: it refers to block 999, outside 1 to 255");
@@ -126,6 +131,56 @@ fn tree() {
     let root = *block_of(&mut moved, 7);
     block_of(&mut moved, 9).copy_from_slice(&root);
     refused(&moved, "block 9: this tree node says that it is block 7");
+}
+
+/// What a walk through these nodes finds: the keys in order, or why not. Block 1 is the root.
+fn walk(nodes: &[Block]) -> Result<Vec<u64>, String> {
+    let mut used = Used::new(100);
+    let mut read_block = |number: u64| Ok(nodes[number as usize - 1]);
+    let mut keys = Vec::new();
+    let mut walk = Walk { read_block: &mut read_block, used: &mut used, leaf_value: BLOCK_VALUE };
+    let walked = walk.run(1, 0, &mut |_, _, _, key, _| {
+        keys.push(key);
+        Ok(())
+    });
+    walked.map(|()| keys).map_err(|refused| Error::from(refused).to_string())
+}
+
+/// Every node is held against what its parent says of it.
+#[test]
+fn nodes_below_the_root() {
+    let leaf = |number: u64, keys: &[u64]| {
+        let entries: Vec<_> = keys.iter().map(|key| (*key, 50)).collect();
+        encode_node(number, true, BLOCK_VALUE, &entries)
+    };
+    let inner = |number: u64, children: &[(u64, u64)]| encode_node(number, false, BLOCK_VALUE, children);
+    let root = inner(1, &[(5, 2), (10, 3)]);
+    let refused = |nodes: &[Block], words: &str| {
+        let said = walk(nodes).unwrap_err();
+        assert!(said.contains(words), "'{words}' is not in: {said}");
+    };
+    assert_eq!(walk(&[root, leaf(2, &[5, 9]), leaf(3, &[10, 99])]), Ok(vec![5, 9, 10, 99]));
+    assert_eq!(walk(&[leaf(1, &[])]), Ok(vec![]), "an empty tree");
+    refused(&[root, leaf(2, &[4]), leaf(3, &[10])], "block 2: key 4 is out of order");
+    refused(&[root, leaf(2, &[5, 10]), leaf(3, &[10])], "block 2: key 10 is out of order");
+    refused(&[root, leaf(2, &[5]), leaf(3, &[9])], "block 3: key 9 is out of order");
+    refused(&[root, leaf(2, &[5, 5]), leaf(3, &[10])], "block 2: key 5 is out of order");
+    refused(&[root, leaf(2, &[]), leaf(3, &[10])], "block 2: an empty node inside a tree");
+    refused(&[inner(1, &[])], "block 1: an empty node inside a tree");
+    refused(&[root, leaf(2, &[5]), inner(3, &[(10, 4)]), leaf(4, &[10])], "block 4: a leaf that is not as deep");
+}
+
+#[test]
+fn references_past_the_end_in_the_second_bitmap() {
+    let target = target(800, 8);
+    let blocks = ENTRIES_PER_BITMAP + 5;
+    let mut image = image_of(target, blocks * BLOCK_SIZE as u64, &bits_of(&target, &[(3, 4)]));
+    assert!(read(&image).is_ok());
+    // Blocks: 1 index, 2 counts, then the bitmaps.
+    let bitmap = 4;
+    block_of(&mut image, bitmap)[16 + 1] |= 2 << 2;
+    seal(block_of(&mut image, bitmap), Kind::Bitmap, bitmap);
+    refused(&image, "block 4: it counts references of block 16325, the device has 16325");
 }
 
 #[test]

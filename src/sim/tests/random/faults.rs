@@ -45,7 +45,7 @@ impl Excuses {
             let size = setup.region_size;
             ByteRange::between(range.start() / size * size, range.end().next_multiple_of(size))
         });
-        let Devices { source, destination, metadata } = &self.devices;
+        let Devices { source, destination, metadata, .. } = &self.devices;
         let (destination, metadata) = (destination.failed().len(), metadata.failed().len());
         Asked { regions, durable, destination, metadata, source: source.failed().len() }
     }
@@ -91,7 +91,7 @@ impl Excuses {
     /// Whether a growth may have failed with `error`: anything that failed meanwhile explains that.
     pub fn growth(&self, asked: &Asked, error: &Error, mode: Mode) -> bool {
         self.check_mode(mode);
-        let Devices { source, destination, metadata } = &self.devices;
+        let Devices { source, destination, metadata, .. } = &self.devices;
         let has_failed = destination.failed().len() > asked.destination
             || metadata.failed().len() > asked.metadata
             || source.failed().len() > asked.source;
