@@ -81,7 +81,9 @@ fn power_cuts(fs: &str, mkfs: &str) {
     assert!(whole == disk, "the log has all that is on the disk");
     drop((whole, disk));
     let started = log.entries.iter().position(|entry| entry.mark.as_deref() == Some("started")).unwrap();
-    let old = mounted(&bench, fs, &bench.path("source"), |mount| fs::read(mount.join("old")).unwrap());
+    // To mount it is to write it.
+    fs::copy(bench.path("source"), bench.path("source.mounted")).unwrap();
+    let old = mounted(&bench, fs, &bench.path("source.mounted"), |mount| fs::read(mount.join("old")).unwrap());
     let source = fs::read(bench.path("source")).unwrap();
 
     // Any place, or one where as much as possible is not flushed; first some while the metadata are made.
@@ -121,6 +123,8 @@ fn power_cuts(fs: &str, mkfs: &str) {
         mounted(&bench, fs, &bench.copy(), |mount| look_at_files(mount, &marks, &old, &place));
     }
     assert!(fs::read(bench.path("source")).unwrap() == source, "the source was written");
+    // For people.
+    println!("{}", said.0);
     println!(
         "{fs}: {} entries, {} flushes, {} FUA, {} discards; {files} marks checked; {hydrated:?}",
         log.entries.len(),
