@@ -7,6 +7,7 @@ mod beside_dm_clone;
 mod failing_disks;
 mod log_writes;
 mod power_cuts;
+mod under_load;
 
 /// Boots with these disks, modules and programs for the scripts, with hydrant and what all scripts want. `None`: it can't be
 /// done here.
@@ -14,7 +15,7 @@ fn boot(bench: &Bench, scripts: &[&str], modules: &[&str], programs: &[&str], di
     if !vm::has_kernel() {
         return None;
     }
-    let mut options = vec!["-t", "170", "-m", "ublk_drv"];
+    let mut options = vec!["-t", "240", "-m", "ublk_drv"];
     modules.iter().for_each(|module| options.extend(["-m", module]));
     let common = [env!("CARGO_BIN_EXE_hydrant"), "dmsetup", "dd", "blkdiscard"];
     common.iter().chain(programs).for_each(|program| options.extend(["-p", program]));
