@@ -1,10 +1,15 @@
-//! docs/reliability.md promises things and names the tests that show them: each test it names must be there, and run.
+//! docs/reliability.md promises things and names the tests that show them, docs/dm-clone-tests.md those for what dm-clone's own tests
+//! try: each test that they name must be there, and run.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const PAGE: &str = "docs/reliability.md";
+/// Each page, how many names its tables have at least, and the headings of the tables of which each row must name a test.
+const PAGES: [(&str, usize, &[&str]); 2] = [
+    ("docs/reliability.md", 60, &["Faults and promises"]),
+    ("docs/dm-clone-tests.md", 30, &["The scenarios of dm-clone's suite", "What it leaves out"]),
+];
 
 fn rust_files(directory: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(directory).unwrap() {
@@ -56,35 +61,46 @@ fn all_tests() -> BTreeSet<String> {
     files.iter().flat_map(|file| tests_of(&fs::read_to_string(file).unwrap())).collect()
 }
 
+fn read(page: &str) -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(page)).unwrap()
+}
+
 #[test]
 fn every_test_that_is_named_is_there() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let page = fs::read_to_string(root.join(PAGE)).unwrap();
-    let (tests, named) = (all_tests(), named(&page));
-    assert!(named.len() > 60, "only {} tests are named: is the table read as it is written?", named.len());
-    let fuzz_targets: BTreeSet<_> = fs::read_dir(root.join("tests/fuzz/corpus"))
+    let tests = all_tests();
+    let fuzz_targets: BTreeSet<_> = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus"))
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
-    let missing: Vec<_> = named
-        .iter()
-        .filter(|(_, name)| !tests.contains(name) && !fuzz_targets.contains(name))
-        .map(|(line, name)| format!("{PAGE}:{line}: there is no test `{name}`"))
-        .collect();
-    assert!(missing.is_empty(), "{}", missing.join("\n"));
+    for (page, count_min, _) in PAGES {
+        let named = named(&read(page));
+        assert!(named.len() > count_min, "only {} tests are named: is {page} read as it is written?", named.len());
+        let missing: Vec<_> = named
+            .iter()
+            .filter(|(_, name)| !tests.contains(name) && !fuzz_targets.contains(name))
+            .map(|(line, name)| format!("{page}:{line}: there is no test `{name}`"))
+            .collect();
+        assert!(missing.is_empty(), "{}", missing.join("\n"));
+    }
 }
 
 #[test]
 fn every_promise_names_what_shows_it() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let page = fs::read_to_string(root.join(PAGE)).unwrap();
-    let (_, promises) = page.split_once("\n## Faults and promises\n").unwrap();
-    let (promises, _) = promises.split_once("\n## ").unwrap();
-    let rows = promises.lines().filter(|line| line.starts_with("| ") && line.matches(" | ").count() == 2);
-    let rows: Vec<_> = rows.filter(|line| !line.starts_with("| fault") && !line.starts_with("| mistake")).collect();
-    assert!(rows.len() > 30, "{} rows", rows.len());
-    for row in rows {
-        assert!(row.rsplit(" | ").next().unwrap().contains('`'), "nothing shows this: {row}");
+    for (page, _, headings) in PAGES {
+        let text = read(page);
+        let mut count = 0;
+        for heading in headings {
+            let (_, promises) = text.split_once(&format!("\n## {heading}\n")).unwrap();
+            let (promises, _) = promises.split_once("\n## ").unwrap_or((promises, ""));
+            let rows = promises.lines().filter(|line| line.starts_with("| ") && line.matches(" | ").count() == 2);
+            let heads = ["| fault", "| mistake", "| scenario |"];
+            let rows: Vec<_> = rows.filter(|line| !heads.iter().any(|head| line.starts_with(head))).collect();
+            for row in &rows {
+                assert!(row.rsplit(" | ").next().unwrap().contains('`'), "{page}: nothing shows this: {row}");
+            }
+            count += rows.len();
+        }
+        assert!(count > 25, "{page}: {count} rows");
     }
 }
 

@@ -38,7 +38,7 @@ use std::time::Duration;
 const START_TIME_MAX: Duration = Duration::from_secs(120);
 /// Between two looks whether queues have ended.
 const POLL: Duration = Duration::from_millis(2);
-/// What was seen of who uses a device counts so long.
+/// That nobody was seen to use a device counts so long.
 const LOOK_AGE_MAX: Duration = Duration::from_secs(1);
 /// How long queues may take to end once the device is stopped: none has a request any more.
 const QUEUES_END_MAX: Duration = Duration::from_secs(10);
@@ -195,10 +195,12 @@ impl BlockNode {
         Ok(())
     }
 
-    /// Who uses the device, in words, if anybody does: as it was a moment ago at most.
+    /// Who uses the device, in words, if anybody does. That nobody does is as it was a moment ago at most; that somebody does is
+    /// as it is now, since who has just unmounted it wants to stop the clone.
     pub async fn used_by(&self, context: &ShardContext) -> Option<String> {
         let now = context.env.now();
-        if self.looked_at.get().is_none_or(|at| now.saturating_sub(at) >= LOOK_AGE_MAX) {
+        let was_idle = self.user.borrow().is_none();
+        if !was_idle || self.looked_at.get().is_none_or(|at| now.saturating_sub(at) >= LOOK_AGE_MAX) {
             let (path, above) = (self.path(), self.mapped().map(|mapped| mapped.path()));
             self.looked_at.set(Some(now));
             let found = Ring::current().on_thread("ublk", move || user_of(&path, above.as_deref(), false)).await;

@@ -39,4 +39,5 @@ mod start_again;
 mod suspend;
 mod tables;
 mod ublk_kernel;
+mod ublk_vm;
 mod views;

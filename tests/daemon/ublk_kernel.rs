@@ -6,12 +6,12 @@ const KIB64: &str = "65536";
 const SIZE: u64 = 48 * MIB;
 
 /// Boots with the images and programs that the scripts want; what they say, line by line. `None`: it can't be done here.
-fn boot(script: &str) -> Option<Said> {
+fn boot(script: &str) -> Option<vm::Said> {
     boot_with(script, &[], &[])
 }
 
 /// As [`boot`], with more programs and kernel modules.
-pub fn boot_with(script: &str, more_programs: &[&str], more_modules: &[&str]) -> Option<Said> {
+pub fn boot_with(script: &str, more_programs: &[&str], more_modules: &[&str]) -> Option<vm::Said> {
     if !vm::has_kernel() {
         return None;
     }
@@ -25,20 +25,7 @@ pub fn boot_with(script: &str, more_programs: &[&str], more_modules: &[&str]) ->
     if have("nbdcopy").is_ok() {
         options.extend(["-p", "nbdcopy"]);
     }
-    Some(Said(vm::boot(&bench, &["ublk-lib.guest", script], &options, &images.map(|(name, _)| name))))
-}
-
-pub struct Said(pub String);
-
-impl Said {
-    pub fn has(&self, line: &str) {
-        assert!(self.0.lines().any(|found| found.trim_end() == line.trim_end()), "no line '{line}' in:\n{}", self.0);
-    }
-    /// A line that begins with `start` has `part` in it.
-    pub fn has_part(&self, start: &str, part: &str) {
-        let mut lines = self.0.lines().filter(|line| line.starts_with(start));
-        assert!(lines.any(|line| line.contains(part)), "no line '{start}...{part}...' in:\n{}", self.0);
-    }
+    Some(vm::boot(&bench, &["ublk-lib.guest", script], &options, &images.map(|(name, _)| name)))
 }
 
 #[test]

@@ -110,6 +110,10 @@ fn without_a_flush_bits_are_committed_every_second() {
         assert_eq!(clone.devices.metadata.flushes(), 0);
         clone.sim.sleep(COMMIT_INTERVAL).await;
         assert_eq!((clone.devices.metadata.flushes(), clone.devices.metadata.changes()), (1, 1));
+        // After a discard too.
+        clone.trim(8 * 4096, 8 * 4096).await.unwrap();
+        clone.sim.sleep(COMMIT_INTERVAL * 3 / 2).await;
+        assert_eq!(clone.devices.metadata.flushes(), 2);
     });
 }
 

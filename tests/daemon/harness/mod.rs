@@ -11,7 +11,7 @@ pub mod vm;
 pub use daemon::{CloneCommand, Daemon};
 pub use devices::{FileSystem, Loop};
 pub use faulty::FaultyFile;
-pub use images::{allocated, assert_same, assert_same_files, checksums, pattern, random_bytes, read_first};
+pub use images::{Random, allocated, assert_same, assert_same_files, checksums, pattern, random_bytes, read_first};
 pub use servers::{Nbdkit, QemuNbd};
 pub use tools::{have, nbdsh, run, run_for_status, wait_for};
 
