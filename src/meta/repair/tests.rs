@@ -206,6 +206,35 @@ fn a_mark_that_the_bits_deny_beside_damage() {
     assert!(hydrated(&partly).iter().enumerate().all(|(region, hydrated)| *hydrated != unhydrated(region)));
 }
 
+#[test]
+fn what_is_going_to_be_done_is_said() {
+    let decided = |image: &[u8], assume: &Assumptions| look(image).decide(assume).unwrap();
+    let mut proven = image(&sample(), |region| region < 300);
+    proven[3 * 4096 + 4] ^= 1;
+    let known = decided(&proven, &assume(None, &[]));
+    // Two copies and 17 zones.
+    assert_eq!(known.metadata_size(), 19 * 4096);
+    let lines = known.describe();
+    assert_eq!(lines.len(), 1);
+    assert!(lines[0].ends_with(": its bits are intact; written again, nothing is lost"), "{lines:?}");
+
+    let complete = Superblock { state: CloneState::Complete, ..sample() };
+    let denied = image(&complete, |region| region != 5);
+    assert_eq!(decided(&denied, &assume(Some(true), &[])).describe(), ["marked complete: all bits are set"]);
+    let removed = ["the mark that all is hydrated is removed"];
+    assert_eq!(decided(&denied, &assume(Some(false), &[])).describe(), removed);
+
+    // The sector that is lost is taken for hydrated, or not; so is a mark that was in the copy that is lost.
+    let mut lost = image(&sample(), |_| true);
+    lost[3 * 4096..3 * 4096 + 512].fill(0);
+    lost[..4096].fill(0);
+    for (taken, words) in [(true, "taken for hydrated"), (false, "taken for unhydrated")] {
+        let lines = decided(&lost, &assume(Some(taken), &[])).describe();
+        assert!(lines[0].contains(words), "{lines:?}");
+        assert_eq!(lines.iter().any(|line| line.starts_with("every region is hydrated; whether")), taken, "{lines:?}");
+    }
+}
+
 /// As many damaged sectors as are supported, and one block more.
 #[test]
 fn too_many_damaged_sectors() {
