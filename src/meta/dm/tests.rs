@@ -165,6 +165,18 @@ fn default_sizes() {
     }
 }
 
+/// The index says of each bitmap how many entries are free, and before which none is: those in use are the first.
+#[test]
+fn the_index_has_the_counts_of_its_bitmaps() {
+    let target = target(800, 8);
+    let mut image = image_of(target, 1 << 20, &bits_of(&target, &[(3, 4)]));
+    let used = Layout::new(target, 1 << 20).unwrap().nr_used();
+    let index = *block_of(&mut image, 1);
+    assert_eq!(u64::from(u32_at(&index, 16 + 8)), ENTRIES_PER_BITMAP - used);
+    assert_eq!(u64::from(u32_at(&index, 16 + 12)), used);
+    assert!(index[32..].iter().all(|byte| *byte == 0));
+}
+
 #[test]
 fn the_largest_target() {
     let largest = target((1 << 31) * 8, 8);
