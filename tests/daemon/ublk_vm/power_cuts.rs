@@ -22,13 +22,24 @@ fn repeated(line: &str, length: usize) -> Vec<u8> {
     format!("{line}\n").into_bytes().into_iter().cycle().take(length).collect()
 }
 
+/// Unmounted when it is dropped, by a failure too.
+struct Mounted<'a>(&'a Path);
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        let done = std::process::Command::new("umount").arg(self.0).status();
+        assert!(std::thread::panicking() || done.is_ok_and(|status| status.success()), "umount {}", self.0.display());
+    }
+}
+
 /// Mounted while `look` runs; afterwards the journal was replayed and the file system is clean.
 fn mounted<T>(bench: &Bench, fs: &str, image: &Path, look: impl FnOnce(&Path) -> T) -> T {
     let (mount, device) = (bench.path("mount"), Loop::attach(image, 512));
     fs::create_dir_all(&mount).unwrap();
     run("mount", &["-t", fs, device.path.to_str().unwrap(), mount.to_str().unwrap()]);
+    let mounted = Mounted(&mount);
     let found = look(&mount);
-    run("umount", &[&mount]);
+    drop(mounted);
     match fs {
         "xfs" => run("xfs_repair", &["-n", device.path.to_str().unwrap()]),
         _ => run("fsck.ext4", &["-fn", device.path.to_str().unwrap()]),
