@@ -15,6 +15,8 @@ use crate::error::Result;
 use crate::io_frontend::request::{Allocation, Extent, LocalBoxFuture};
 use crate::units::ByteRange;
 use bytes::Bytes;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
 
 /// What is fixed about a disk while it is open.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,6 +50,11 @@ pub trait Disk {
     fn zero(&self, range: ByteRange, flags: ZeroFlags) -> LocalBoxFuture<'_, Result<()>>;
     /// Makes everything that completed before this call durable.
     fn flush(&self) -> LocalBoxFuture<'_, Result<()>>;
+    /// The file that holds `range` at the same offsets, for who reads and writes it with memory that is the kernel's. `None`:
+    /// there is none, or it does not take such a range.
+    fn direct_file(&self, _range: ByteRange) -> Option<Rc<OwnedFd>> {
+        None
+    }
     /// What of `range` is allocated; from its start, without gaps, at most [`EXTENTS_MAX`] extents.
     fn allocation(&self, range: ByteRange) -> LocalBoxFuture<'_, Result<Vec<Extent<Allocation>>>>;
 }

@@ -28,10 +28,12 @@ use crate::metrics::record::count as add;
 use drive::Drive;
 pub use drive::{Bell, Sleep};
 use load::Load;
+use sinks::Sinks;
 
 pub mod doorbell;
 mod drive;
 mod load;
+pub mod sinks;
 mod watch;
 
 /// Submission queue entries. More operations than this can be in flight: the queue is only passed through.
@@ -60,6 +62,7 @@ struct Inner {
     slots: Vec<Slot>,
     free: usize,
     in_flight: usize,
+    sinks: Sinks,
 }
 
 /// The ring of one executor.
@@ -72,12 +75,23 @@ pub struct Ring {
     /// Operations in flight that the end does not wait for.
     disregarded: Cell<usize>,
     taskrun: bool,
+    /// Sinks are being told: what they start is handed to the kernel after that, by whoever takes completions.
+    telling: Cell<bool>,
     background: glommio::TaskQueueHandle,
     drive: Drive,
     load: Load,
 }
 
 const NO_SLOT: usize = usize::MAX;
+
+/// What taking completions came to.
+#[derive(Clone, Copy, Default)]
+struct Reaped {
+    /// There were some.
+    any: bool,
+    /// Somebody was woken, perhaps: there may be tasks to run.
+    woke: bool,
+}
 
 impl Ring {
     /// [`Ring::start_with`] a bell that nobody else knows.
@@ -108,13 +122,20 @@ impl Ring {
             "background",
         );
         let ring = Rc::new(Ring {
-            inner: RefCell::new(Inner { uring, slots: Vec::new(), free: NO_SLOT, in_flight: 0 }),
+            inner: RefCell::new(Inner {
+                uring,
+                slots: Vec::new(),
+                free: NO_SLOT,
+                in_flight: 0,
+                sinks: Sinks::default(),
+            }),
             submit: Notify::default(),
             submit_pending: Cell::new(false),
             closing: Cell::new(false),
             stopping: Cell::new(false),
             disregarded: Cell::new(0),
             taskrun,
+            telling: Cell::new(false),
             background,
             drive: Drive::new(bell),
             load: Load::new(),
@@ -228,35 +249,40 @@ impl Ring {
         }
     }
 
-    /// Takes the completions there are, and has the kernel finish what it holds back; returns how many.
+    /// Takes the completions there are, and has the kernel finish what it holds back.
     ///
     /// The flag may stay set with nothing held back (the kernel sets it after it has added the work, which may be
     /// done by then), so it is no condition to loop on. What is left, of some twenty items at a time, is finished by
     /// the next call or by [`Self::wait`].
-    fn reap(&self) -> usize {
-        let mut count = 0;
+    fn reap(&self) -> Reaped {
+        let mut all = Reaped::default();
         loop {
             if self.taskrun && self.inner.borrow_mut().uring.submission().taskrun() {
                 self.enter();
             }
-            match self.drain() {
-                0 => return count,
-                more => count += more,
+            let more = self.drain();
+            if !more.any {
+                return all;
             }
+            all = Reaped { any: true, woke: all.woke || more.woke };
         }
     }
 
     /// Takes the completions that are in the queue.
-    fn drain(&self) -> usize {
+    fn drain(&self) -> Reaped {
         let mut inner = self.inner.borrow_mut();
-        let Inner { uring, slots, free, in_flight } = &mut *inner;
+        let Inner { uring, slots, free, in_flight, sinks } = &mut *inner;
         let mut wakers: Vec<Waker> = Vec::new();
         let mut released: Vec<Slot> = Vec::new();
-        let mut count = 0;
+        let (mut count, mut woke) = (0, false);
         for cqe in uring.completion() {
             debug_assert!(!cqueue::more(cqe.flags()), "no multishot operation is used");
             count += 1;
             *in_flight -= 1;
+            if sinks.take(cqe.user_data(), cqe.result()) {
+                continue;
+            }
+            woke = true;
             let index = cqe.user_data() as usize;
             match std::mem::replace(&mut slots[index], Slot::Done(cqe.result())) {
                 Slot::Waiting(waker) => wakers.extend(waker),
@@ -272,7 +298,8 @@ impl Ring {
         add(&self.load.completed, count as u64);
         drop(released);
         wakers.into_iter().for_each(Waker::wake);
-        count
+        woke |= self.tell_sinks();
+        Reaped { any: count > 0, woke }
     }
 
     /// Queues an operation. `keep` holds everything that `entry` points to.

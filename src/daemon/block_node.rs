@@ -11,12 +11,12 @@ use crate::config::{CloneConfig, UblkConfig};
 use crate::devices::{self, Device, DeviceKind};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::nbd::Counted;
-use crate::io_frontend::request::Volume;
+use crate::io_frontend::ublk::UblkStats;
 use crate::io_frontend::ublk::device::{self, Attached, Wanted};
+use crate::io_frontend::ublk::proto::{DeviceInfo, Features};
 use crate::io_frontend::ublk::queue::{Queue, QueueParts};
 use crate::io_frontend::ublk::shape::Shape;
 use crate::io_frontend::ublk::takeover::mark_of;
-use crate::io_frontend::ublk::{UblkStats, proto::DeviceInfo};
 use crate::kept_bits::{self, Found, Identity, KeptBits};
 use crate::meta::codec::{self, Superblock};
 use crate::metrics::schema::UblkMetrics;
@@ -52,6 +52,7 @@ thread_local! {
 pub fn metrics() -> UblkMetrics {
     STATS.with(|stats| UblkMetrics {
         requests: stats.requests.get(),
+        direct: stats.direct.get(),
         errors: stats.errors.get(),
         in_flight: stats.in_flight.get(),
         read_bytes: stats.read_bytes.get(),
@@ -168,13 +169,14 @@ impl BlockNode {
                 queue,
                 depth: info.depth,
                 io_bytes_max: info.io_bytes_max,
+                registers_buffers: info.flags.contains(Features::AUTO_BUF_REG),
                 counted: Counted::new(self.open_queues.clone()),
                 label: self.label(),
             };
             let state = state.clone();
             on_shard(context, ShardIndex(queue % shards), move |context| async move {
                 let (id, name) = (state.id, state.name.clone());
-                let volume: Rc<dyn Volume> = Dispatcher::new(state, name, context.shard.clone(), context.mesh.clone());
+                let volume = Dispatcher::new(state, name, context.shard.clone(), context.mesh.clone());
                 let queue = Queue::new(parts, volume, context.env.clone(), STATS.with(Rc::clone))?;
                 QUEUES.with(|all| all.borrow_mut().entry(id).or_default().push(queue));
                 Ok(())

@@ -282,6 +282,12 @@ impl Disk for RingDisk {
         })
     }
 
+    fn direct_file(&self, range: ByteRange) -> Option<Rc<OwnedFd>> {
+        let block = u64::from(self.info.block);
+        let fits = is_aligned(range.start(), block) && is_aligned(range.end(), block) && range.end() <= self.tail;
+        fits.then(|| self.direct.clone())
+    }
+
     fn allocation(&self, range: ByteRange) -> LocalBoxFuture<'_, Result<Vec<Extent<Allocation>>>> {
         Box::pin(async move {
             if self.is_block_device {

@@ -122,6 +122,8 @@ document! {
     UblkMetrics {
         /// As the kernel sent them, before they are cut at the zones of shards.
         requests: u64,
+        /// Of these, reads and writes whose data went straight between the destination and the kernel's own memory.
+        direct: u64,
         errors: u64,
         /// Requests that are being carried out, now.
         in_flight: u64,

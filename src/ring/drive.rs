@@ -32,6 +32,8 @@ use std::time::{Duration, Instant};
 
 /// The longest sleep: whatever this file has overlooked costs this much and no more.
 const SLEEP_MAX: Duration = Duration::from_millis(500);
+/// So often in a row the thread sleeps without a look at glommio, when only sinks had anything to do.
+const SLEEPS_IN_A_ROW: usize = 64;
 /// Tasks that a round without any work runs: the driver and two probes.
 const TASKS_OF_QUIET_ROUND: u64 = 3;
 /// Threads of [`Ring::blocking`] at a time; more jobs wait.
@@ -190,7 +192,8 @@ impl Ring {
             self.drive.bell.watched.alive();
             // The count starts at zero again with every call.
             let executed = glommio::executor().executor_stats().tasks_executed();
-            let woke = self.reap() > 0 || self.drive.deliver();
+            let woke = self.reap().any || self.drive.deliver();
+            self.submit_started();
             found = match !found && !woke && executed <= TASKS_OF_QUIET_ROUND {
                 true => self.sleep_in_ring(),
                 false => woke,
@@ -214,7 +217,7 @@ impl Ring {
         }
         let start = Instant::now();
         while start.elapsed() < spin {
-            if self.reap() > 0 || self.drive.deliver() {
+            if self.reap().any || self.drive.deliver() {
                 return true;
             }
             std::hint::spin_loop();
@@ -228,15 +231,31 @@ impl Ring {
             return true;
         }
         let bell = &self.drive.bell;
-        bell.watched.asleep.store(true, SeqCst);
-        if !bell.rung.load(SeqCst) {
-            let began = Instant::now();
-            self.wait(self.drive.sleep_max());
-            self.load.parked(began, Instant::now());
+        for _ in 0..SLEEPS_IN_A_ROW {
+            bell.watched.asleep.store(true, SeqCst);
+            if !bell.rung.load(SeqCst) {
+                let began = Instant::now();
+                self.wait(self.drive.sleep_max());
+                self.load.parked(began, Instant::now());
+            }
+            bell.watched.asleep.store(false, SeqCst);
+            let reaped = self.reap();
+            let delivered = self.drive.deliver();
+            if delivered || reaped.woke || !reaped.any {
+                return delivered || reaped.any;
+            }
+            // Only sinks were told: there is still nothing that can run, and what they have started goes with the next wait.
+            bell.watched.alive();
         }
-        bell.watched.asleep.store(false, SeqCst);
-        let completed = self.reap() > 0;
-        self.drive.deliver() || completed
+        true
+    }
+
+    /// Hands to the kernel what sinks have started.
+    fn submit_started(&self) {
+        let queued = !self.inner.borrow_mut().uring.submission().is_empty();
+        if queued {
+            self.enter();
+        }
     }
 
     /// Turns the bell into a completion.

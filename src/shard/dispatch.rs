@@ -7,7 +7,8 @@
 //! Every request passes the clone's gate first, and is inside until its end: see [`super::gate`]. What the clone is
 //! (its size above all) is looked at only inside.
 
-use super::gate::Gate;
+use super::gate::{Gate, Pass};
+use super::slice::direct::DirectIo;
 use super::{COORDINATOR, Mesh, Shard, ShardReply, ShardRequest};
 use crate::clone_state::CloneState;
 use crate::disk::EXTENTS_MAX;
@@ -17,6 +18,7 @@ use crate::io_frontend::request::{
 };
 use crate::local::join_all;
 use crate::units::{ByteRange, ShardIndex};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -31,6 +33,23 @@ pub struct Dispatcher {
     gate: Rc<Gate>,
     mesh: Rc<dyn Mesh>,
     preferred_block: u32,
+}
+
+/// A frontend's own read or write, inside the clone's gate. Kept until that has ended.
+pub struct DirectAccess {
+    io: DirectIo,
+    _pass: Pass,
+}
+
+impl DirectAccess {
+    /// See [`DirectIo::file`].
+    pub fn file(&self) -> &OwnedFd {
+        self.io.file()
+    }
+    /// See [`DirectIo::done`].
+    pub fn done(self) {
+        self.io.done();
+    }
 }
 
 impl Dispatcher {
@@ -60,6 +79,15 @@ impl Dispatcher {
             ShardReply::Completion(completion) => Ok(completion),
             other => unreachable!("a completion answers I/O, not {other:?}"),
         }
+    }
+
+    /// Lets the frontend read or write (not FUA) `range` by itself: see [`CloneSlice::begin_direct`]. `None`: it has to submit
+    /// a request.
+    pub fn begin_direct(&self, range: ByteRange, writes: bool) -> Option<DirectAccess> {
+        let pass = self.gate.try_enter()?;
+        self.check(range).ok()?;
+        let io = self.shard.slice(self.state.id).ok()?.begin_direct(range, writes)?;
+        Some(DirectAccess { io, _pass: pass })
     }
 
     fn pieces(&self, range: ByteRange) -> impl Iterator<Item = (ShardIndex, ByteRange)> + use<> {

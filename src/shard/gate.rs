@@ -40,6 +40,15 @@ impl Gate {
         Ok(Pass(self.clone()))
     }
 
+    /// Passes if the gate is open.
+    pub fn try_enter(self: &Rc<Self>) -> Option<Pass> {
+        let is_open = !self.closed.get() && !self.shut.get();
+        is_open.then(|| {
+            self.inside.set(self.inside.get() + 1);
+            Pass(self.clone())
+        })
+    }
+
     /// Lets nobody pass from now on.
     pub fn close(&self) {
         self.closed.set(true);

@@ -77,6 +77,8 @@ fn a_block_device_from_its_making_to_its_end() {
     said.has("behind it: as written");
     said.has("unaligned: refused");
     said.has("beyond the end: refused");
+    // Both shards, from Linux 6.16 on.
+    said.has("direct on 6.18: 2");
     said.has("stop: done");
     said.has("stop status: 0");
     said.has("left after stop: ");

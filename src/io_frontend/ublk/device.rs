@@ -78,6 +78,7 @@ pub fn attach(wanted: &Wanted) -> Result<Attached> {
         let file = open_queues(info.number, GONE_WAIT_MAX)?;
         return Ok(Attached { info, file, taken_over: true });
     }
+    let flags = Features::NEEDED | control.features()? & Features::AUTO_BUF_REG;
     let made = control.add(&DeviceInfo {
         queues: wanted.queues,
         depth: QUEUE_DEPTH,
@@ -85,7 +86,7 @@ pub fn attach(wanted: &Wanted) -> Result<Attached> {
         io_bytes_max: IO_BYTES_MAX,
         number: wanted.number.unwrap_or(proto::NUMBER_ANY),
         pid: 0,
-        flags: Features::NEEDED,
+        flags,
         owner: wanted.mark,
     })?;
     let prepared = (|| {

@@ -121,6 +121,8 @@ bitflags! {
         const CMD_IOCTL_ENCODE = 1 << 6;
         /// Data by read and write on /dev/ublkcN.
         const USER_COPY = 1 << 7;
+        /// Data by reads and writes of other files, with buffers that the kernel registers itself; from Linux 6.16.
+        const AUTO_BUF_REG = 1 << 11;
         /// The size of a device can change.
         const UPDATE_SIZE = 1 << 10;
         const _ = !0;
@@ -319,6 +321,16 @@ pub fn io_command(queue: u16, tag: u16, result: i32) -> [u8; IO_COMMAND_BYTES] {
     bytes
 }
 
+/// A place that no ring has: nothing is registered there.
+pub const BUFFER_NONE: u16 = u16::MAX;
+
+/// What goes into `addr` of the SQE of an I/O command, with AUTO_BUF_REG: where the buffer of the next request is to be
+/// registered. When that fails the request comes without, and says so ([`Descriptor::NEED_REG_BUF`]).
+pub const fn buffer_address(buffer: u16) -> u64 {
+    const FALLBACK: u64 = 1;
+    buffer as u64 | FALLBACK << 16
+}
+
 /// `struct ublksrv_io_desc`: a request as the kernel describes it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Descriptor {
@@ -338,6 +350,8 @@ impl Descriptor {
     pub const WRITE_ZEROES: u8 = 5;
     pub const FUA: u32 = 1 << 13;
     pub const NOUNMAP: u32 = 1 << 15;
+    /// The buffer of the request could not be registered.
+    pub const NEED_REG_BUF: u32 = 1 << 17;
 
     pub fn decode(bytes: &[u8; DESCRIPTOR_BYTES]) -> Self {
         let word = u32::from_ne_bytes(at(bytes, 0));

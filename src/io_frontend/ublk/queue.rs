@@ -1,31 +1,38 @@
 //! One hardware queue of a ublk device, served by the executor of one shard through its ring.
 //!
-//! Every tag has a task for as long as the device runs: it waits for the tag's request, has it carried out, answers it and
-//! waits for the next one with the same command. Data are copied between the kernel's pages and our buffers by pread and
-//! pwrite on /dev/ublkcN, which never wait for anything.
+//! A tag's request comes as the completion of a command, and is answered by the same command that waits for the next one.
+//! What can be done straight on the destination (hydrated, whole blocks) is started where that completion is taken, with
+//! the kernel's own pages where it registers them (AUTO_BUF_REG): no task, no copy, no allocation. For all else there is a
+//! task; its data are copied between the kernel's pages and our buffers by pread and pwrite on /dev/ublkcN, which never
+//! wait for anything.
 //!
 //! Invariants:
 //! * All tags of a queue are fetched with one system call. A daemon that died between two would leave the device to nobody.
 //! * A request that was begun is carried out to its end and answered. The one exception: a request that the ending clone
 //!   turned away, when the device is left to the next daemon ([`Queue::begin_to_leave`]); it was not carried out, and comes again.
+//! * What did not come to its end straight on the destination is done again, as a whole, by the clone: it knows what to make
+//!   of an error. (So nothing goes straight there that may not be repeated: a FUA write, whose flush may have failed.)
 //! * What was answered is in the engine's hands as any acknowledged request; nothing is held back here.
 //! * Everything happens on the thread that fetched the tags: the kernel demands it.
 
 use super::admit::{Verdict, admit, errno_of, is_turned_away};
 use super::proto::{
-    DESCRIPTOR_BYTES, Descriptor, Io, data_position, descriptors_bytes, descriptors_offset, io_command,
+    BUFFER_NONE, DESCRIPTOR_BYTES, Descriptor, Io, buffer_address, data_position, descriptors_bytes,
+    descriptors_offset, io_command,
 };
 use super::stats::UblkStats;
 use crate::dma_buf::{DMA_ALIGN, DmaBuf};
 use crate::env::Env;
 use crate::error::{Error, Result};
 use crate::io_frontend::nbd::Counted;
-use crate::io_frontend::request::{Completion, Request, Volume};
-use crate::local::{Notify, Raised};
+use crate::io_frontend::request::{Completion, Request, RequestFlags, Volume};
+use crate::local::Notify;
 use crate::log_limit::LogLimit;
-use crate::ring::{Operation, Ring, SQ_ENTRIES};
+use crate::ring::sinks::{BufferTransfer, Completes, SinkId};
+use crate::ring::{Ring, SQ_ENTRIES};
+use crate::shard::dispatch::{DirectAccess, Dispatcher};
+use crate::units::ByteRange;
 use bytes::Bytes;
-use futures_lite::future::poll_once;
 use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io;
@@ -41,33 +48,51 @@ pub struct QueueParts {
     pub queue: u16,
     pub depth: u16,
     pub io_bytes_max: u32,
+    /// The device was made with AUTO_BUF_REG.
+    pub registers_buffers: bool,
     /// Counts the queues whose device file is open.
     pub counted: Counted,
     /// For messages: "clone 'vm1': /dev/ublkb0".
     pub label: String,
 }
 
-/// The commands that wait for requests, by tag.
-type Fetches = Vec<Operation<Rc<OwnedFd>>>;
+/// In the token of an operation: it is a tag's own transfer, not the command that waits for its request.
+const TRANSFER: u32 = 1 << 16;
+
+/// A tag's transfer between the kernel's pages and the destination.
+struct Transfer {
+    access: DirectAccess,
+    range: ByteRange,
+    writes: bool,
+}
 
 /// A queue; its device file is closed when it and its tasks are gone.
 pub struct Queue {
     // First: unmapped before the file is closed.
     descriptors: Descriptors,
     file: File,
-    fd: Rc<OwnedFd>,
+    fd: OwnedFd,
+    ring: Rc<Ring>,
+    sink: Cell<Option<SinkId>>,
+    /// Where the kernel registers the tags' buffers, if it does: one after the other from here.
+    buffers: Option<u16>,
+    registers_buffers: bool,
     queue: u16,
     depth: u16,
     io_bytes_max: u32,
     label: String,
-    volume: Rc<dyn Volume>,
+    volume: Rc<Dispatcher>,
     env: Rc<dyn Env>,
     stats: Rc<UblkStats>,
     log: RefCell<LogLimit>,
+    /// By tag.
+    transfers: RefCell<Vec<Option<Transfer>>>,
     /// Requests that are being carried out.
     busy: Cell<u64>,
     /// Commands that wait for a request.
     fetching: Cell<usize>,
+    /// What the kernel said when it refused to wait for a tag's first request.
+    refused: Cell<Option<(u16, i32)>>,
     leaving: Cell<bool>,
     changed: Notify,
     // Last: counts until the file is closed.
@@ -76,19 +101,25 @@ pub struct Queue {
 
 impl Queue {
     /// Everything that can fail, before the first tag is fetched.
-    pub fn new(parts: QueueParts, volume: Rc<dyn Volume>, env: Rc<dyn Env>, stats: Rc<UblkStats>) -> Result<Rc<Self>> {
-        let QueueParts { device, queue, depth, io_bytes_max, counted, label } = parts;
+    pub fn new(parts: QueueParts, volume: Rc<Dispatcher>, env: Rc<dyn Env>, stats: Rc<UblkStats>) -> Result<Rc<Self>> {
+        let QueueParts { device, queue, depth, io_bytes_max, registers_buffers, counted, label } = parts;
         let failed = |error| Error::from_io(error, format!("{label}: queue {queue} can't be set up"));
         if u32::from(depth) > SQ_ENTRIES {
             let text = format!("{label}: queues of {depth} requests are not supported, {SQ_ENTRIES} are the most");
             return Err(Error::new(crate::error::ErrorKind::Limit, text));
         }
         let descriptors = Descriptors::map(&device, queue, depth).map_err(failed)?;
-        let fd = Rc::new(OwnedFd::from(device.try_clone().map_err(failed)?));
+        let fd = OwnedFd::from(device.try_clone().map_err(failed)?);
+        let ring = Ring::current();
+        let buffers = if registers_buffers { ring.take_buffers(depth) } else { None };
         Ok(Rc::new(Self {
             descriptors,
             file: device,
             fd,
+            ring,
+            sink: Cell::new(None),
+            buffers,
+            registers_buffers,
             queue,
             depth,
             io_bytes_max,
@@ -97,100 +128,167 @@ impl Queue {
             env,
             stats,
             log: RefCell::default(),
+            transfers: RefCell::new((0..depth).map(|_| None).collect()),
             busy: Cell::new(0),
             fetching: Cell::new(0),
+            refused: Cell::new(None),
             leaving: Cell::new(false),
             changed: Notify::default(),
             _counted: counted,
         }))
     }
 
-    /// Fetches all tags and starts their tasks. Fails when the kernel refuses one.
+    /// Fetches all tags. Fails when the kernel refuses one.
     pub async fn start(self: &Rc<Self>) -> Result<()> {
-        let ring = Ring::current();
+        self.sink.set(Some(self.ring.add_sink(self.clone())));
         // Room for all of them.
-        ring.submit_now();
-        let mut fetches: Fetches = (0..self.depth).map(|tag| self.issue(&ring, Io::Fetch, tag, 0)).collect();
-        ring.submit_now();
-        let mut early = Vec::with_capacity(fetches.len());
-        for (tag, fetch) in fetches.iter_mut().enumerate() {
-            // What is refused is refused at once. Requests come later, as a rule, when the device is started.
-            let fetched = match poll_once(&mut *fetch).await {
-                Some((Err(error), _)) => {
-                    let text = format!("{}: tag {tag} of queue {} can't be served", self.label, self.queue);
-                    return Err(Error::from_io(error, text));
-                }
-                Some((Ok(fetched), _)) => Some(fetched),
-                None => None,
-            };
-            early.push(fetched);
+        self.ring.submit_now();
+        for tag in 0..self.depth {
+            self.issue(Io::Fetch, tag, 0);
         }
-        for ((tag, fetch), early) in (0..self.depth).zip(fetches).zip(early) {
-            self.fetching.set(self.fetching.get() + 1);
-            self.env.spawn(Box::pin(self.clone().serve(ring.clone(), tag, fetch, early)));
+        // What is refused is refused at once. Requests come later, as a rule, when the device is started.
+        self.ring.submit_now();
+        match self.refused.get() {
+            None => Ok(()),
+            Some((tag, errno)) => {
+                let text = format!("{}: tag {tag} of queue {} can't be served", self.label, self.queue);
+                Err(Error::from_io(io::Error::from_raw_os_error(errno), text))
+            }
         }
-        Ok(())
     }
 
-    fn issue(&self, ring: &Rc<Ring>, io: Io, tag: u16, result: i32) -> Operation<Rc<OwnedFd>> {
-        // SAFETY: with USER_COPY, which every device of ours has, the driver demands that the address is 0, as it is.
-        unsafe { ring.command(&self.fd, io.opcode(), io_command(self.queue, tag, result)) }
+    fn issue(&self, io: Io, tag: u16, result: i32) {
+        let Some(sink) = self.sink.get() else { return };
+        self.fetching.set(self.fetching.get() + 1);
+        let buffer = self.buffers.map_or(BUFFER_NONE, |first| first + tag);
+        let addr = self.registers_buffers.then(|| buffer_address(buffer));
+        let command = io_command(self.queue, tag, result);
+        // SAFETY: with USER_COPY, which every device of ours has, the driver demands that the address in the command is 0, as
+        // it is; the number beside it is a place in a table. The queue keeps the file open while its sink is there.
+        unsafe { self.ring.command_for(sink, tag.into(), &self.fd, io.opcode(), command, addr) }
     }
 
-    /// Serves a tag until the device stops, or is left to another daemon. `early`: the first fetch has ended already.
-    async fn serve(
-        self: Rc<Self>,
-        ring: Rc<Ring>,
-        tag: u16,
-        mut fetch: Operation<Rc<OwnedFd>>,
-        mut early: Option<u32>,
-    ) {
-        loop {
-            let fetched = match early.take() {
-                Some(fetched) => Ok(fetched),
-                None => fetch.await.0,
-            };
-            self.fetching.set(self.fetching.get() - 1);
-            if self.leaving.get() {
-                ring.disregard(-1);
-            }
-            match fetched {
-                Ok(0) => {}
-                Ok(other) => return log::error!("{}: the kernel wants {other} of tag {tag}", self.label),
-                // The device stops.
-                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return,
-                Err(error) => return log::error!("{}: tag {tag} is not served any more: {error}", self.label),
-            }
-            if self.leaving.get() {
-                // Not begun: it comes again to the next daemon.
-                return;
-            }
-            let result = {
-                let _busy = Raised::new(&self.busy);
-                let _in_flight = Raised::new(&self.stats.in_flight);
-                self.carry_out(tag).await
-            };
-            let Some(result) = result else {
-                self.changed.notify();
-                return;
-            };
-            fetch = self.issue(&ring, Io::CommitAndFetch, tag, result);
-            self.fetching.set(self.fetching.get() + 1);
-            if self.leaving.get() {
-                ring.disregard(1);
-                self.changed.notify();
-            }
+    /// A tag's command has completed: there is a request, or there will be none any more.
+    fn fetched(self: &Rc<Self>, tag: u16, result: i32) -> bool {
+        self.fetching.set(self.fetching.get() - 1);
+        if self.leaving.get() {
+            self.ring.disregard(-1);
         }
+        match result {
+            // If it is left to the next daemon, it was not begun, and comes again there.
+            0 if !self.leaving.get() => return self.begin(tag),
+            0 => {}
+            // The device stops.
+            error if error == -libc::ENODEV => {}
+            error if error < 0 => {
+                self.refused.set(Some((tag, -error)));
+                let error = io::Error::from_raw_os_error(-error);
+                log::error!("{}: tag {tag} is not served any more: {error}", self.label);
+            }
+            other => log::error!("{}: the kernel wants {other} of tag {tag}", self.label),
+        }
+        self.end_if_over();
+        false
+    }
+
+    /// When no tag is served any more, and it is not left to the next daemon.
+    fn end_if_over(&self) {
+        if self.fetching.get() == 0
+            && self.busy.get() == 0
+            && let Some(sink) = self.sink.take()
+        {
+            self.ring.remove_sink(sink);
+        }
+    }
+
+    /// Begins a tag's request; returns whether that takes a task.
+    fn begin(self: &Rc<Self>, tag: u16) -> bool {
+        self.busy.set(self.busy.get() + 1);
+        self.stats.in_flight.set(self.stats.in_flight.get() + 1);
+        self.stats.count_request();
+        let descriptor = self.descriptors.read(tag);
+        let verdict = admit(&descriptor, self.io_bytes_max);
+        if self.begin_transfer(tag, &descriptor, &verdict) {
+            return false;
+        }
+        self.spawn(tag, verdict);
+        true
+    }
+
+    /// Starts a transfer straight between the kernel's pages and the destination, if that is possible.
+    fn begin_transfer(&self, tag: u16, descriptor: &Descriptor, verdict: &Verdict) -> bool {
+        let (range, writes) = match verdict {
+            Verdict::Read(range) => (*range, false),
+            Verdict::Write { range, flags } if flags.is_empty() => (*range, true),
+            _ => return false,
+        };
+        let (Some(first), Some(sink)) = (self.buffers, self.sink.get()) else { return false };
+        if descriptor.flags & Descriptor::NEED_REG_BUF != 0 {
+            return false;
+        }
+        let Some(access) = self.volume.begin_direct(range, writes) else { return false };
+        // At most io_bytes_max, a u32.
+        let transfer = BufferTransfer { writes, buffer: first + tag, offset: range.start(), len: range.len() as u32 };
+        let mut transfers = self.transfers.borrow_mut();
+        let kept = transfers[usize::from(tag)].insert(Transfer { access, range, writes });
+        // SAFETY: the file is kept open beside the tag until the transfer has completed.
+        unsafe { self.ring.transfer_for(sink, TRANSFER | u32::from(tag), kept.access.file(), transfer) };
+        true
+    }
+
+    /// A tag's transfer has ended; returns whether that takes a task.
+    fn transferred(self: &Rc<Self>, tag: u16, result: i32) -> bool {
+        let transfer = self.transfers.borrow_mut()[usize::from(tag)].take();
+        let Some(Transfer { access, range, writes }) = transfer else { return false };
+        if i64::from(result) == range.len() as i64 {
+            access.done();
+            self.stats.count_direct();
+            match writes {
+                true => self.stats.count_written(range.len()),
+                false => self.stats.count_read(range.len()),
+            }
+            return self.answer(tag, Some(result));
+        }
+        drop(access);
+        let verdict = match writes {
+            true => Verdict::Write { range, flags: RequestFlags::empty() },
+            false => Verdict::Read(range),
+        };
+        self.spawn(tag, verdict);
+        true
+    }
+
+    /// Has the clone carry the request out.
+    fn spawn(self: &Rc<Self>, tag: u16, verdict: Verdict) {
+        let queue = self.clone();
+        self.env.spawn(Box::pin(async move {
+            let result = queue.carry_out(tag, verdict).await;
+            queue.answer(tag, result);
+        }));
+    }
+
+    /// Answers a tag's request, and waits for the next one. `None`: it was turned away, and comes again to the next daemon.
+    fn answer(&self, tag: u16, result: Option<i32>) -> bool {
+        self.busy.set(self.busy.get() - 1);
+        self.stats.in_flight.set(self.stats.in_flight.get() - 1);
+        if let Some(result) = result {
+            self.issue(Io::CommitAndFetch, tag, result);
+        }
+        if self.leaving.get() {
+            self.ring.disregard(isize::from(result.is_some()));
+            self.changed.notify();
+            return true;
+        }
+        false
     }
 
     /// Carries the tag's request out; what the kernel is told. `None`: it was turned away, and comes again.
-    async fn carry_out(&self, tag: u16) -> Option<i32> {
-        let descriptor = self.descriptors.read(tag);
+    async fn carry_out(&self, tag: u16, verdict: Verdict) -> Option<i32> {
         let position = data_position(self.queue, tag);
-        self.stats.count_request();
-        let done = match admit(&descriptor, self.io_bytes_max) {
+        let done = match verdict {
             Verdict::Nothing => Ok(0),
             Verdict::Refuse(errno) => {
+                let descriptor = self.descriptors.read(tag);
                 let text = format!("{}: {descriptor:?} is refused", self.label);
                 Err(Error::os(errno, text))
             }
@@ -253,7 +351,7 @@ impl Queue {
     /// Begins no request any more. What the kernel still sends stays with it, for the daemon that takes the device over.
     pub fn begin_to_leave(&self) {
         if !self.leaving.replace(true) {
-            Ring::current().disregard(isize::try_from(self.fetching.get()).unwrap_or(isize::MAX));
+            self.ring.disregard(isize::try_from(self.fetching.get()).unwrap_or(isize::MAX));
         }
     }
 
@@ -263,12 +361,31 @@ impl Queue {
             self.changed.notified().await;
         }
         // The last answers reach the kernel before anything else.
-        Ring::current().submit_now();
+        self.ring.submit_now();
     }
 
     /// Which queue of its device it is.
     pub fn number(&self) -> u16 {
         self.queue
+    }
+}
+
+impl Completes for Queue {
+    fn completed(self: Rc<Self>, token: u32, result: i32) -> bool {
+        // Less than the depth.
+        let tag = (token & !TRANSFER) as u16;
+        match token & TRANSFER {
+            0 => self.fetched(tag, result),
+            _ => self.transferred(tag, result),
+        }
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        if let Some(first) = self.buffers {
+            self.ring.give_buffers_back(first);
+        }
     }
 }
 

@@ -8,6 +8,8 @@ pub struct UblkStats {
     /// Gauge: requests that are being carried out.
     pub in_flight: Cell<u64>,
     pub requests: Cell<u64>,
+    /// Of these, reads and writes whose data went straight between the destination and the kernel's own memory.
+    pub direct: Cell<u64>,
     /// Requests that were answered with an error.
     pub errors: Cell<u64>,
     pub read_bytes: Cell<u64>,
@@ -21,6 +23,9 @@ fn add(counter: &Cell<u64>, amount: u64) {
 impl UblkStats {
     pub(super) fn count_request(&self) {
         add(&self.requests, 1);
+    }
+    pub(super) fn count_direct(&self) {
+        add(&self.direct, 1);
     }
     pub(super) fn count_error(&self) {
         add(&self.errors, 1);

@@ -8,13 +8,14 @@
 //! * Who is announced as a direct write waits for nobody who may exclude direct writes: it takes no lock.
 //! * A promise that bits are durable (FUA) is the owner's to give, unless the clone is complete.
 
-use super::{CloneSlice, Trip, kind_of};
+use super::{CloneSlice, Foreground, Trip, kind_of};
 use crate::error::Result;
 use crate::io_frontend::request::{Completion, Request, RequestFlags};
 use crate::local::Raised;
-use crate::metrics::record::Route;
+use crate::metrics::record::{Kind, Route};
 use crate::shard::direct_writes::DirectWrite;
 use crate::units::ByteRange;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 /// That a request may be served by any slice. Kept until it was.
@@ -23,18 +24,48 @@ pub struct Direct {
     _write: Option<DirectWrite>,
 }
 
+/// A read or write that a frontend carries out by itself, on [`Self::file`]. Kept until that has ended.
+pub struct DirectIo {
+    file: Rc<OwnedFd>,
+    writes: bool,
+    direct: Direct,
+    foreground: Foreground,
+}
+
+impl DirectIo {
+    /// What holds the bytes, at the same offsets.
+    pub fn file(&self) -> &OwnedFd {
+        &self.file
+    }
+
+    /// All bytes were read or written. Dropped without it, nothing was done that counts.
+    pub fn done(self) {
+        let (slice, bytes) = (&self.foreground.slice, self.direct.range.len());
+        let (kind, route) = match self.writes {
+            true => (Kind::Write, Route::WriteDestination),
+            false => (Kind::Read, Route::ReadDestination),
+        };
+        slice.counters.request(kind, bytes);
+        slice.counters.part(route, bytes);
+        self.foreground.served.set(Some(kind));
+    }
+}
+
 impl CloneSlice {
     /// Whether this slice may serve the request, whoever owns its regions. Its range is inside the device.
     pub fn direct(&self, request: &Request) -> Option<Direct> {
-        let (range, writes) = match request {
-            Request::Read(range) => (*range, false),
+        match request {
+            Request::Read(range) => self.direct_to(*range, false),
             Request::Write { offset, data, flags }
                 if !flags.contains(RequestFlags::FUA) || self.state.is_complete() =>
             {
-                (ByteRange::new(*offset, data.len() as u64)?, true)
+                self.direct_to(ByteRange::new(*offset, data.len() as u64)?, true)
             }
-            _ => return None,
-        };
+            _ => None,
+        }
+    }
+
+    fn direct_to(&self, range: ByteRange, writes: bool) -> Option<Direct> {
         if !self.map.borrow().is_all_hydrated(self.geometry.touched(range)) || (writes && self.outer(range) != range) {
             return None;
         }
@@ -43,6 +74,14 @@ impl CloneSlice {
             false => None,
         };
         Some(Direct { range, _write: write })
+    }
+
+    /// Lets a frontend read or write (not FUA) `range`, which is inside the device, by itself. `None`: it has to ask.
+    pub fn begin_direct(self: &Rc<Self>, range: ByteRange, writes: bool) -> Option<DirectIo> {
+        self.state.check_mode(false).ok()?;
+        let file = self.destination.direct_file(range)?;
+        let direct = self.direct_to(range, writes)?;
+        Some(DirectIo { file, writes, direct, foreground: Foreground::new(self.clone()) })
     }
 
     /// Carries out what [`Self::direct`] has let pass.
