@@ -75,6 +75,7 @@ fn perf_vm_refuses_what_measures_nothing() {
         ("--own 16", "not THRESHOLD/BATCH"),
         ("--fg-settings 1", "not THRESHOLD/BATCH"),
         ("--disk-us 100", "is for --icount"),
+        ("--icount --only cold", "--disk-us gives it other"),
         ("--reps 0", "1 or more"),
         ("--size 3", "multiple of 4"),
         ("--limit 0", "1 or more"),
