@@ -183,10 +183,13 @@ impl Drop for Permit {
 }
 
 /// "Something changed": wakes every present waiter; remembered once when there is none.
+///
+/// Allocates nothing, once it has had as many waiters: a driver of a ring waits for several with every turn.
 #[derive(Default)]
 pub struct Notify {
     pending: Cell<bool>,
-    waiting: RefCell<BTreeMap<u64, Waker>>,
+    /// In the order of their ids: each is entered when its wait begins, and all are taken out together.
+    waiting: RefCell<Vec<(u64, Waker)>>,
     next_id: Cell<u64>,
     epoch: Cell<u64>,
 }
@@ -194,9 +197,14 @@ pub struct Notify {
 impl Notify {
     pub fn notify(&self) {
         self.epoch.set(self.epoch.get() + 1);
-        let waiting = std::mem::take(&mut *self.waiting.borrow_mut());
+        let mut waiting = self.waiting.take();
         self.pending.set(waiting.is_empty());
-        waiting.into_values().for_each(Waker::wake);
+        waiting.drain(..).for_each(|(_, waker)| waker.wake());
+        // The memory is for those who come, unless somebody came already.
+        let mut now = self.waiting.borrow_mut();
+        if now.is_empty() {
+            *now = waiting;
+        }
     }
 
     /// Returns at once when a notification is pending. A wait may be given up: a notification that it would have
@@ -212,7 +220,11 @@ impl Notify {
                 wait.taken = true;
                 return Poll::Ready(());
             }
-            self.waiting.borrow_mut().insert(wait.id, cx.waker().clone());
+            let mut waiting = self.waiting.borrow_mut();
+            match waiting.binary_search_by_key(&wait.id, |(id, _)| *id) {
+                Ok(at) => waiting[at].1.clone_from(cx.waker()),
+                Err(at) => waiting.insert(at, (wait.id, cx.waker().clone())),
+            }
             Poll::Pending
         })
         .await
@@ -229,9 +241,17 @@ struct Waiting<'a> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.notify.waiting.borrow_mut().remove(&self.id);
-        if !self.taken && self.notify.epoch.get() != self.epoch {
+        if self.taken {
+            // The notification has taken it out of the list.
+            return;
+        }
+        if self.notify.epoch.get() != self.epoch {
             self.notify.pending.set(true);
+            return;
+        }
+        let mut waiting = self.notify.waiting.borrow_mut();
+        if let Ok(at) = waiting.binary_search_by_key(&self.id, |(id, _)| *id) {
+            waiting.remove(at);
         }
     }
 }
@@ -346,6 +366,7 @@ pub async fn join_some<F: Future>(work: impl Iterator<Item = F>, max: usize) -> 
 mod tests {
     use super::*;
     use futures_lite::future::{block_on, poll_once, zip};
+    use std::pin::pin;
 
     #[test]
     fn oneshot_delivers_or_tells_that_it_will_not() {
@@ -408,6 +429,31 @@ mod tests {
             assert!(poll_once(&mut again).await.is_none());
             notify.notify();
             assert!(poll_once(&mut again).await.is_some());
+        });
+    }
+
+    #[test]
+    fn a_notification_wakes_who_still_waits_and_keeps_its_memory() {
+        block_on(async {
+            let notify = Notify::default();
+            let mut waits: Vec<_> = (0..5).map(|_| Box::pin(notify.notified())).collect();
+            for wait in &mut waits {
+                assert!(poll_once(&mut *wait).await.is_none());
+            }
+            // Polled once more, without a notification, each is still there once.
+            assert!(poll_once(&mut waits[3]).await.is_none());
+            assert_eq!(notify.waiting.borrow().len(), 5);
+            drop(waits.remove(1));
+            assert_eq!(notify.waiting.borrow().iter().map(|(id, _)| *id).collect::<Vec<_>>(), [0, 2, 3, 4]);
+            let memory = notify.waiting.borrow().as_ptr();
+            notify.notify();
+            for wait in waits {
+                wait.await;
+            }
+            assert!(!notify.pending.get());
+            // The next wait takes none from the allocator.
+            assert!(poll_once(pin!(notify.notified())).await.is_none());
+            assert_eq!(notify.waiting.borrow().as_ptr(), memory);
         });
     }
 
