@@ -63,6 +63,8 @@ struct Inner {
     free: usize,
     in_flight: usize,
     sinks: Sinks,
+    /// Whom completions wake; reused.
+    woken: Vec<Waker>,
 }
 
 /// The ring of one executor.
@@ -128,6 +130,7 @@ impl Ring {
                 free: NO_SLOT,
                 in_flight: 0,
                 sinks: Sinks::default(),
+                woken: Vec::new(),
             }),
             submit: Notify::default(),
             submit_pending: Cell::new(false),
@@ -271,8 +274,8 @@ impl Ring {
     /// Takes the completions that are in the queue.
     fn drain(&self) -> Reaped {
         let mut inner = self.inner.borrow_mut();
-        let Inner { uring, slots, free, in_flight, sinks } = &mut *inner;
-        let mut wakers: Vec<Waker> = Vec::new();
+        let Inner { uring, slots, free, in_flight, sinks, woken } = &mut *inner;
+        let mut wakers = std::mem::take(woken);
         let mut released: Vec<Slot> = Vec::new();
         let (mut count, mut woke) = (0, false);
         for cqe in uring.completion() {
@@ -297,7 +300,10 @@ impl Ring {
         drop(inner);
         add(&self.load.completed, count as u64);
         drop(released);
-        wakers.into_iter().for_each(Waker::wake);
+        wakers.drain(..).for_each(Waker::wake);
+        if wakers.capacity() > 0 {
+            self.inner.borrow_mut().woken = wakers;
+        }
         woke |= self.tell_sinks();
         Reaped { any: count > 0, woke }
     }

@@ -36,6 +36,9 @@ const SLEEP_MAX: Duration = Duration::from_millis(500);
 const SLEEPS_IN_A_ROW: usize = 64;
 /// Tasks that a round without any work runs: the driver and two probes.
 const TASKS_OF_QUIET_ROUND: u64 = 3;
+/// After a round of so few tasks what they have queued is not handed to the kernel at once, but by the call that also waits
+/// for completions, if the next round is quiet: half the system calls. When more is going on, nothing waits for a quiet round.
+const TASKS_OF_SLACK_ROUND: u64 = TASKS_OF_QUIET_ROUND + 5;
 /// Threads of [`Ring::blocking`] at a time; more jobs wait.
 const BLOCKING_THREADS_MAX: u64 = 4;
 /// Wakes a ring's executor from any thread.
@@ -88,6 +91,8 @@ pub(super) struct Drive {
     blocking: Rc<Semaphore>,
     /// How long to look for something to do before the thread sleeps.
     spin: Cell<Duration>,
+    /// Tasks that the last round has run.
+    tasks_of_round: Cell<u64>,
 }
 
 impl Drive {
@@ -102,6 +107,7 @@ impl Drive {
             next_timer: Cell::new(0),
             blocking: Semaphore::new(BLOCKING_THREADS_MAX),
             spin: Cell::default(),
+            tasks_of_round: Cell::new(u64::MAX),
         }
     }
 
@@ -168,8 +174,10 @@ impl Ring {
         while !self.stopping.get() {
             self.submit.notified().await;
             self.submit_pending.set(false);
-            self.enter();
-            self.reap();
+            if self.drive.tasks_of_round.get() > TASKS_OF_SLACK_ROUND {
+                self.enter();
+                self.reap();
+            }
         }
     }
 
@@ -187,21 +195,37 @@ impl Ring {
     }
 
     async fn drive_task(self: Rc<Self>) {
-        let mut found = true;
+        let (mut found, mut kept_back) = (true, false);
         while !self.stopping.get() {
             self.drive.bell.watched.alive();
             // The count starts at zero again with every call.
             let executed = glommio::executor().executor_stats().tasks_executed();
-            let woke = self.reap().any || self.drive.deliver();
-            self.submit_started();
-            found = match !found && !woke && executed <= TASKS_OF_QUIET_ROUND {
-                true => self.sleep_in_ring(),
-                false => woke,
+            self.drive.tasks_of_round.set(executed);
+            let woke = self.drain().woke;
+            let woke = self.drive.deliver() || woke;
+            let can_run = found || woke || executed > TASKS_OF_QUIET_ROUND;
+            kept_back = can_run && !kept_back && executed <= TASKS_OF_SLACK_ROUND && self.has_queued();
+            found = match can_run {
+                false => self.sleep_in_ring(),
+                true if kept_back => woke,
+                true => self.submit_queued() || woke,
             };
             self.drive.probes_left.set(self.drive.probes.len());
             self.drive.probes.iter().for_each(Notify::notify);
             self.drive.round_ended.notified().await;
         }
+    }
+
+    fn has_queued(&self) -> bool {
+        !self.inner.borrow_mut().uring.submission().is_empty()
+    }
+
+    /// Hands to the kernel what is queued, and takes what has completed; returns whether that woke anybody.
+    fn submit_queued(&self) -> bool {
+        if self.has_queued() {
+            self.enter();
+        }
+        self.reap().woke
     }
 
     /// An idle executor looks for something to do this long before it sleeps: less latency for CPU time. Zero at first.
@@ -217,7 +241,8 @@ impl Ring {
         }
         let start = Instant::now();
         while start.elapsed() < spin {
-            if self.reap().any || self.drive.deliver() {
+            let woke = self.submit_queued();
+            if self.drive.deliver() || woke {
                 return true;
             }
             std::hint::spin_loop();
@@ -239,23 +264,15 @@ impl Ring {
                 self.load.parked(began, Instant::now());
             }
             bell.watched.asleep.store(false, SeqCst);
-            let reaped = self.reap();
+            let reaped = self.drain();
             let delivered = self.drive.deliver();
             if delivered || reaped.woke || !reaped.any {
-                return delivered || reaped.any;
+                return delivered || reaped.woke;
             }
             // Only sinks were told: there is still nothing that can run, and what they have started goes with the next wait.
             bell.watched.alive();
         }
-        true
-    }
-
-    /// Hands to the kernel what sinks have started.
-    fn submit_started(&self) {
-        let queued = !self.inner.borrow_mut().uring.submission().is_empty();
-        if queued {
-            self.enter();
-        }
+        false
     }
 
     /// Turns the bell into a completion.
