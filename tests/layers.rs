@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// Files by layer, without `.rs`; `dir/*` is all of a directory, where a file has no line of its own.
 const LAYERS: [&str; 5] = [
     // 0, vocabulary.
-    "units version error dma_buf io_frontend/request",
+    "units version error dma_buf dma_buf/* io_frontend/request",
     // 1, pure decisions: no I/O, no async, no clock.
     "meta/mod meta/codec meta/region_map meta/runs meta/commit meta/growth meta/check meta/dm meta/dm/* meta/dump meta/repair
      shard/plan shard/inflight disk/transfer hydration_failures hydration_sched hydration_share events events/* log_limit signatures human
@@ -30,7 +30,7 @@ const LAYERS: [&str; 5] = [
      source/file source/padded source/remote source/fingerprint source/identity source/nbd/status_cache
      sim sim/*",
     // 3, edges: the kernel, sockets, glommio.
-    "ring ring/* kept_bits net metrics/* disk/ring disk/blocking env/glommio shard/pool device_mapper device_mapper/* environment service_manager unix_socket devices devices/*
+    "ring ring/* kept_bits net metrics/* disk/ring disk/blocking env/glommio shard/pool device_mapper device_mapper/* environment locked_memory service_manager unix_socket devices devices/*
      source/nbd source/nbd/* io_frontend io_frontend/nbd io_frontend/nbd/* io_frontend/ublk io_frontend/ublk/*",
     // 4, product.
     "lib main cli targets cli/* metrics/dump config config/* runtime_dir commands commands/* commands/meta/* control control/* daemon daemon/* daemon/registry/*

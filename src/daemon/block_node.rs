@@ -16,8 +16,10 @@ use crate::io_frontend::ublk::device::{self, Attached, Wanted};
 use crate::io_frontend::ublk::queue::{Queue, QueueParts};
 use crate::io_frontend::ublk::shape::Shape;
 use crate::io_frontend::ublk::takeover::mark_of;
+use crate::io_frontend::ublk::turn::keep_reserve;
 use crate::io_frontend::ublk::{UblkStats, proto::DeviceInfo};
 use crate::kept_bits::{self, Found, Identity, KeptBits};
+use crate::locked_memory;
 use crate::meta::codec::{self, Superblock};
 use crate::metrics::schema::UblkMetrics;
 use crate::ring::Ring;
@@ -87,7 +89,14 @@ impl BlockNode {
     ) -> Result<Self> {
         let shape = shape_of(&state.geometry(), destination);
         let wanted = Wanted::new(config.number, mark_of(uuid), context.mesh.shards(), shape);
-        let attached = on_thread(context, START_TIME_MAX, "made", move || device::attach(&wanted)).await?;
+        let (shards, copies_bytes) = (context.mesh.shards(), context.shard.copy_pool().io_memory());
+        let attach = move || {
+            // For a clone that came to a daemon that had no block device.
+            locked_memory::prepare();
+            keep_reserve(shards, copies_bytes);
+            device::attach(&wanted)
+        };
+        let attached = on_thread(context, START_TIME_MAX, "made", attach).await?;
         let Attached { info, file, taken_over } = attached;
         let node = Self {
             number: info.number,
@@ -175,6 +184,7 @@ impl BlockNode {
             on_shard(context, ShardIndex(queue % shards), move |context| async move {
                 let (id, name) = (state.id, state.name.clone());
                 let volume: Rc<dyn Volume> = Dispatcher::new(state, name, context.shard.clone(), context.mesh.clone());
+                locked_memory::warm_heap();
                 let queue = Queue::new(parts, volume, context.env.clone(), STATS.with(Rc::clone))?;
                 QUEUES.with(|all| all.borrow_mut().entry(id).or_default().push(queue));
                 Ok(())

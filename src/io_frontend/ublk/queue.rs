@@ -16,6 +16,7 @@ use super::proto::{
     DESCRIPTOR_BYTES, Descriptor, Io, data_position, descriptors_bytes, descriptors_offset, io_command,
 };
 use super::stats::UblkStats;
+use super::turn::turn;
 use crate::dma_buf::{DMA_ALIGN, DmaBuf};
 use crate::env::Env;
 use crate::error::{Error, Result};
@@ -188,7 +189,12 @@ impl Queue {
         let descriptor = self.descriptors.read(tag);
         let position = data_position(self.queue, tag);
         self.stats.count_request();
-        let done = match admit(&descriptor, self.io_bytes_max) {
+        let verdict = admit(&descriptor, self.io_bytes_max);
+        let _turn = match &verdict {
+            Verdict::Read(range) | Verdict::Write { range, .. } => Some(turn(range.start(), range.len()).await),
+            _ => None,
+        };
+        let done = match verdict {
             Verdict::Nothing => Ok(0),
             Verdict::Refuse(errno) => {
                 let text = format!("{}: {descriptor:?} is refused", self.label);

@@ -6,6 +6,7 @@ use super::harness::*;
 mod beside_dm_clone;
 mod failing_disks;
 mod log_writes;
+mod memory;
 mod power_cuts;
 mod under_load;
 
