@@ -23,6 +23,9 @@ fn short_memory_with_files_and_swap_on_block_devices() {
     let said = vm::boot(&bench, &["ublk-lib.guest", "ublk-memory.guest"], &options, &disks.map(|(name, _)| name));
     said.has("locked: yes");
     said.has("score: -1000");
+    // They are not shown over NBD.
+    said.has("sockets: control");
+    said.has("nbd in status: 0");
     said.has("warnings: 0");
     said.has("swap: on");
     said.has("swapped: yes");
