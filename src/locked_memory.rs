@@ -13,13 +13,12 @@
 //! A limit of locked memory in force would make later allocations fail, which is worse than to be swapped out. So nothing is
 //! locked unless it has no limit for this process.
 
+use crate::environment::{self, CAP_IPC_LOCK};
 use crate::error::{Error, Result};
 use std::fs;
 use std::io;
 use std::sync::OnceLock;
 
-/// For who has it there is no limit of locked memory.
-const CAP_IPC_LOCK: u32 = 14;
 /// The whole process, as far as oom(5) goes.
 const NEVER_KILLED: i32 = -1000;
 const OOM_SCORE_ADJ: &str = "/proc/self/oom_score_adj";
@@ -97,18 +96,11 @@ fn check_unlimited() -> Result<()> {
         return Ok(());
     }
     let refused = io::Error::last_os_error();
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    if has_capability(&status, CAP_IPC_LOCK) {
+    if environment::has_capability(CAP_IPC_LOCK) {
         return Ok(());
     }
     let text = "its limit (RLIMIT_MEMLOCK) can't be lifted: give the service LimitMEMLOCK=infinity, or CAP_SYS_RESOURCE or CAP_IPC_LOCK";
     Err(Error::from_io(refused, text))
-}
-
-/// Whether the capabilities in proc_pid_status(5) are such that this one is in force.
-fn has_capability(status: &str, number: u32) -> bool {
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    effective.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask >> number & 1 == 1)
 }
 
 /// Unless somebody has said already how much it may be killed.
@@ -123,6 +115,7 @@ fn never_be_killed() -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::environment::CAP_SYS_RESOURCE;
     use std::os::unix::process::CommandExt;
     use std::process::Command;
 
@@ -146,15 +139,6 @@ mod tests {
         let maps = fs::read_to_string("/proc/self/maps").unwrap();
         let bytes: usize = maps.lines().filter_map(program_part).map(|(start, end)| end - start).sum();
         assert!(bytes > 1 << 20, "{bytes}");
-    }
-
-    #[test]
-    fn capabilities_in_force() {
-        assert!(has_capability("Name:\tx\nCapEff:\t000001ffffffffff\n", CAP_IPC_LOCK));
-        assert!(has_capability("CapEff:\t0000000000004000\n", CAP_IPC_LOCK));
-        for status in ["CapEff:\t00000000ffffbfff\n", "CapPrm:\t0000000000004000\n", "CapEff:\tx", ""] {
-            assert!(!has_capability(status, CAP_IPC_LOCK), "{status}");
-        }
     }
 
     /// What is done is done to the whole process: this runs in one of its own.
@@ -198,7 +182,6 @@ mod tests {
 
     #[test]
     fn a_process_is_locked_or_warned_of() {
-        const CAP_SYS_RESOURCE: u32 = 24;
         let limited = child(8 << 20, &[CAP_IPC_LOCK, CAP_SYS_RESOURCE]);
         assert!(limited.contains("LimitMEMLOCK=infinity") && limited.contains("locked: 0 kB"), "{limited}");
         assert!(limited.contains("still allocates 7"), "{limited}");
@@ -209,8 +192,7 @@ mod tests {
             assert!(capable.contains("locked\n") && !capable.contains("locked: 0 kB"), "{capable}");
             assert!(capable.contains("still allocates 7"), "{capable}");
         }
-        let status = fs::read_to_string("/proc/self/status").unwrap();
-        if has_capability(&status, CAP_SYS_RESOURCE) {
+        if environment::has_capability(CAP_SYS_RESOURCE) {
             let lifted = child(8 << 20, &[CAP_IPC_LOCK]);
             assert!(lifted.contains("locked\n") && lifted.contains("still allocates 7"), "{lifted}");
         }

@@ -21,7 +21,7 @@ const LAYERS: [&str; 5] = [
      metrics metrics/schema metrics/record metrics/text
      io_frontend/nbd/proto io_frontend/nbd/proto/* io_frontend/nbd/limits io_frontend/nbd/stats
      io_frontend/nbd/handshake io_frontend/nbd/admit io_frontend/nbd/reply
-     io_frontend/ublk/proto io_frontend/ublk/shape io_frontend/ublk/takeover io_frontend/ublk/admit io_frontend/ublk/stats
+     io_frontend/ublk/proto io_frontend/ublk/shape io_frontend/ublk/takeover io_frontend/ublk/admit io_frontend/ublk/stats io_frontend/ublk/affinity
      device_mapper/proto device_mapper/takeover",
     // 2, generic async, over the traits Disk, Source, Env and Mesh.
     "disk env source local local/* event_log hydration_budget clone_state clone_state/* coordinator coordinator/*

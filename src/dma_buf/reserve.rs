@@ -51,7 +51,6 @@ impl Reserve {
 
 /// From now on so many small and large buffers are kept, at least. They are allocated, and written to, here. It never shrinks.
 pub fn keep(small: usize, large: usize) {
-    let mut added = [Vec::new(), Vec::new()];
     let missing = {
         let mut reserve = locked();
         let missing = [small, large].map(|wanted| wanted as isize).into_iter().zip(reserve.wanted);
@@ -72,14 +71,11 @@ pub fn keep(small: usize, large: usize) {
                 // In memory, not only promised. SAFETY: inside the allocation; volatile, so that it happens.
                 unsafe { memory.add(page).write_volatile(0) };
             }
-            added[size].push(Free(memory));
+            let mut reserve = locked();
+            reserve.free[size].push(Free(memory));
+            reserve.count();
         }
     }
-    let mut reserve = locked();
-    for (size, added) in added.into_iter().enumerate() {
-        reserve.free[size].extend(added);
-    }
-    reserve.count();
 }
 
 /// A buffer of at least `capacity` bytes, with its capacity.

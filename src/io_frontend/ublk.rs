@@ -4,6 +4,7 @@
 //! * [`shape`]: the parameters of a clone's device; pure.
 //! * [`takeover`]: what to do with devices that are there; pure.
 //! * [`admit`]: what a request asks, checked; pure.
+//! * [`affinity`]: which shard serves which queue; pure.
 //! * [`control`], [`device`]: a device made or taken over, started, removed. They block.
 //! * [`turn`]: how many requests with data are carried out at a time, so that there is memory for them.
 //! * [`queue`]: one hardware queue, on the executor of its shard.
@@ -13,6 +14,7 @@
 //! have ended (see [`crate::devices`]).
 
 pub mod admit;
+pub mod affinity;
 pub mod control;
 pub mod device;
 pub mod proto;

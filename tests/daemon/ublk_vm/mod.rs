@@ -5,6 +5,7 @@ use super::harness::*;
 
 mod beside_dm_clone;
 mod failing_disks;
+mod life;
 mod log_writes;
 mod memory;
 mod power_cuts;
