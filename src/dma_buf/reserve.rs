@@ -42,8 +42,8 @@ fn locked() -> MutexGuard<'static, Reserve> {
 
 impl Reserve {
     fn count(&self) {
-        for size in 0..2 {
-            MISSING[size].store(self.wanted[size].saturating_sub(self.free[size].len()), Relaxed);
+        for (missing, (free, wanted)) in MISSING.iter().zip(self.free.iter().zip(self.wanted)) {
+            missing.store(wanted.saturating_sub(free.len()), Relaxed);
         }
         WANTED.store(self.wanted.iter().sum(), Relaxed);
     }

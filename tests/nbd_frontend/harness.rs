@@ -251,6 +251,7 @@ impl Server {
     pub fn uri(&self, export: &str) -> String {
         match &self.address {
             NbdAddress::Unix(path) => format!("nbd+unix:///{export}?socket={}", path.display()),
+            NbdAddress::None => unreachable!("a server listens"),
             NbdAddress::Tcp(address) => format!("nbd://{address}/{export}"),
         }
     }
