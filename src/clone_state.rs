@@ -11,6 +11,8 @@ use crate::event_log::CloneEvents;
 use crate::events::EventKind;
 use crate::hydration_budget::BudgetMember;
 use crate::hydration_failures::FAILURES_MAX_DEFAULT;
+use crate::meta::hydrated_bits::{HydratedBits, SharedBits};
+use crate::shard::direct_writes::DirectWrites;
 use crate::units::{CloneId, Geometry, RegionRange, ShardIndex};
 use health::Health;
 pub use health::{CopyFailure, FailureReport, LastFailure};
@@ -104,6 +106,8 @@ pub struct CloneState {
     /// Of a clone whose block device may outlive this process.
     kept_bits: Option<Arc<dyn KeepsBits>>,
     source_wait: SourceWait,
+    bits: SharedBits,
+    direct_writes: Arc<DirectWrites>,
 }
 
 impl CloneState {
@@ -146,6 +150,8 @@ impl CloneState {
             source_refusal: OnceLock::new(),
             kept_bits: None,
             source_wait: SourceWait::default(),
+            bits: SharedBits::default(),
+            direct_writes: Arc::default(),
         }
     }
 
@@ -387,6 +393,16 @@ impl CloneState {
     /// What waits for the source.
     pub fn source_wait(&self) -> &SourceWait {
         &self.source_wait
+    }
+
+    /// The bits that the maps of all shards share, with room for the regions of `geometry`.
+    pub fn hydrated_bits(&self, geometry: Geometry) -> Arc<HydratedBits> {
+        self.bits.get(geometry)
+    }
+
+    /// Who writes hydrated bytes past their owner.
+    pub fn direct_writes(&self) -> &Arc<DirectWrites> {
+        &self.direct_writes
     }
 
     /// The clone's events, to raise one and to ask how many there were.

@@ -6,6 +6,7 @@
 
 pub mod copy;
 pub mod copy_pool;
+pub mod direct_writes;
 pub mod dispatch;
 pub mod gate;
 pub mod hydrator;

@@ -13,8 +13,8 @@ const LAYERS: [&str; 5] = [
     // 0, vocabulary.
     "units version error dma_buf dma_buf/* io_frontend/request",
     // 1, pure decisions: no I/O, no async, no clock.
-    "meta/mod meta/codec meta/region_map meta/runs meta/commit meta/growth meta/check meta/dm meta/dm/* meta/dump meta/repair
-     shard/plan shard/inflight disk/transfer hydration_failures hydration_sched hydration_share events events/* log_limit signatures human
+    "meta/mod meta/codec meta/region_map meta/hydrated_bits meta/runs meta/commit meta/growth meta/check meta/dm meta/dm/* meta/dump meta/repair
+     shard/plan shard/inflight shard/direct_writes disk/transfer hydration_failures hydration_sched hydration_share events events/* log_limit signatures human
      dm_table
      daemon/rate control/api control/query
      source/uri source/nbd/assembly

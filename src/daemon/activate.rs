@@ -376,7 +376,8 @@ async fn attach(context: &Rc<ShardContext>, parts: ShardParts, source: Option<Rc
         Some(recipe) => Some(recipe.open(context, state.id, source).await?),
         None => None,
     };
-    let mut map = RegionMap::new(state.geometry(), mesh.shards(), mesh.me());
+    let geometry = state.geometry();
+    let mut map = RegionMap::new(geometry, state.hydrated_bits(geometry), mesh.shards(), mesh.me());
     for (nr, (zone, bits)) in zones.into_iter().enumerate() {
         map.load_zone(zone, &bits);
         if nr % ZONES_AT_A_TIME == ZONES_AT_A_TIME - 1 {

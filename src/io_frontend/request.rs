@@ -55,6 +55,18 @@ pub enum Request {
     Status(ByteRange),
 }
 
+impl Request {
+    /// The bytes that it is about. `None`: none, or more than any device has.
+    pub fn range(&self) -> Option<ByteRange> {
+        match self {
+            Request::Write { offset, data, .. } => ByteRange::new(*offset, data.len() as u64),
+            Request::Read(range) | Request::Trim { range, .. } | Request::WriteZeroes { range, .. } => Some(*range),
+            Request::Cache(range) | Request::Status(range) => Some(*range),
+            Request::Flush => None,
+        }
+    }
+}
+
 /// A run of bytes with one status.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Extent<S> {

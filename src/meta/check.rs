@@ -8,7 +8,7 @@ use super::codec::{
     ZoneCodec, metadata_size_needed, zone_block,
 };
 use super::commit::{CopyFound, OtherCopy, OtherState, Recovery, recover};
-use super::region_map::first_bit;
+use super::hydrated_bits::first_bit;
 use crate::error::Result;
 use crate::units::{ByteSize, Generation, RegionRange, ZoneIndex};
 use std::fmt;
@@ -234,8 +234,8 @@ impl<'a, 'r> HydratedRuns<'a, 'r> {
 
     /// The next run of set bits of the zone that is loaded.
     fn next_in_zone(&mut self) -> Option<(u64, u64)> {
-        let first = first_bit(&self.bits, self.at, self.regions, true);
-        let end = first_bit(&self.bits, first, self.regions, false);
+        let first = first_bit(&self.bits[..], self.at, self.regions, true);
+        let end = first_bit(&self.bits[..], first, self.regions, false);
         self.at = end;
         let region = |bit: usize| self.first_region + bit as u64;
         (first < end).then(|| (region(first), region(end - 1)))

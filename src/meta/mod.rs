@@ -107,6 +107,7 @@ pub mod commit;
 pub mod dm;
 pub mod dump;
 pub mod growth;
+pub mod hydrated_bits;
 pub mod region_map;
 pub mod repair;
 pub mod runs;

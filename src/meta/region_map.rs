@@ -13,12 +13,18 @@
 //! Asking about or setting a region of another shard's zone is a broken invariant and panics, in release too: two
 //! owners of one bit lose data.
 //!
-//! Memory: 1 bit per region, rounded up to 8 bytes per zone, plus 8 bytes and 1 bit per zone, plus at most 16 bytes for
-//! each zone that is dirty ([`RegionMap::memory_bytes`], [`RegionMap::memory_bytes_max`]). [`RegionMap::release`] gives
-//! all of it back.
+//! The bits themselves are where the other shards see them, too ([`super::hydrated_bits`]): what is hydrated can be served
+//! by anybody.
+//!
+//! Memory: 1 bit per region of each zone that has any bit set, rounded up to 8 bytes, and 16 bytes for such a zone; 32 bytes
+//! and 1 bit per zone; at most 16 bytes for each zone that is dirty ([`RegionMap::memory_bytes`],
+//! [`RegionMap::memory_bytes_max`]). [`RegionMap::release`] gives all of it back, once every shard has done so.
 
 use super::codec::{REGIONS_MAX, REGIONS_PER_ZONE_MAX, ZONES_MAX, words_per_zone};
+use super::hydrated_bits::{DIRECTORY_BYTES_PER_ZONE, HydratedBits, WORDS_HEAD_BYTES, Words, first_bit, mask};
 use crate::units::{Geometry, RegionIndex, RegionRange, ShardIndex, ZoneIndex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::*;
 
 /// The bits of one zone at one moment: what a commit writes.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -42,8 +48,10 @@ pub struct RegionMap {
     shards: u16,
     me: ShardIndex,
     words_per_zone: usize,
-    /// The bits of the owned zones, one after the other.
-    words: Vec<u64>,
+    /// `None` when they were released.
+    bits: Option<Arc<HydratedBits>>,
+    /// How many of the owned zones have words.
+    zones_with_words: u64,
     zones: Vec<ZoneState>,
     /// One bit per owned zone: it has unhydrated regions.
     incomplete: Vec<u64>,
@@ -52,32 +60,12 @@ pub struct RegionMap {
     committing: u64,
     nr_owned: u64,
     hydrated: u64,
-    released: bool,
-}
-
-/// The first of the bits `from..end` that is `want`, or `end`.
-pub(super) fn first_bit(words: &[u64], from: usize, end: usize, want: bool) -> usize {
-    let flip = if want { 0 } else { u64::MAX };
-    let mut at = from;
-    while at < end {
-        let ahead = (words[at / 64] ^ flip) >> (at % 64);
-        if ahead != 0 {
-            return (at + ahead.trailing_zeros() as usize).min(end);
-        }
-        at = (at / 64 + 1) * 64;
-    }
-    end
-}
-
-/// The bits `from..end` (within one word) as a mask.
-fn mask(from: usize, end: usize) -> u64 {
-    (u64::MAX << from) & (u64::MAX >> (64 - end))
 }
 
 impl RegionMap {
-    /// The map of shard `me` of `shards`, nothing hydrated. Panics when `me` is not one of them or the geometry
-    /// exceeds the format's limits (which the codec has checked).
-    pub fn new(geometry: Geometry, shards: u16, me: ShardIndex) -> Self {
+    /// The map of shard `me` of `shards`, nothing hydrated. `bits`: those that all shards share, of this geometry. Panics
+    /// when `me` is not one of them or the geometry exceeds the format's limits (which the codec has checked).
+    pub fn new(geometry: Geometry, bits: Arc<HydratedBits>, shards: u16, me: ShardIndex) -> Self {
         assert!(me.0 < shards, "shard {me} of {shards}");
         assert!(geometry.regions_per_zone() <= REGIONS_PER_ZONE_MAX, "regions per zone");
         assert!(geometry.nr_regions() <= REGIONS_MAX && geometry.nr_zones() <= ZONES_MAX, "too many regions");
@@ -98,14 +86,14 @@ impl RegionMap {
             shards,
             me,
             words_per_zone,
-            words: vec![0; owned_zones * words_per_zone],
+            bits: Some(bits),
+            zones_with_words: 0,
             zones: vec![ZoneState::default(); owned_zones],
             incomplete,
             dirty: Vec::new(),
             committing: 0,
             nr_owned,
             hydrated: 0,
-            released: false,
         }
     }
 
@@ -128,21 +116,32 @@ impl RegionMap {
         ZoneIndex(slot as u64 * u64::from(self.shards) + u64::from(self.me.0))
     }
 
-    fn zone_words(&self, slot: usize) -> &[u64] {
-        &self.words[slot * self.words_per_zone..(slot + 1) * self.words_per_zone]
+    /// Sets bits of an owned zone, and returns how many were not set. `masks`: words of the zone, and their bits.
+    fn set_bits(&mut self, zone: ZoneIndex, masks: impl Iterator<Item = (usize, u64)>) -> u64 {
+        let Some(bits) = &self.bits else { return 0 };
+        self.zones_with_words += u64::from(bits.zone(zone).is_none());
+        let words = bits.zone_to_set(zone);
+        // The only writer of these words.
+        masks.map(|(at, mask)| u64::from((mask & !words[at].fetch_or(mask, Release)).count_ones())).sum()
+    }
+
+    /// Whether all of `regions` are hydrated, whoever owns them; what was hydrated by others a moment ago may be missing.
+    pub fn is_all_hydrated(&self, regions: RegionRange) -> bool {
+        self.bits.as_ref().is_none_or(|bits| bits.is_all_hydrated(regions))
     }
 
     /// Adds what the metadata say of a zone. Once per zone, before it is used; leaves the zone clean.
     pub fn load_zone(&mut self, zone: ZoneIndex, bits: &[u64]) {
         let slot = self.slot(zone);
-        assert!(!self.released && self.zones[slot].hydrated == 0, "zone {zone} is loaded twice");
+        assert!(self.bits.is_some() && self.zones[slot].hydrated == 0, "zone {zone} is loaded twice");
+        assert_eq!(bits.len(), self.words_per_zone, "the words of zone {zone}");
         let regions = self.geometry.zone_regions(zone).count();
-        let start = slot * self.words_per_zone;
-        self.words[start..start + self.words_per_zone].copy_from_slice(bits);
-        let count = bits.iter().map(|w| u64::from(w.count_ones())).sum::<u64>();
         let stray = first_bit(bits, regions as usize, self.words_per_zone * 64, true);
         assert_eq!(stray, self.words_per_zone * 64, "zone {zone} has bits without a region");
-        self.count(slot, regions, count);
+        if bits.iter().any(|word| *word != 0) {
+            let count = self.set_bits(zone, bits.iter().copied().enumerate());
+            self.count(slot, regions, count);
+        }
     }
 
     fn count(&mut self, slot: usize, regions: u64, new: u64) {
@@ -163,16 +162,14 @@ impl RegionMap {
     pub fn run_from(&self, region: RegionIndex, end: RegionIndex) -> (bool, RegionRange) {
         assert!(region < end && end.0 <= self.geometry.nr_regions(), "regions {region} to before {end}");
         let zone = self.geometry.zone_of(region);
-        let slot = self.slot(zone);
+        let _owned = self.slot(zone);
         let regions = self.geometry.zone_regions(zone);
         let end = end.min(regions.end());
         let range = |end| RegionRange::between(region, end).expect("at least one region");
-        if self.released {
-            return (true, range(end));
-        }
-        let words = self.zone_words(slot);
+        let Some(bits) = &self.bits else { return (true, range(end)) };
+        let Some(words) = bits.zone(zone) else { return (false, range(end)) };
         let from = (region.0 - regions.first().0) as usize;
-        let hydrated = words[from / 64] >> (from % 64) & 1 == 1;
+        let hydrated = words.word(from / 64) >> (from % 64) & 1 == 1;
         let stop = first_bit(words, from, (end.0 - regions.first().0) as usize, !hydrated);
         (hydrated, range(RegionIndex(regions.first().0 + stop as u64)))
     }
@@ -184,20 +181,14 @@ impl RegionMap {
         let slot = self.slot(zone);
         let regions = self.geometry.zone_regions(zone);
         assert!(range.end() <= regions.end(), "{range:?} leaves zone {zone}");
-        if self.released {
-            return 0;
-        }
-        let mut at = (range.first().0 - regions.first().0) as usize;
-        let end = at + range.count() as usize;
-        let mut new = 0;
-        while at < end {
-            let stop = end.min((at / 64 + 1) * 64);
-            let word = &mut self.words[slot * self.words_per_zone + at / 64];
-            let bits = mask(at % 64, (stop - 1) % 64 + 1);
-            new += u64::from((bits & !*word).count_ones());
-            *word |= bits;
-            at = stop;
-        }
+        let first = (range.first().0 - regions.first().0) as usize;
+        let end = first + range.count() as usize;
+        let masks = (first / 64..end.div_ceil(64)).map(|at| {
+            let from = first.max(at * 64) % 64;
+            let last = end.min((at + 1) * 64) - 1;
+            (at, mask(from, last % 64 + 1))
+        });
+        let new = self.set_bits(zone, masks);
         if new > 0 {
             self.count(slot, regions.count(), new);
             if !std::mem::replace(&mut self.zones[slot].dirty, true) {
@@ -210,25 +201,26 @@ impl RegionMap {
     /// The next run of unhydrated regions from `from` on, in device order among the owned zones, without wrapping;
     /// within one zone and at most `max` long. `None` when there is none. Skips hydrated zones 64 at a time.
     pub fn next_unhydrated(&self, from: RegionIndex, max: u64) -> Option<RegionRange> {
-        if self.released || max == 0 || from.0 >= self.geometry.nr_regions() {
+        let bits = self.bits.as_ref()?;
+        if max == 0 || from.0 >= self.geometry.nr_regions() {
             return None;
         }
         let from_zone = self.geometry.zone_of(from);
         let first_slot = from_zone.0.saturating_sub(u64::from(self.me.0)).div_ceil(u64::from(self.shards));
         let mut slot = usize::try_from(first_slot).ok()?;
         loop {
-            slot = first_bit(&self.incomplete, slot, self.zones.len(), true);
+            slot = first_bit(&self.incomplete[..], slot, self.zones.len(), true);
             if slot >= self.zones.len() {
                 return None;
             }
             let zone = self.zone_at(slot);
             let regions = self.geometry.zone_regions(zone);
             let skip = if zone == from_zone { (from.0 - regions.first().0) as usize } else { 0 };
-            let (words, len) = (self.zone_words(slot), regions.count() as usize);
-            let start = first_bit(words, skip, len, false);
+            let (words, len) = (bits.zone(zone), regions.count() as usize);
+            let start = words.map_or(skip, |words| first_bit(words, skip, len, false));
             if start < len {
                 let limit = len.min(start.saturating_add(usize::try_from(max).unwrap_or(usize::MAX)));
-                let stop = first_bit(words, start, limit, true);
+                let stop = words.map_or(limit, |words| first_bit(words, start, limit, true));
                 let region = |i: usize| RegionIndex(regions.first().0 + i as u64);
                 return RegionRange::between(region(start), region(stop));
             }
@@ -261,7 +253,8 @@ impl RegionMap {
             state.dirty = false;
             state.committing = state.committing.checked_add(1).expect("commits of one zone in flight");
             self.committing += 1;
-            ZoneSnapshot { zone, bits: self.zone_words(slot).into() }
+            let words = self.bits.as_ref().and_then(|bits| bits.zone(zone)).expect("a dirty zone has bits");
+            ZoneSnapshot { zone, bits: words.iter().map(|word| word.load(Acquire)).collect() }
         });
         snapshots.collect()
     }
@@ -280,7 +273,7 @@ impl RegionMap {
     /// Whether the metadata hold all that the map says of the region: its zone is neither dirty nor committing.
     pub fn is_durable(&self, region: RegionIndex) -> bool {
         let slot = self.slot(self.geometry.zone_of(region));
-        self.released || (!self.zones[slot].dirty && self.zones[slot].committing == 0)
+        self.bits.is_none() || (!self.zones[slot].dirty && self.zones[slot].committing == 0)
     }
 
     /// Whether all that the map says is durable.
@@ -292,27 +285,27 @@ impl RegionMap {
     /// it is not so.
     pub fn release(&mut self) {
         assert!(self.unhydrated_count() == 0 && self.is_all_durable(), "the map is still needed");
-        self.released = true;
-        self.words = Vec::new();
+        self.bits = None;
+        self.zones_with_words = 0;
         self.zones = Vec::new();
         self.incomplete = Vec::new();
     }
 
-    /// The clone has grown: the new regions are not hydrated. Everything must be durable. Costs no second map in memory;
-    /// a released one is made anew, unless there are no new regions.
+    /// The clone has grown: the new regions are not hydrated. Everything must be durable. `bits`: those that all shards share
+    /// from now on. Those of a released map are set anew, unless there are no new regions.
     ///
     /// # Panics
     /// When something is not durable, or the clone does not grow.
-    pub fn grow(&mut self, geometry: Geometry) {
+    pub fn grow(&mut self, geometry: Geometry, bits: Arc<HydratedBits>) {
         let same = |g: &Geometry| (g.region_size(), g.regions_per_zone());
         assert!(same(&geometry) == same(&self.geometry) && geometry.size() >= self.geometry.size(), "not a growth");
         assert!(self.is_all_durable(), "the map has bits that are not durable");
-        if self.released && geometry.nr_regions() == self.geometry.nr_regions() {
+        if self.is_released() && geometry.nr_regions() == self.geometry.nr_regions() {
             self.geometry = geometry;
             return;
         }
-        let mut old = std::mem::replace(self, Self::new(geometry, self.shards, self.me));
-        if old.released {
+        let old = std::mem::replace(self, Self::new(geometry, bits, self.shards, self.me));
+        if old.is_released() {
             let last = RegionIndex(old.geometry.nr_regions());
             for slot in 0..self.zones.len() {
                 let regions = self.geometry.zone_regions(self.zone_at(slot));
@@ -323,9 +316,8 @@ impl RegionMap {
             self.dirty.clear();
             self.zones.iter_mut().for_each(|zone| zone.dirty = false);
         } else {
-            let len = self.words.len();
-            self.words = std::mem::take(&mut old.words);
-            self.words.resize(len, 0);
+            // The words are the same.
+            self.zones_with_words = old.zones_with_words;
             for (slot, zone) in old.zones.iter().enumerate() {
                 let regions = self.geometry.zone_regions(self.zone_at(slot)).count();
                 self.count(slot, regions, u64::from(zone.hydrated));
@@ -333,23 +325,26 @@ impl RegionMap {
         }
     }
 
-    /// What the map takes now.
+    /// What the map takes now: its part of what all shards share included.
     pub fn memory_bytes(&self) -> u64 {
-        let words = self.words.capacity() + self.incomplete.capacity();
+        if self.is_released() {
+            return 0;
+        }
+        let words = self.zones_with_words * (WORDS_HEAD_BYTES + 8 * self.words_per_zone as u64);
+        let directory = self.zones.len() as u64 * DIRECTORY_BYTES_PER_ZONE;
         let zones = self.zones.capacity() * size_of::<ZoneState>() + self.dirty.capacity() * size_of::<ZoneIndex>();
-        (words * size_of::<u64>() + zones) as u64
+        words + directory + (self.incomplete.capacity() * size_of::<u64>() + zones) as u64
     }
     /// What it may take, by the formula at the head of this file.
     pub fn memory_bytes_max(&self) -> u64 {
         let owned = self.nr_owned.div_ceil(self.geometry.regions_per_zone());
-        let per_zone = 8 * self.words_per_zone as u64 + 8 + 16;
+        let per_zone = 8 * self.words_per_zone as u64 + 16 + 32 + 16;
         // A list has room for four from the start.
         owned * per_zone + 8 * owned.div_ceil(64) + 32
     }
 
-    #[cfg(test)]
     fn is_released(&self) -> bool {
-        self.released
+        self.bits.is_none()
     }
 }
 

@@ -1,7 +1,8 @@
 //! Dispatch: from a frontend's request to the shards that own its zones.
 //!
-//! A request that lies in zones of this shard takes no channel. One that crosses zones is cut, its pieces run at
-//! the same time, and it completes when all have; the first failure is its result.
+//! What needs nothing of the owner (see [`super::slice::direct`]) is served here, whole. Of the rest, a request that lies in
+//! zones of this shard takes no channel. One that crosses zones is cut, its pieces run at the same time, and it completes
+//! when all have; the first failure is its result.
 //!
 //! Every request passes the clone's gate first, and is inside until its end: see [`super::gate`]. What the clone is
 //! (its size above all) is looked at only inside.
@@ -110,9 +111,16 @@ impl Dispatcher {
     }
 
     async fn dispatch(&self, request: Request) -> Result<Completion> {
+        let range = request.range();
+        if let Some(range) = range {
+            self.check(range)?;
+            let slice = self.shard.slice(self.state.id)?;
+            if let Some(direct) = slice.direct(&request) {
+                return slice.execute_direct(request, direct).await;
+            }
+        }
         match request {
             Request::Read(range) => {
-                self.check(range)?;
                 let mut data = Vec::new();
                 for completion in self.each(range, Request::Read).await? {
                     let Completion::Data(mut piece) = completion else { unreachable!("data answers a read") };
@@ -121,10 +129,9 @@ impl Dispatcher {
                 Ok(Completion::Data(data))
             }
             Request::Write { offset, data, flags } => {
-                let Some(range) = ByteRange::new(offset, data.len() as u64) else {
+                let Some(range) = range else {
                     return Err(Error::new(ErrorKind::InvalidRequest, "a write without data, or beyond all devices"));
                 };
-                self.check(range)?;
                 let part = |bytes: ByteRange, flags| {
                     let start = (bytes.start() - offset) as usize;
                     Request::Write {
@@ -137,21 +144,13 @@ impl Dispatcher {
             }
             Request::Flush => self.commit().await.map(|()| Completion::Done),
             Request::Trim { range, flags } => {
-                self.check(range)?;
                 self.change(range, flags, |range, flags| Request::Trim { range, flags }).await
             }
             Request::WriteZeroes { range, flags } => {
-                self.check(range)?;
                 self.change(range, flags, |range, flags| Request::WriteZeroes { range, flags }).await
             }
-            Request::Cache(range) => {
-                self.check(range)?;
-                self.each(range, Request::Cache).await.map(|_| Completion::Done)
-            }
-            Request::Status(range) => {
-                self.check(range)?;
-                self.status(range).await.map(Completion::Status)
-            }
+            Request::Cache(range) => self.each(range, Request::Cache).await.map(|_| Completion::Done),
+            Request::Status(range) => self.status(range).await.map(Completion::Status),
         }
     }
 

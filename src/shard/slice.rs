@@ -7,6 +7,7 @@
 //! * A plan made before the bytes were held is made again after.
 
 mod changes;
+pub mod direct;
 mod growth;
 mod metrics;
 mod reads;
@@ -112,6 +113,8 @@ pub struct CloneSlice {
     pub(super) launching: Cell<bool>,
     /// Commits that this slice has asked for by itself.
     commits_in_flight: Cell<u64>,
+    /// Writes that go past the owners of their regions.
+    direct_writes: Cell<u64>,
     /// The clone has grown: another slice is in this one's place.
     pub(super) replaced: Cell<bool>,
     pub(super) counters: Rc<SliceRecorder>,
@@ -184,6 +187,7 @@ impl CloneSlice {
             wake: Notify::default(),
             launching: Cell::new(false),
             commits_in_flight: Cell::new(0),
+            direct_writes: Cell::new(0),
             replaced: Cell::new(false),
             counters: Rc::default(),
             failures: RefCell::default(),
@@ -221,7 +225,7 @@ impl CloneSlice {
             copy_failures: counters.copy_failures.get(),
             failed_regions: sched.failed_regions(),
             hydration_paused: u64::from(self.is_hydration_paused()),
-            in_flight: self.locks.len() as u64,
+            in_flight: self.locks.len() as u64 + self.direct_writes.get(),
         }
     }
 
@@ -279,12 +283,22 @@ impl CloneSlice {
 
     /// Carries out a client's request, all of it inside one zone of this shard.
     pub async fn execute(self: Rc<Self>, request: Request) -> Result<Completion> {
+        let slice = self.clone();
         let kind = kind_of(&request);
+        self.counted(kind, async move |trip: &Trip| slice.perform(request, trip).await).await
+    }
+
+    /// Carries out a request of this kind by `perform`; counts and times it.
+    async fn counted(
+        self: Rc<Self>,
+        kind: Option<(Kind, u64)>,
+        perform: impl AsyncFnOnce(&Trip) -> Result<Completion>,
+    ) -> Result<Completion> {
         if let Some((kind, bytes)) = kind {
             self.counters.request(kind, bytes);
         }
         let foreground = Foreground::new(self.clone());
-        let result = self.perform(request, &foreground.trip).await;
+        let result = perform(&foreground.trip).await;
         if result.is_ok() {
             foreground.served.set(kind.map(|(kind, _)| kind));
         }
@@ -361,19 +375,21 @@ impl CloneSlice {
 
     /// The data of these regions is in the destination: from now on they are served from there.
     pub(super) fn mark_hydrated(self: &Rc<Self>, regions: RegionRange, how: How) {
+        if self.uniform(regions) == Some(true) {
+            return;
+        }
+        // Before others can see the bits and rely on them: whoever flushes from then on finds this shard dirty, and is told
+        // of the bits (once this has returned: it is this thread that is asked).
+        self.state.set_dirty(self.me);
         if let Some(kept) = self.state.kept_bits() {
             kept.keep(regions);
         }
         let new = self.map.borrow_mut().set(regions);
-        if new == 0 {
-            return;
-        }
         if self.sched.borrow().failed_regions() > 0 {
             self.sched.borrow_mut().hydrated(regions);
             self.state.bad_regions_hydrated(regions);
         }
         self.counters.hydrated(how, new);
-        self.state.set_dirty(self.me);
         if self.state.add_hydrated(new) {
             // The last regions of the whole clone: a commit now completes it.
             let commit = self.mesh.call(COORDINATOR, ShardRequest::Commit { clone: self.id() });
@@ -411,8 +427,11 @@ impl CloneSlice {
     /// held, so that nothing new begins; gives up when it is neither any more.
     pub async fn drain(&self) {
         self.wake.notify();
-        let is_busy =
-            || self.copies.copies_in_flight() > 0 || !self.locks.is_empty() || self.commits_in_flight.get() > 0;
+        let is_busy = || {
+            self.copies.copies_in_flight() > 0
+                || !self.locks.is_empty()
+                || self.commits_in_flight.get() + self.direct_writes.get() > 0
+        };
         // At the end nobody waits for an answer that begins nothing any more.
         let is_asking = || self.launching.get() && !self.state.is_stopping();
         while (is_busy() || is_asking()) && (self.state.is_stopping() || self.state.is_held()) {

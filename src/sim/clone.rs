@@ -228,8 +228,9 @@ impl SimClone {
         let state = Arc::new(state);
         let complete = store.superblock().state == codec::CloneState::Complete;
         let env: Rc<dyn Env> = Rc::new(sim.clone());
-        let mut maps: Vec<RegionMap> =
-            (0..setup.shards).map(|shard| RegionMap::new(geometry, setup.shards, ShardIndex(shard))).collect();
+        let mut maps: Vec<RegionMap> = (0..setup.shards)
+            .map(|shard| RegionMap::new(geometry, state.hydrated_bits(geometry), setup.shards, ShardIndex(shard)))
+            .collect();
         for (zone, bits) in zones {
             maps[usize::from(geometry.owner_of(zone, setup.shards).0)].load_zone(zone, &bits);
         }
@@ -362,6 +363,10 @@ impl SimClone {
             Completion::Data(pieces) => Ok(pieces.concat()),
             other => panic!("{other:?} answers a read"),
         }
+    }
+    pub async fn write_via(&self, via: usize, offset: u64, data: &[u8]) -> Result<()> {
+        let (data, flags) = (Bytes::copy_from_slice(data), RequestFlags::empty());
+        self.submit(via, Request::Write { offset, data, flags }).await.map(drop)
     }
     pub async fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
         self.write_flags(offset, data, RequestFlags::empty()).await

@@ -9,7 +9,7 @@ use super::space_map::{SpaceMap, Used};
 use super::{Refused, Target};
 use crate::meta::check::ReadBlock;
 use crate::meta::codec::BLOCK_SIZE;
-use crate::meta::region_map::first_bit;
+use crate::meta::hydrated_bits::first_bit;
 use crate::meta::runs::set_bits;
 
 /// An image that checked out.
@@ -57,8 +57,8 @@ impl RegionBits {
         let end = self.nr_regions as usize;
         let mut at = 0;
         std::iter::from_fn(move || {
-            let first = first_bit(&self.words, at, end, true);
-            at = first_bit(&self.words, first, end, false);
+            let first = first_bit(&self.words[..], at, end, true);
+            at = first_bit(&self.words[..], first, end, false);
             (first < at).then(|| (first as u64, at as u64 - 1))
         })
     }

@@ -1,4 +1,5 @@
 use super::super::codec::{geometry_for, tests::random_bits};
+use super::super::hydrated_bits::SharedBits;
 use super::*;
 use crate::units::RegionSize;
 use proptest::prelude::*;
@@ -75,7 +76,7 @@ proptest! {
     #[test]
     fn like_the_oracle(geometry in small_geometries(), shards in 1u16..5, me: u16, loaded: Option<u64>, ops in ops()) {
         let me = ShardIndex(me % shards);
-        let mut map = RegionMap::new(geometry, shards, me);
+        let mut map = RegionMap::new(geometry, HydratedBits::new(geometry), shards, me);
         let nr_regions = geometry.nr_regions();
         let mut oracle = Oracle {
             geometry, shards, me, hydrated: vec![false; nr_regions as usize],
@@ -155,7 +156,7 @@ fn panics<R>(f: impl FnOnce() -> R) -> bool {
 #[test]
 fn a_foreign_zone_is_refused() {
     let geometry = Geometry::new(100 * 4096, RegionSize::new(4096).unwrap(), 10).unwrap();
-    let mut map = RegionMap::new(geometry, 2, ShardIndex(1));
+    let mut map = RegionMap::new(geometry, HydratedBits::new(geometry), 2, ShardIndex(1));
     assert_eq!(map.set(range(10, 20)), 10);
     assert!(panics(|| map.is_hydrated(RegionIndex(0))));
     assert!(panics(|| map.set(range(19, 21))), "leaves the zone");
@@ -168,7 +169,7 @@ fn a_foreign_zone_is_refused() {
 #[test]
 fn released_when_all_is_hydrated_and_durable() {
     let geometry = Geometry::new(25 * 4096 - 1, RegionSize::new(4096).unwrap(), 10).unwrap();
-    let mut map = RegionMap::new(geometry, 1, ShardIndex(0));
+    let mut map = RegionMap::new(geometry, HydratedBits::new(geometry), 1, ShardIndex(0));
     for (first, end) in [(0, 10), (10, 20), (20, 25)] {
         map.set(range(first, end));
     }
@@ -187,7 +188,7 @@ fn released_when_all_is_hydrated_and_durable() {
 #[test]
 fn more_shards_than_zones() {
     let geometry = Geometry::new(25 * 4096, RegionSize::new(4096).unwrap(), 10).unwrap();
-    let map = RegionMap::new(geometry, 8, ShardIndex(5));
+    let map = RegionMap::new(geometry, HydratedBits::new(geometry), 8, ShardIndex(5));
     assert_eq!((map.hydrated_count(), map.unhydrated_count()), (0, 0));
     assert_eq!(map.next_unhydrated(RegionIndex(0), 9), None);
     assert!(map.is_all_durable());
@@ -198,7 +199,7 @@ fn more_shards_than_zones() {
 fn a_huge_map_is_fast() {
     let geometry = geometry_for(100 << 40, RegionSize::default()).unwrap();
     let start = std::time::Instant::now();
-    let mut map = RegionMap::new(geometry, 1, ShardIndex(0));
+    let mut map = RegionMap::new(geometry, HydratedBits::new(geometry), 1, ShardIndex(0));
     let full = vec![u64::MAX; words_per_zone(&geometry)];
     let last = ZoneIndex(geometry.nr_zones() - 1);
     for zone in (0..last.0).map(ZoneIndex) {
@@ -233,7 +234,8 @@ proptest! {
             expected[..geometry.nr_regions() as usize].fill(true);
         }
         for me in (0..shards).map(ShardIndex) {
-            let mut map = RegionMap::new(geometry, shards, me);
+            let state = SharedBits::default();
+            let mut map = RegionMap::new(geometry, state.get(geometry), shards, me);
             let owns = |region: u64| geometry.owner_of(geometry.zone_of(RegionIndex(region)), shards) == me;
             for region in (0..geometry.nr_regions()).filter(|r| owns(*r) && expected[*r as usize]) {
                 map.set(RegionRange::single(RegionIndex(region)));
@@ -243,7 +245,7 @@ proptest! {
             if release {
                 map.release();
             }
-            map.grow(grown);
+            map.grow(grown, state.get(grown));
             prop_assert!(map.is_all_durable() && !map.has_dirty() && *map.geometry() == grown);
             let owned: Vec<u64> = (0..grown.nr_regions()).filter(|r| owns(*r)).collect();
             for region in &owned {

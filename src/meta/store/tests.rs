@@ -1,4 +1,5 @@
 use super::super::codec::{DESTINATION_NONE_YET, SourceFingerprint, geometry_for};
+use super::super::hydrated_bits::HydratedBits;
 use super::super::region_map::RegionMap;
 use super::super::runs::ZoneFiller;
 use super::sim::{Logged, Plan, Rng, SimDisk};
@@ -51,7 +52,7 @@ fn clone_image(uuid: u8, commits: u64) -> (Vec<u8>, Vec<u64>) {
 
 fn clone_image_of(geometry: Geometry, uuid: u8, commits: u64) -> (Vec<u8>, Vec<u64>) {
     let medium = disk(blank(&geometry));
-    let mut map = RegionMap::new(geometry, 1, ShardIndex(0));
+    let mut map = RegionMap::new(geometry, HydratedBits::new(geometry), 1, ShardIndex(0));
     block_on(async {
         let store = Store::format(medium.clone(), superblock(uuid, geometry)).await.unwrap();
         for generation in 2..2 + commits {
@@ -73,7 +74,7 @@ fn set_some(map: &mut RegionMap, rng: &mut Rng, count: u64) {
 /// The hydrated regions that were loaded.
 fn hydrated(opened: &Opened) -> Vec<u64> {
     let geometry = opened.store.superblock().geometry;
-    let mut map = RegionMap::new(geometry, 1, ShardIndex(0));
+    let mut map = RegionMap::new(geometry, HydratedBits::new(geometry), 1, ShardIndex(0));
     opened.zones.iter().for_each(|(zone, bits)| map.load_zone(*zone, bits));
     (0..geometry.nr_regions()).filter(|r| map.is_hydrated(RegionIndex(*r))).collect()
 }
@@ -212,7 +213,7 @@ fn explore_commits(lying_flushes: u64) -> Option<String> {
             let run = async {
                 let opened = Store::open(medium.clone()).await?.expect("formatted");
                 let store = opened.store;
-                let mut map = RegionMap::new(geometry, 1, ShardIndex(0));
+                let mut map = RegionMap::new(geometry, HydratedBits::new(geometry), 1, ShardIndex(0));
                 opened.zones.iter().for_each(|(zone, bits)| map.load_zone(*zone, bits));
                 let mut rng = Rng::new(77);
                 for generation in opened.generation.0 + 1..opened.generation.0 + 5 {
@@ -271,7 +272,7 @@ fn a_crash_while_committing_loses_nothing_acknowledged() {
 fn bits_that_a_killed_process_left_in_a_cache_are_durable_once_opened() {
     for seed in 0..50 {
         let medium = Rc::new(SimDisk::new(clone_image(1, 2).0, Plan::default(), seed));
-        let mut map = RegionMap::new(small_geometry(), 1, ShardIndex(0));
+        let mut map = RegionMap::new(small_geometry(), HydratedBits::new(small_geometry()), 1, ShardIndex(0));
         let loaded = block_on(async {
             let killed = Store::open(medium.clone()).await.unwrap().unwrap();
             killed.zones.iter().for_each(|(zone, bits)| map.load_zone(*zone, bits));

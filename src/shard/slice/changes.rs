@@ -6,7 +6,9 @@
 //! * Never a bare discard: what is trimmed or zeroed reads as zeros, or, of hydrated regions, stays as it was.
 
 use super::super::copy::COPY_UNIT_BYTES;
+use super::super::direct_writes::Exclusion;
 use super::super::inflight::Hold;
+use super::super::locks::Held;
 use super::super::plan::{ChangeRoute, plan_change};
 use super::{CloneSlice, PARTS_AT_A_TIME, Trip};
 use crate::clone_state::Mode;
@@ -19,6 +21,11 @@ use crate::metrics::record::{How, Route};
 use crate::units::{ByteRange, RegionIndex, RegionRange};
 use bytes::Bytes;
 use std::rc::Rc;
+use std::time::Duration;
+
+/// Between two looks whether the direct writes of an excluded range have ended: as long as such a write takes.
+const EXCLUSION_PAUSE_MIN: Duration = Duration::from_micros(20);
+const EXCLUSION_PAUSE_MAX: Duration = Duration::from_millis(1);
 
 /// What a change writes.
 #[derive(Clone)]
@@ -44,7 +51,8 @@ impl CloneSlice {
             match (change, direct) {
                 (Change::Data(data), true) => {
                     self.state.check_mode(true)?;
-                    self.write_durably(range, data).await?;
+                    let _held = self.hold_blocks(range).await;
+                    self.write_durably_held(range, data).await?;
                     self.counters.part(Route::WriteDestination, range.len());
                     return Ok(Completion::Done);
                 }
@@ -99,9 +107,7 @@ impl CloneSlice {
                 Route::WriteDestination
             }
             Change::Zeroes(flags) => {
-                let outer = self.outer(range);
-                let hold = if outer == range { Hold::Shared } else { Hold::Exclusive };
-                let _held = self.locks.hold(outer, hold).await;
+                let _held = self.hold_blocks(range).await;
                 self.zero_held(range, flags).await?;
                 Route::WriteZeroesDestination
             }
@@ -124,10 +130,8 @@ impl CloneSlice {
 
     /// A write of hydrated bytes that is durable when it returns. A write that fails is its client's affair; but when
     /// only its flush failed, writes that were acknowledged before it may be lost too, as after any failed flush.
-    async fn write_durably(&self, range: ByteRange, data: Bytes) -> Result<()> {
+    pub(super) async fn write_durably_held(&self, range: ByteRange, data: Bytes) -> Result<()> {
         let outer = self.outer(range);
-        let hold = if outer == range { Hold::Shared } else { Hold::Exclusive };
-        let _held = self.locks.hold(outer, hold).await;
         // What can't be read at its edges is no failed flush.
         let whole = self.merged(range, data).await?;
         let Err(error) = self.destination.write(outer.start(), whole.clone(), true).await else {
@@ -141,10 +145,25 @@ impl CloneSlice {
     }
 
     async fn write_destination(&self, range: ByteRange, data: Bytes) -> Result<()> {
-        let outer = self.outer(range);
-        let hold = if outer == range { Hold::Shared } else { Hold::Exclusive };
-        let _held = self.locks.hold(outer, hold).await;
+        let _held = self.hold_blocks(range).await;
         self.write_held(range, data).await
+    }
+
+    /// Holds the blocks of hydrated bytes that are about to be changed: whole ones with others, parts of them alone, by
+    /// all shards.
+    async fn hold_blocks(&self, range: ByteRange) -> (Held, Option<Exclusion>) {
+        let outer = self.outer(range);
+        if outer == range {
+            return (self.locks.hold(outer, Hold::Shared).await, None);
+        }
+        let held = self.locks.hold(outer, Hold::Exclusive).await;
+        let exclusion = self.state.direct_writes().exclude(outer);
+        let mut pause = EXCLUSION_PAUSE_MIN;
+        while !exclusion.is_alone() {
+            self.env.sleep(pause).await;
+            pause = (pause * 2).min(EXCLUSION_PAUSE_MAX);
+        }
+        (held, Some(exclusion))
     }
 
     /// Writes; the bytes around it, to whole blocks, are held exclusively unless the range is aligned.

@@ -7,6 +7,7 @@ use super::CloneSlice;
 use crate::disk::Disk;
 use crate::error::Result;
 use crate::local::Notify;
+use crate::meta::hydrated_bits::HydratedBits;
 use crate::meta::region_map::RegionMap;
 use crate::source::Source;
 use crate::units::{ByteRange, Geometry, RegionIndex, ShardIndex};
@@ -15,7 +16,8 @@ use std::rc::Rc;
 
 /// A map for nobody: of a slice that has none yet, or none any more.
 fn no_map(geometry: &Geometry) -> RegionMap {
-    RegionMap::new(geometry.with_size(1).expect("1 byte is a size"), 1, ShardIndex(0))
+    let geometry = geometry.with_size(1).expect("1 byte is a size");
+    RegionMap::new(geometry, HydratedBits::new(geometry), 1, ShardIndex(0))
 }
 
 impl CloneSlice {
@@ -37,6 +39,7 @@ impl CloneSlice {
             wake: Notify::default(),
             launching: Cell::new(false),
             commits_in_flight: Cell::new(0),
+            direct_writes: Cell::new(0),
             replaced: Cell::new(false),
             counters: self.counters.clone(),
             failures: RefCell::default(),
@@ -59,7 +62,7 @@ impl CloneSlice {
     /// Takes over from the old slice, which is not used any more: its hydration ends.
     pub fn replace(&self, old: &CloneSlice) {
         let mut map = old.map.replace(no_map(&old.geometry));
-        map.grow(self.geometry);
+        map.grow(self.geometry, self.state.hydrated_bits(self.geometry));
         self.map.replace(map);
         self.sched.replace(old.sched.take());
         self.failures.replace(old.failures.take());

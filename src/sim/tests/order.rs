@@ -5,6 +5,8 @@ use super::super::executor::Sim;
 use super::super::seeds;
 use super::{Seed, content, result, scenario, start};
 use crate::io_frontend::request::RequestFlags;
+use crate::shard::ShardRequest;
+use crate::units::ByteRange;
 use std::time::Duration;
 
 const REGION: u64 = 4096;
@@ -221,6 +223,48 @@ fn writes_to_parts_of_one_block_do_not_lose_each_other() {
             assert_eq!(found, expected);
         });
     }
+}
+
+/// A write of whole blocks goes past the owner of its region, who is at a read-modify-write of one of them.
+#[test]
+fn a_write_past_the_owner_is_not_undone_by_a_read_modify_write() {
+    let setup = Setup { size: 8 * REGION, block: 4096, shards: 3, regions_per_zone: 1, ..Setup::default() };
+    scenario(&setup, |clone| async move {
+        clone.cache(0, 8 * REGION).await.unwrap();
+        for round in 0..20u8 {
+            // Region 1 is that of shard 1. A part of its block by anybody; all of it, and of region 2, by shard 0.
+            let (part, whole) = (clone.clone(), clone.clone());
+            let part = start(&clone, async move { part.write_via(2, REGION + 100, &[200; 50]).await.unwrap() });
+            clone.sim.sleep(Duration::from_micros(u64::from(round) * 7)).await;
+            let data = vec![round; 2 * REGION as usize];
+            let whole = start(&clone, async move { whole.write_via(0, REGION, &data).await.unwrap() });
+            result(&clone, &part).await;
+            result(&clone, &whole).await;
+            let found = clone.read(REGION, 2 * REGION).await.unwrap();
+            let (inside, outside): (Vec<_>, Vec<_>) =
+                found.iter().enumerate().partition(|(at, _)| (100..150).contains(at));
+            assert!(outside.iter().all(|(_, byte)| **byte == round), "round {round}");
+            assert!(inside.iter().all(|(_, byte)| **byte == round || **byte == 200), "round {round}");
+        }
+    });
+}
+
+/// Hydrated bytes are served by whoever is asked, across zones, and in one piece.
+#[test]
+fn hydrated_bytes_need_no_other_shard() {
+    let setup = Setup { size: 8 * REGION, block: 4096, shards: 3, regions_per_zone: 1, ..Setup::default() };
+    scenario(&setup, |clone| async move {
+        clone.cache(0, 6 * REGION).await.unwrap();
+        clone.net.break_calls(|_, request| matches!(request, ShardRequest::Io { .. }));
+        let before = clone.devices.destination.log().len();
+        clone.write_via(2, 0, &[7; 6 * REGION as usize]).await.unwrap();
+        assert_eq!(clone.devices.destination.log().len(), before + 1);
+        let range = ByteRange::new(100, 5 * REGION).unwrap();
+        assert_eq!(clone.read_via(1, range).await.unwrap(), [7; 5 * REGION as usize]);
+        // What is not hydrated is its owner's, and so are parts of blocks.
+        assert!(clone.write_via(2, 5 * REGION, &[7; 2 * REGION as usize]).await.is_err());
+        assert!(clone.write_via(2, 0, &[7; 100]).await.is_err());
+    });
 }
 
 #[test]
