@@ -201,10 +201,11 @@ pub struct CloneArgs {
     #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
     pub on_hydrated: OnHydrated,
 
-    /// Where NBD clients connect: unix:PATH or tcp:ADDR:PORT [default: a unix socket NAME.sock]
+    /// Where NBD clients connect: unix:PATH, tcp:ADDR:PORT, or none [default: a unix socket NAME.sock]
     ///
     /// By default the socket NAME.sock in $XDG_RUNTIME_DIR/hydrant or /run/hydrant. Unix sockets are for their owner only
-    /// (mode 0600). With tcp everybody who can reach the port can read and write: there is no authentication.
+    /// (mode 0600). With tcp everybody who can reach the port can read and write: there is no authentication. With none
+    /// the clone is a block device only (--ublk).
     #[arg(long, value_name = "ADDRESS")]
     pub nbd: Option<NbdAddress>,
 

@@ -164,6 +164,12 @@ impl CloneConfig {
         self.table = Some(table);
     }
 
+    /// Whether nobody could use it.
+    pub fn shown_nowhere(&self) -> Option<&'static str> {
+        (self.nbd.address == NbdAddress::None && self.ublk.is_none())
+            .then_some("a clone without NBD is for a block device alone: [clone.ublk] is missing")
+    }
+
     /// What is missing for `on_hydrated = "linear"`.
     pub fn linear_lacks_a_name(&self) -> Option<&'static str> {
         let has_name = self.ublk.as_ref().is_some_and(|ublk| ublk.dm_name.is_some());

@@ -32,6 +32,7 @@ use crate::dma_buf::DmaBuf;
 use crate::environment;
 use crate::error::{Error, Result, plain};
 use crate::local::Notify;
+use crate::locked_memory;
 use crate::metrics::dump::Dumper;
 use crate::metrics::schema::{NbdMetrics, UblkMetrics};
 use crate::ring::Ring;
@@ -68,6 +69,9 @@ pub fn run(plan: Plan) -> Result<()> {
     let has_block_device = plan.clones.iter().any(|clone| clone.ublk.is_some());
     if !environment::set_io_flusher() && has_block_device {
         log::warn!("without CAP_SYS_RESOURCE a block device may hang when memory is short");
+    }
+    if has_block_device {
+        locked_memory::prepare();
     }
     let options = PoolOptions {
         cpus: cpus.iter().copied().cycle().take(shards).collect(),

@@ -6,7 +6,9 @@
 //! [`DMA_ALIGN`] as its place on the device can be written as it is.
 //!
 //! Freed buffers go to a small per-thread cache: large allocations would otherwise be mapped, faulted and
-//! unmapped for every I/O.
+//! unmapped for every I/O. A process with block devices has a reserve beside it, see [`reserve`].
+
+pub mod reserve;
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
@@ -80,16 +82,17 @@ impl DmaBuf {
         let capacity = if is_cached { capacity.next_power_of_two() } else { capacity + DMA_ALIGN };
         let cached = CACHE.try_with(|cache| {
             let mut cache = cache.borrow_mut();
-            cache.in_use += capacity as isize;
             let ptr = cache.free[class_of(capacity)?].pop()?;
             cache.bytes -= capacity;
-            Some(ptr)
+            Some((ptr, capacity))
         });
-        let ptr = cached.ok().flatten().unwrap_or_else(|| {
+        let kept = cached.ok().flatten().or_else(|| reserve::take(capacity));
+        let (ptr, capacity) = kept.unwrap_or_else(|| {
             // SAFETY: the layout has a non-zero size.
             let ptr = unsafe { alloc_zeroed(layout(capacity)) };
-            NonNull::new(ptr).unwrap_or_else(|| handle_alloc_error(layout(capacity)))
+            (NonNull::new(ptr).unwrap_or_else(|| handle_alloc_error(layout(capacity))), capacity)
         });
+        let _ = CACHE.try_with(|cache| cache.borrow_mut().in_use += capacity as isize);
         let start = ptr.as_ptr().addr().next_multiple_of(DMA_ALIGN) - ptr.as_ptr().addr();
         assert!(start + len <= capacity, "{start}+{len} of {capacity}");
         Self { ptr, capacity, start, len }
@@ -192,6 +195,9 @@ impl Drop for DmaBuf {
         let kept = CACHE.try_with(|cache| {
             let mut cache = cache.borrow_mut();
             cache.in_use -= self.capacity as isize;
+            if reserve::give_back(self.ptr, self.capacity) {
+                return true;
+            }
             match class_of(self.capacity) {
                 Some(class) if cache.bytes + self.capacity <= CACHE_BYTES_MAX => {
                     cache.bytes += self.capacity;

@@ -169,6 +169,28 @@ pub fn end_by_closed_pipe() -> ! {
     std::process::exit(128 + libc::SIGPIPE)
 }
 
+/// Numbers of capabilities(7).
+pub const CAP_IPC_LOCK: u32 = 14;
+pub const CAP_SYS_ADMIN: u32 = 21;
+pub const CAP_SYS_RESOURCE: u32 = 24;
+
+/// Whether this process has a capability, in force now.
+pub fn has_capability(number: u32) -> bool {
+    is_capable(&fs::read_to_string("/proc/self/status").unwrap_or_default(), number)
+}
+
+/// Whether this capability of capabilities(7) is in force, by proc_pid_status(5).
+fn is_capable(status: &str, number: u32) -> bool {
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask >> number & 1 == 1)
+}
+
+/// Where the calling thread runs now: for good, when it is pinned.
+pub fn current_cpu() -> Option<usize> {
+    // SAFETY: takes nothing.
+    usize::try_from(unsafe { libc::sched_getcpu() }).ok()
+}
+
 /// The CPUs this process may run on, in order; at least one.
 pub fn available_cpus() -> Result<Vec<usize>> {
     // The kernel refuses (EINVAL) a mask shorter than its own: try longer ones.
@@ -309,6 +331,15 @@ mod tests {
         assert!(!is_gone(child.id()));
         child.kill().unwrap();
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn capabilities_in_force() {
+        assert!(is_capable("Name:\tx\nCapEff:\t000001ffffffffff\n", CAP_IPC_LOCK));
+        assert!(is_capable("CapEff:\t0000000000004000\n", CAP_IPC_LOCK));
+        for status in ["CapEff:\t00000000ffffbfff\n", "CapPrm:\t0000000000004000\n", "CapEff:\tx", ""] {
+            assert!(!is_capable(status, CAP_IPC_LOCK), "{status}");
+        }
     }
 
     #[test]

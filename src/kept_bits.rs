@@ -236,9 +236,10 @@ impl Mapping {
         allocate(file, bytes)?;
         let bytes = usize::try_from(bytes).map_err(|_| too_large())?;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // All of it in memory at once: a bit that is set on behalf of a block device must not wait for swap.
+        let flags = libc::MAP_SHARED | libc::MAP_POPULATE;
         // SAFETY: a new mapping where the kernel likes it, of a file that is open and has this length.
-        let memory =
-            unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+        let memory = unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, flags, file.as_raw_fd(), 0) };
         if memory == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }

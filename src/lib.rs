@@ -37,6 +37,7 @@ pub mod hydration_share;
 pub mod io_frontend;
 pub mod kept_bits;
 pub mod local;
+pub mod locked_memory;
 pub mod log_limit;
 pub mod meta;
 pub mod metrics;

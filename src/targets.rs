@@ -67,10 +67,11 @@ pub fn info() -> VersionInfo {
     VersionInfo { version: env!("CARGO_PKG_VERSION").into(), targets: TARGETS.iter().map(of).collect() }
 }
 
-/// What serves clients there.
-pub const fn of_frontend(address: &NbdAddress) -> Target {
+/// What serves clients there; `None` when that is nowhere.
+pub const fn of_frontend(address: &NbdAddress) -> Option<Target> {
     match address {
-        NbdAddress::Unix(_) | NbdAddress::Tcp(_) => NBD_FRONTEND,
+        NbdAddress::Unix(_) | NbdAddress::Tcp(_) => Some(NBD_FRONTEND),
+        NbdAddress::None => None,
     }
 }
 
@@ -90,7 +91,7 @@ mod tests {
     #[test]
     fn everything_that_can_be_asked_for_is_listed() {
         for address in ["unix:/x", "tcp:127.0.0.1:1"] {
-            assert!(TARGETS.contains(&of_frontend(&address.parse().unwrap())));
+            assert!(TARGETS.contains(&of_frontend(&address.parse().unwrap()).unwrap()));
         }
         for spec in ["/x", "nbd://h/x", "nbd+unix:///x?socket=y"] {
             for kind in [DeviceKind::File, DeviceKind::Block] {

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// Files by layer, without `.rs`; `dir/*` is all of a directory, where a file has no line of its own.
 const LAYERS: [&str; 5] = [
     // 0, vocabulary.
-    "units version error dma_buf io_frontend/request",
+    "units version error dma_buf dma_buf/* io_frontend/request",
     // 1, pure decisions: no I/O, no async, no clock.
     "meta/mod meta/codec meta/region_map meta/hydrated_bits meta/runs meta/commit meta/growth meta/check meta/dm meta/dm/* meta/dump meta/repair
      shard/plan shard/inflight shard/direct_writes disk/transfer hydration_failures hydration_sched hydration_share events events/* log_limit signatures human
@@ -21,7 +21,7 @@ const LAYERS: [&str; 5] = [
      metrics metrics/schema metrics/record metrics/text
      io_frontend/nbd/proto io_frontend/nbd/proto/* io_frontend/nbd/limits io_frontend/nbd/stats
      io_frontend/nbd/handshake io_frontend/nbd/admit io_frontend/nbd/reply
-     io_frontend/ublk/proto io_frontend/ublk/shape io_frontend/ublk/takeover io_frontend/ublk/admit io_frontend/ublk/stats
+     io_frontend/ublk/proto io_frontend/ublk/shape io_frontend/ublk/takeover io_frontend/ublk/admit io_frontend/ublk/stats io_frontend/ublk/affinity
      device_mapper/proto device_mapper/takeover",
     // 2, generic async, over the traits Disk, Source, Env and Mesh.
     "disk env source local local/* event_log hydration_budget clone_state clone_state/* coordinator coordinator/*
@@ -30,7 +30,7 @@ const LAYERS: [&str; 5] = [
      source/file source/padded source/remote source/fingerprint source/identity source/nbd/status_cache
      sim sim/*",
     // 3, edges: the kernel, sockets, glommio.
-    "ring ring/* kept_bits net metrics/* disk/ring disk/blocking env/glommio shard/pool device_mapper device_mapper/* environment service_manager unix_socket devices devices/*
+    "ring ring/* kept_bits net metrics/* disk/ring disk/blocking env/glommio shard/pool device_mapper device_mapper/* environment locked_memory service_manager unix_socket devices devices/*
      source/nbd source/nbd/* io_frontend io_frontend/nbd io_frontend/nbd/* io_frontend/ublk io_frontend/ublk/*",
     // 4, product.
     "lib main cli targets cli/* metrics/dump config config/* runtime_dir commands commands/* commands/meta/* control control/* daemon daemon/* daemon/registry/*

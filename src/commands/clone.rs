@@ -50,6 +50,9 @@ fn plan_of(args: CloneArgs, dir: &RuntimeDir) -> Result<Plan> {
     if let Some(table) = args.table {
         clone.set_table(table);
     }
+    if clone.shown_nowhere().is_some() {
+        bail!(Usage, "--nbd none is for a block device alone: --ublk is missing");
+    }
     if clone.linear_lacks_a_name().is_some() {
         bail!(Usage, "--on-hydrated linear hands a device-mapper device over: say which one by --dm-name");
     }
@@ -193,6 +196,7 @@ mod tests {
             ("--nbd /run/x.sock", "unix:PATH"),
             ("--nbd tcp:localhost:10809", "127.0.0.1:10809"),
             ("--control x --nbd unix:x", "same socket"),
+            ("--nbd none", "--ublk is missing"),
             ("--control=", "a value is required"),
             ("--hydration-rate 1", "not from 4KiB to 1TiB"),
             ("--hydration-failures-max=-1", "invalid value '-1'"),

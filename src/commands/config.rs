@@ -5,6 +5,7 @@ use crate::bail;
 use crate::config::plan;
 use crate::config::{CloneConfig, Plan};
 use crate::error::{Result, plain};
+use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::runtime_dir::RuntimeDir;
 use crate::units::ByteSize;
 use std::io::Write;
@@ -33,14 +34,16 @@ fn summary(plan: &Plan) -> Vec<String> {
 
 fn clone_line(clone: &CloneConfig) -> String {
     let size = clone.size.map_or(String::new(), |size| format!(", {}", ByteSize(size)));
+    let shown = match &clone.nbd.address {
+        NbdAddress::None => "no NBD".into(),
+        address => format!("export '{}' at {address}", clone.nbd.export),
+    };
     format!(
-        "clone '{}': {} to {}, metadata {}{size}, export '{}' at {}",
+        "clone '{}': {} to {}, metadata {}{size}, {shown}",
         clone.name,
         clone.source,
         clone.destination.display(),
         clone.metadata.display(),
-        clone.nbd.export,
-        clone.nbd.address
     )
 }
 

@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result, plain};
 use crate::human::{count, duration, percent, rate, size};
 use crate::hydration_failures::words_of;
 use crate::hydration_share::PRIORITY_DEFAULT;
+use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::units::ByteSize;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt::Write as _;
@@ -171,7 +172,9 @@ fn write_text(text: &mut String, status: &Status) -> std::fmt::Result {
         line("", format!("{mode} because of {}", metadata.error.as_deref().unwrap_or("a commit that failed")))?;
         line("", means.into())?;
     }
-    line("nbd", format!("{}; {}", nbd_words(status), plural(status.nbd.connections.into(), "client")))?;
+    if status.nbd.address != NbdAddress::None.to_string() {
+        line("nbd", format!("{}; {}", nbd_words(status), plural(status.nbd.connections.into(), "client")))?;
+    }
     if let Some(ublk) = &status.ublk {
         let path = ublk.dm_path.as_ref().map_or(ublk.path.clone(), |path| format!("{path} above {}", ublk.path));
         line("ublk", format!("{path}; {}", ublk.used_by.as_deref().unwrap_or("not in use")))?;
@@ -484,6 +487,7 @@ mod tests {
             nbd: NbdStatus { address: "unix:/run/hydrant/vm1.sock".into(), export: "vm1".into(), connections: 2 },
             ublk: Some(UblkStatus {
                 path: "/dev/ublkb0".into(),
+                size: 1 << 40,
                 number: 0,
                 dm_path: None,
                 used_by: Some("mounted at /mnt".into()),

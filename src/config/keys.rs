@@ -202,10 +202,11 @@ const CLONE: &[Key] = &[
 const CLONE_NBD: &[Key] = &[
     key(
         "address",
-        Other("`unix:PATH` or `tcp:ADDR:PORT`"),
+        Other("`unix:PATH`, `tcp:ADDR:PORT` or `none`"),
         Says("the socket `NAME.sock` in the runtime directory"),
         "Where NBD clients connect. Clones with the same address share it; clients choose by export name. Unix sockets are \
-         for their owner only (mode 0600); with tcp everybody who can reach the port can read and write.",
+         for their owner only (mode 0600); with tcp everybody who can reach the port can read and write. \
+         `none`: the clone is a block device only (`[clone.ublk]`).",
     ),
     key("export", Other("a name, as that of the clone"), Says("the clone's name"), "Name of the export."),
 ];

@@ -168,7 +168,9 @@ fn conflicts(clones: &[Named], daemon: Option<(&DaemonConfig, Option<&Located<Da
             continue;
         }
         let (address, export) = (&config.nbd.address, &config.nbd.export);
-        if let Some((other, place)) = exports.take((address.to_string(), export), located, "nbd.export") {
+        if *address != NbdAddress::None
+            && let Some((other, place)) = exports.take((address.to_string(), export), located, "nbd.export")
+        {
             report("nbd.export", format!("'{export}' at {address} is the export of {other} ({place}) already"));
         }
         if let Some(number) = config.ublk.as_ref().and_then(|ublk| ublk.number)

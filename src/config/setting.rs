@@ -289,10 +289,15 @@ impl Source {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Address(pub NbdAddress);
 
-text_setting!(Address, "unix:PATH or tcp:ADDR:PORT", |text| text.parse().map(Address), |address| match &address.0 {
-    NbdAddress::Unix(path) => path.to_str().map(|path| format!("unix:{path}")),
-    tcp => Some(tcp.to_string()),
-});
+text_setting!(
+    Address,
+    "unix:PATH, tcp:ADDR:PORT or none",
+    |text| text.parse().map(Address),
+    |address| match &address.0 {
+        NbdAddress::Unix(path) => path.to_str().map(|path| format!("unix:{path}")),
+        tcp => Some(tcp.to_string()),
+    }
+);
 
 impl Address {
     /// Fails when the path becomes too long for a socket.

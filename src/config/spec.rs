@@ -287,6 +287,7 @@ impl CloneSpec {
         if let Some(table) = self.table {
             config.set_table(table);
         }
+        faults.extend(config.shown_nowhere().map(|text| Fault::of("nbd.address", text)));
         faults.extend(config.linear_lacks_a_name().map(|text| Fault::of("on_hydrated", text)));
         if faults.is_empty() {
             faults.extend(config.given_twice(same_file::lexical).map(|(key, text)| Fault::of(key, text)));

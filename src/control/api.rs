@@ -345,6 +345,8 @@ pub struct UblkStatus {
     pub path: String,
     /// N.
     pub number: u32,
+    /// In bytes: less than the clone's when that has grown and the kernel can't let the device grow too.
+    pub size: u64,
     /// `/dev/mapper/NAME` above it, which is to be used; null when there is none.
     pub dm_path: Option<String>,
     /// Who uses it, in words; null when nobody was found, a second ago at most.

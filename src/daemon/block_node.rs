@@ -9,22 +9,26 @@ use super::mapped_node::MappedNode;
 use crate::clone_state::CloneState;
 use crate::config::{CloneConfig, UblkConfig};
 use crate::devices::{self, Device, DeviceKind};
+use crate::environment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io_frontend::nbd::Counted;
 use crate::io_frontend::ublk::UblkStats;
+use crate::io_frontend::ublk::affinity::{CpuMask, shards_of};
 use crate::io_frontend::ublk::device::{self, Attached, Wanted};
 use crate::io_frontend::ublk::proto::{DeviceInfo, Features};
 use crate::io_frontend::ublk::queue::{Queue, QueueParts};
 use crate::io_frontend::ublk::shape::Shape;
 use crate::io_frontend::ublk::takeover::mark_of;
+use crate::io_frontend::ublk::turn::keep_reserve;
 use crate::kept_bits::{self, Found, Identity, KeptBits};
+use crate::locked_memory;
 use crate::meta::codec::{self, Superblock};
 use crate::metrics::schema::UblkMetrics;
 use crate::ring::Ring;
 use crate::shard::Mesh;
 use crate::shard::dispatch::Dispatcher;
 use crate::shard::pool::ShardContext;
-use crate::units::{CloneId, Geometry, ShardIndex};
+use crate::units::{ByteSize, CloneId, Geometry, SECTOR_SIZE, ShardIndex};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fs::File;
@@ -88,8 +92,14 @@ impl BlockNode {
     ) -> Result<Self> {
         let shape = shape_of(&state.geometry(), destination);
         let wanted = Wanted::new(config.number, mark_of(uuid), context.mesh.shards(), shape);
-        let attached = on_thread(context, START_TIME_MAX, "made", move || device::attach(&wanted)).await?;
-        let Attached { info, file, taken_over } = attached;
+        let (shards, copies_bytes) = (context.mesh.shards(), context.shard.copy_pool().io_memory());
+        let attach = move || {
+            // For a clone that came to a daemon that had no block device.
+            locked_memory::prepare();
+            device::attach(&wanted)
+        };
+        let attached = on_thread(context, START_TIME_MAX, "made", attach).await?;
+        let Attached { info, file, taken_over, affinity } = attached;
         let node = Self {
             number: info.number,
             clone: state.id,
@@ -102,20 +112,29 @@ impl BlockNode {
         };
         let sectors = shape.sectors();
         let started = async {
-            node.serve(context, state, &info, file).await?;
+            node.serve(context, state, &info, file, &affinity).await?;
             on_thread(context, START_TIME_MAX, "started", move || device::start(&info, taken_over, sectors)).await
         };
-        if let Err(error) = started.await {
-            if taken_over {
-                // Who has it open waits on: the next daemon may do better.
-                node.leave(context, context.env.now()).await;
-            } else {
-                node.remove(context).await.unwrap_or_else(|error| log::warn!("{error}"));
+        match started.await {
+            Ok(sectors) => node.sectors.set(sectors),
+            Err(error) => {
+                if taken_over {
+                    // Who has it open waits on: the next daemon may do better.
+                    node.leave(context, context.env.now()).await;
+                } else {
+                    node.remove(context).await.unwrap_or_else(|error| log::warn!("{error}"));
+                }
+                return Err(error.within(node.label()));
             }
-            return Err(error.within(node.label()));
         }
-        if shape.sectors() * crate::units::SECTOR_SIZE < shape.size {
-            let rest = shape.size % crate::units::SECTOR_SIZE;
+        // Beside the requests that have waited for a daemon: it takes a while.
+        context.env.spawn_background(Box::pin(async move {
+            let filled = Ring::current().on_thread("ublk", move || keep_reserve(shards, copies_bytes)).await;
+            // Also when the daemon ends meanwhile.
+            filled.unwrap_or_else(|error| log::debug!("memory for block devices was not kept to the end: {error}"));
+        }));
+        if shape.sectors() * SECTOR_SIZE < shape.size {
+            let rest = shape.size % SECTOR_SIZE;
             log::warn!(
                 "{}: the last {rest} bytes of the clone are no whole sector, and not in the device",
                 node.label()
@@ -149,6 +168,19 @@ impl BlockNode {
         self.sectors.get()
     }
 
+    /// That the device does not show all of a clone of `size` bytes, and what to do about it.
+    pub fn size_warning(&self, size: u64) -> Option<String> {
+        let (has, behind) = (self.sectors() * SECTOR_SIZE, size / SECTOR_SIZE * SECTOR_SIZE);
+        (has < behind).then(|| {
+            format!(
+                "{} keeps its size, {}: Linux 6.16 or later would let it grow; end the use of it, then stop the clone and \
+                 start it again",
+                self.user_path().display(),
+                ByteSize(has)
+            )
+        })
+    }
+
     fn label(&self) -> String {
         format!("clone '{}': {}", self.name, self.path().display())
     }
@@ -160,9 +192,18 @@ impl BlockNode {
         state: &Arc<CloneState>,
         info: &DeviceInfo,
         file: File,
+        affinity: &[CpuMask],
     ) -> Result<()> {
         let shards = context.mesh.shards();
-        for queue in 0..info.queues {
+        let mut cpus = Vec::new();
+        for shard in (0..shards).map(ShardIndex) {
+            cpus.push(on_shard(context, shard, |_| async { Ok(environment::current_cpu()) }).await?);
+        }
+        let owners = shards_of(affinity, &cpus);
+        for (queue, owner) in (0..info.queues).zip(owners) {
+            let on = cpus[owner].map_or_else(String::new, |cpu| format!(", on CPU {cpu}"));
+            log::debug!("{}: queue {queue} is served by shard {owner}{on}", self.label());
+            let owner = ShardIndex(u16::try_from(owner).unwrap_or(0));
             let device = file.try_clone().map_err(|error| Error::from_io(error, "/dev/ublkc can't be shared"))?;
             let parts = QueueParts {
                 device,
@@ -174,9 +215,10 @@ impl BlockNode {
                 label: self.label(),
             };
             let state = state.clone();
-            on_shard(context, ShardIndex(queue % shards), move |context| async move {
+            on_shard(context, owner, move |context| async move {
                 let (id, name) = (state.id, state.name.clone());
                 let volume = Dispatcher::new(state, name, context.shard.clone(), context.mesh.clone());
+                locked_memory::warm_heap();
                 let queue = Queue::new(parts, volume, context.env.clone(), STATS.with(Rc::clone))?;
                 QUEUES.with(|all| all.borrow_mut().entry(id).or_default().push(queue));
                 Ok(())
@@ -185,7 +227,7 @@ impl BlockNode {
         }
         drop(file);
         let id = self.clone;
-        for shard in (0..shards.min(info.queues)).map(ShardIndex) {
+        for shard in (0..shards).map(ShardIndex) {
             on_shard(context, shard, move |_| async move {
                 for queue in queues_of(id) {
                     queue.start().await?;
@@ -303,7 +345,7 @@ impl BlockNode {
 
     /// Tells the kernel the new size of the clone.
     pub async fn resize(&self, context: &Rc<ShardContext>, size: u64) -> Result<()> {
-        let (number, sectors) = (self.number, size / crate::units::SECTOR_SIZE);
+        let (number, sectors) = (self.number, size / SECTOR_SIZE);
         let resized = on_thread(context, START_TIME_MAX, "resized", move || device::resize(number, sectors)).await;
         resized.map_err(|error| error.within(self.label()))?;
         self.sectors.set(sectors);

@@ -133,7 +133,8 @@ impl Listeners {
     /// The listener at `address`: the one that is there, or a new one. It is closed by the last [`Self::release`].
     pub fn acquire(&self, address: &NbdAddress, export: &CloneName) -> Result<Rc<Listener>> {
         let mut open = self.open.borrow_mut();
-        if let Some(listener) = open.iter().find(|listener| listener.asked == *address) {
+        let is_shared = |listener: &&Rc<Listener>| listener.asked == *address && *address != NbdAddress::None;
+        if let Some(listener) = open.iter().find(is_shared) {
             let mut names = listener.names.borrow_mut();
             if names.contains(export) {
                 bail!(InUse, "NBD {address}: there is an export '{export}' already");
@@ -141,14 +142,19 @@ impl Listeners {
             names.push(export.clone());
             return Ok(listener.clone());
         }
-        let bound = bind(address)?;
+        let (asked, mut bound) = (address.clone(), bind(address)?);
+        let guard = bound.as_mut().and_then(|bound| bound.guard.take());
         let id = self.next_id.replace(self.next_id.get() + 1);
+        let (address, socket) = match bound {
+            Some(bound) => (bound.address, Some(Socket::new(bound.fd))),
+            None => (address.clone(), None),
+        };
         let listener = Rc::new(Listener {
             id,
-            asked: address.clone(),
-            address: bound.address,
-            socket: Socket::new(bound.fd),
-            guard: RefCell::new(bound.guard),
+            asked,
+            address,
+            guard: RefCell::new(guard),
+            socket,
             names: RefCell::new(vec![export.clone()]),
             accepting: Cell::new(false),
             stopping: Cell::new(false),
@@ -209,7 +215,8 @@ pub struct Listener {
     asked: NbdAddress,
     /// Where it really listens: the port is filled in.
     pub address: NbdAddress,
-    socket: Socket,
+    /// `None`: nobody can come.
+    socket: Option<Socket>,
     guard: RefCell<Option<PathGuard>>,
     /// The exports that use it.
     names: RefCell<Vec<CloneName>>,
@@ -241,7 +248,9 @@ impl Listener {
 
     fn close(&self) {
         self.stopping.set(true);
-        self.socket.close();
+        if let Some(socket) = &self.socket {
+            socket.close();
+        }
         self.guard.borrow_mut().take();
     }
 
@@ -253,15 +262,16 @@ impl Listener {
 
     /// Begins to accept clients, unless it does so already.
     pub fn start(self: &Rc<Self>, context: &Rc<ShardContext>) {
-        if !self.accepting.replace(true) {
+        if self.socket.is_some() && !self.accepting.replace(true) {
             context.env.spawn(Box::pin(self.clone().accept(context.clone())));
         }
     }
 
     async fn accept(self: Rc<Self>, context: Rc<ShardContext>) {
+        let Some(socket) = &self.socket else { return };
         let mut next = 0;
         while !self.stopping.get() {
-            let accepted = self.socket.accept().await;
+            let accepted = socket.accept().await;
             if self.stopping.get() {
                 break;
             }

@@ -23,7 +23,7 @@ use crate::shard::pool::ShardContext;
 use crate::shard::slice::SliceStats;
 use crate::shard::{Mesh, ShardReply, ShardRequest};
 use crate::source::uri::SourceSpec;
-use crate::units::{CloneId, RegionRange, ShardIndex};
+use crate::units::{CloneId, RegionRange, SECTOR_SIZE, ShardIndex};
 use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::rc::Rc;
@@ -144,6 +144,10 @@ impl RunningClone {
         }
     }
 
+    fn node_warning(&self) -> Option<String> {
+        self.node()?.size_warning(self.clone.state.geometry().size())
+    }
+
     pub fn node(&self) -> Option<Rc<BlockNode>> {
         self.block_node.borrow().clone()
     }
@@ -253,6 +257,7 @@ impl RunningClone {
             Some(node) => Some(UblkStatus {
                 path: node.path().display().to_string(),
                 number: node.number,
+                size: node.sectors() * SECTOR_SIZE,
                 dm_path: node.mapped().map(|mapped| mapped.path().display().to_string()),
                 used_by: node.used_by(context).await,
             }),
@@ -263,7 +268,7 @@ impl RunningClone {
             state: CloneRunState::Running,
             error: None,
             retry_in_seconds: None,
-            warnings: self.warnings(),
+            warnings: self.warnings().into_iter().chain(self.node_warning()).collect(),
             size: geometry.size(),
             region_size: geometry.region_size().bytes(),
             nr_regions: geometry.nr_regions(),

@@ -4,7 +4,9 @@
 //! * [`shape`]: the parameters of a clone's device; pure.
 //! * [`takeover`]: what to do with devices that are there; pure.
 //! * [`admit`]: what a request asks, checked; pure.
+//! * [`affinity`]: which shard serves which queue; pure.
 //! * [`control`], [`device`]: a device made or taken over, started, removed. They block.
+//! * [`turn`]: how many requests with data are carried out at a time, so that there is memory for them.
 //! * [`queue`]: one hardware queue, on the executor of its shard.
 //!
 //! A device outlives its daemon: with user recovery the kernel holds requests until the next daemon serves them. Writes of
@@ -12,6 +14,7 @@
 //! have ended (see [`crate::devices`]).
 
 pub mod admit;
+pub mod affinity;
 pub mod control;
 pub mod device;
 pub mod proto;
@@ -19,6 +22,7 @@ pub mod queue;
 pub mod shape;
 pub mod stats;
 pub mod takeover;
+pub mod turn;
 
 pub use device::NUMBER_MAX;
 pub use stats::UblkStats;

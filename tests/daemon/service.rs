@@ -12,6 +12,10 @@ fn unit() -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/hydrant.service")).unwrap()
 }
 
+fn ublk_unit() -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/hydrant-ublk.service")).unwrap()
+}
+
 fn setting(unit: &str, key: &str) -> String {
     let line = unit.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
     line.unwrap_or_else(|| panic!("no {key}")).to_owned()
@@ -108,4 +112,58 @@ fn the_system_calls_of_the_unit_are_enough() {
             has(call) || in_group.into_iter().any(|g| of_group(&format!("@{g}")).lines().any(|l| l.trim() == call));
         assert!(found, "{call} is not in @system-service");
     }
+}
+
+/// As root, where everybody else is: in no mount namespace of its own, with the capabilities that docs/deployment.md names.
+#[test]
+fn the_unit_for_block_devices_has_what_they_need_and_no_namespace() {
+    need!("systemd-analyze");
+    let unit = ublk_unit();
+    let exec = setting(&unit, "ExecStart");
+    let cli = Cli::try_parse_from(exec.split_ascii_whitespace()).unwrap_or_else(|error| panic!("{exec}: {error}"));
+    assert!(matches!(cli.verb, Verb::Serve(_)), "{exec}");
+    for command in unit.lines().filter_map(|line| line.strip_prefix("#   hydrant ")) {
+        let command = format!("hydrant {command}");
+        Cli::try_parse_from(command.split_ascii_whitespace()).unwrap_or_else(|error| panic!("{command}: {error}"));
+    }
+    let capabilities = setting(&unit, "CapabilityBoundingSet");
+    let documented = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/deployment.md")).unwrap();
+    for capability in ["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE", "CAP_SYS_RESOURCE", "CAP_IPC_LOCK"] {
+        assert!(capabilities.split(' ').any(|has| has == capability), "{capability}");
+        assert!(documented.contains(capability), "{capability}");
+    }
+    assert_eq!(setting(&unit, "OOMScoreAdjust"), "-1000");
+    assert_eq!(setting(&unit, "LimitMEMLOCK"), "infinity");
+    // What makes a mount namespace, by systemd.exec(5).
+    let namespaces = [
+        "Protect",
+        "Private",
+        "ReadWritePaths",
+        "ReadOnlyPaths",
+        "InaccessiblePaths",
+        "ExecPaths",
+        "NoExecPaths",
+        "TemporaryFileSystem",
+        "BindPaths",
+        "BindReadOnlyPaths",
+        "RootDirectory",
+        "RootImage",
+        "MountFlags",
+        "MountImages",
+        "DynamicUser",
+        "User",
+    ];
+    for line in unit.lines().filter(|line| !line.starts_with('#')) {
+        assert!(!namespaces.iter().any(|word| line.starts_with(word)), "{line}");
+    }
+    // The bits of block devices are for the next daemon: systemd must not remove them.
+    assert!(!setting(&unit, "RuntimeDirectory").split(' ').any(|directory| directory == "hydrant-ublk"));
+
+    let bench = Bench::new();
+    let path = bench.path("hydrant-ublk.service");
+    fs::write(&path, unit.replace("/usr/bin/hydrant", env!("CARGO_BIN_EXE_hydrant"))).unwrap();
+    let path = path.to_str().unwrap();
+    let (status, said) = run_for_status("systemd-analyze", &["verify", "--man=no", path]);
+    let ours: Vec<_> = said.lines().filter(|line| line.contains("hydrant-ublk.service")).collect();
+    assert!(status == 0 && ours.is_empty(), "{status}: {said}");
 }

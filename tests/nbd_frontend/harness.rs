@@ -187,7 +187,7 @@ impl Server {
     pub fn start(setup: Setup) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let address = if setup.tcp { "tcp:127.0.0.1:0".parse().unwrap() } else { unix(dir.path().join("nbd.sock")) };
-        let bound = bind(&address).unwrap();
+        let bound = bind(&address).unwrap().unwrap();
         let address = bound.address.clone();
         let (log, ended, stop) = (Log::default(), Arc::default(), Arc::new(AtomicBool::new(false)));
         let in_flight_max = Arc::new(Mutex::new(0));
@@ -251,6 +251,7 @@ impl Server {
     pub fn uri(&self, export: &str) -> String {
         match &self.address {
             NbdAddress::Unix(path) => format!("nbd+unix:///{export}?socket={}", path.display()),
+            NbdAddress::None => unreachable!("a server listens"),
             NbdAddress::Tcp(address) => format!("nbd://{address}/{export}"),
         }
     }

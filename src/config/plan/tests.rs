@@ -334,6 +334,20 @@ fn what_two_clones_cannot_share() {
     let fine = clone("a", tcp) + &clone("b", tcp);
     assert_eq!(files(&[&fine, &clone("c", "")]).check().unwrap().clones.len(), 3);
 
+    // Nor do block devices without NBD have anything in common.
+    let none = "nbd.address='none'\nublk={}";
+    assert_eq!(
+        files(&[&(clone("a", &format!("{none}\nnbd.export='x'")) + &clone("b", &format!("{none}\nnbd.export='x'")))])
+            .check()
+            .unwrap()
+            .clones
+            .len(),
+        2
+    );
+    let found = problems(&[&clone("a", "nbd.address='none'")]);
+    let said = "clone 'a': nbd.address: a clone without NBD is for a block device alone: [clone.ublk] is missing";
+    assert!(found.len() == 1 && found[0].ends_with(said), "{found:?}");
+
     let found = problems(&[&clone("a", ""), &clone("a", "")]);
     let name = found[0].replace(char::is_whitespace, " ");
     assert!(name.starts_with("b.toml:2:6: clone 'a': name: there is a clone of this name at "), "{name}");

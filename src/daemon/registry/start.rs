@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::event_log::CloneEvents;
 use crate::events::EventKind;
 use crate::hydration_share::{HydrationRate, Priority};
+use crate::io_frontend::nbd::listen::NbdAddress;
 use crate::local::latch::Latch;
 use crate::local::{Permit, Raised, Semaphore, oneshot};
 use crate::service_manager;
@@ -265,13 +266,14 @@ impl Daemon {
             Shared { events: events.clone(), budget: self.budget.join(priority, rate, self.context.env.now()) };
         let config_now = (**config).clone();
         let running = RunningClone::start(&self.context, &self.listeners, id, config_now, prepared, shared).await?;
-        let block = running.node().map(|node| format!("{} and ", node.user_path().display())).unwrap_or_default();
-        log::info!(
-            "clone '{}': serving {block}NBD at {}, control at {}",
-            config.name,
-            running.exported.listener.address,
-            self.config.control.display()
-        );
+        let block = running.node().map(|node| node.user_path().display().to_string());
+        let nbd = match &running.exported.listener.address {
+            NbdAddress::None => None,
+            address => Some(format!("NBD at {address}")),
+        };
+        let shown: Vec<_> = block.into_iter().chain(nbd).collect();
+        let control = self.config.control.display();
+        log::info!("clone '{}': serving {}, control at {control}", config.name, shown.join(" and "));
         Ok(BroughtUp::Running(running))
     }
 }

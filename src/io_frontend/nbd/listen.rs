@@ -16,11 +16,13 @@ use crate::unix_socket::PathGuard;
 #[cfg(test)]
 mod tests;
 
-/// Where to listen, or to connect to: `unix:PATH` or `tcp:ADDR:PORT`.
+/// Where to listen: `unix:PATH`, `tcp:ADDR:PORT`, or `none`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum NbdAddress {
     Unix(PathBuf),
     Tcp(SocketAddr),
+    /// Nowhere: the clone is a block device only.
+    None,
 }
 
 impl FromStr for NbdAddress {
@@ -28,6 +30,7 @@ impl FromStr for NbdAddress {
     fn from_str(s: &str) -> Result<Self, String> {
         let bad = |why: &str| Err(format!("'{}' is not an NBD address: {why}", s.escape_debug()));
         match s.split_once(':') {
+            None if s == "none" => Ok(Self::None),
             Some(("unix", "")) => bad("the path is missing"),
             Some(("unix", path)) if path.contains('\0') => bad("the path contains a NUL"),
             Some(("unix", path)) if path.len() > SOCKET_PATH_MAX => {
@@ -38,7 +41,7 @@ impl FromStr for NbdAddress {
                 Ok(address) => Ok(Self::Tcp(address)),
                 Err(_) => bad("write tcp:ADDR:PORT with a numeric ADDR (tcp:127.0.0.1:10809, tcp:[::1]:10809)"),
             },
-            _ => bad("write unix:PATH or tcp:ADDR:PORT"),
+            _ => bad("write unix:PATH, tcp:ADDR:PORT or none"),
         }
     }
 }
@@ -48,6 +51,7 @@ impl fmt::Display for NbdAddress {
         match self {
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
             Self::Tcp(address) => write!(f, "tcp:{address}"),
+            Self::None => f.write_str("none"),
         }
     }
 }
@@ -62,12 +66,13 @@ pub struct Bound {
     pub guard: Option<PathGuard>,
 }
 
-/// Listens on `address`.
-pub fn bind(address: &NbdAddress) -> Result<Bound> {
+/// Listens on `address`; `None` when that is nowhere.
+pub fn bind(address: &NbdAddress) -> Result<Option<Bound>> {
     match address {
+        NbdAddress::None => Ok(None),
         NbdAddress::Unix(path) => {
             let (fd, guard) = BoundSocket::bind(path)?.into_parts();
-            Ok(Bound { fd, address: address.clone(), guard: Some(guard) })
+            Ok(Some(Bound { fd, address: address.clone(), guard: Some(guard) }))
         }
         NbdAddress::Tcp(socket_address) => {
             // The standard library sets SO_REUSEADDR: a restart need not wait for old connections to time out.
@@ -78,7 +83,7 @@ pub fn bind(address: &NbdAddress) -> Result<Bound> {
                 _ => Error::from_io(error, format!("{address}: can't listen")),
             })?;
             let actual = listener.local_addr().map_err(|error| Error::from_io(error, address.to_string()))?;
-            Ok(Bound { fd: listener.into(), address: NbdAddress::Tcp(actual), guard: None })
+            Ok(Some(Bound { fd: listener.into(), address: NbdAddress::Tcp(actual), guard: None }))
         }
     }
 }

@@ -3,10 +3,12 @@
 //! Blocks, some commands for long (START_DEV until the first reads of the new device were served): for threads of their
 //! own, see [`crate::ring::Ring::on_thread`].
 
+use super::affinity::CpuMask;
 use super::proto::{
     self, CONTROL_COMMAND_BYTES, Control, DEVICE_INFO_BYTES, DeviceInfo, Features, PARAMETERS_BYTES, Parameters,
 };
 use crate::bail;
+use crate::environment::{self, CAP_SYS_ADMIN};
 use crate::error::{Error, ErrorKind, Result};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::fs::{File, OpenOptions};
@@ -14,6 +16,10 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 const PATH: &str = "/dev/ublk-control";
+/// Whom it lets make block devices.
+const NEEDS: &str = "block devices need root (CAP_SYS_ADMIN, CAP_DAC_OVERRIDE)";
+/// For more CPUs than any kernel supports: 8192 (`NR_CPUS`) on x86-64.
+const CPU_MASK_BYTES: usize = 8192 / 8;
 /// Where the kernel lists the devices there are.
 const CLASS: &str = "/sys/class/ublk-char";
 
@@ -42,12 +48,14 @@ impl ControlDevice {
                     Error::new(ErrorKind::Environment, format!("{PATH}: {text}"))
                 }
                 Some(libc::EACCES | libc::EPERM) => {
-                    let text =
-                        format!("{PATH}: no permission: block devices need root (CAP_SYS_ADMIN, CAP_DAC_OVERRIDE)");
-                    Error::new(ErrorKind::PermissionDenied, text)
+                    Error::new(ErrorKind::PermissionDenied, format!("{PATH}: no permission: {NEEDS}"))
                 }
                 _ => Error::from_io(error, PATH),
             })?;
+        // For the kernel who made it may be anybody: it is only asked when the device is made, after files were.
+        if !environment::has_capability(CAP_SYS_ADMIN) {
+            bail!(PermissionDenied, "{PATH}: no permission, CAP_SYS_ADMIN is missing: {NEEDS}");
+        }
         let uring = IoUring::builder().build(4).map_err(|error| Error::from_io(error, "io_uring for ublk"))?;
         let mut control = Self { file, uring };
         let missing = Features::NEEDED - control.features()?;
@@ -142,6 +150,15 @@ impl ControlDevice {
         self.command(Control::GetDeviceInfo, number, &mut bytes, 0)
             .map_err(|error| Self::failed(Control::GetDeviceInfo, number, error))?;
         Ok(DeviceInfo::decode(&bytes))
+    }
+
+    /// The CPUs whose requests go to a queue.
+    pub fn queue_affinity(&mut self, number: u32, queue: u16) -> Result<CpuMask> {
+        let mut bytes = [0; CPU_MASK_BYTES];
+        self.command(Control::GetQueueAffinity, number, &mut bytes, queue.into())
+            .map_err(|error| Self::failed(Control::GetQueueAffinity, number, error))?;
+        let (words, _) = bytes.as_chunks();
+        Ok(CpuMask(words.iter().map(|word| u64::from_ne_bytes(*word)).collect()))
     }
 
     pub fn set_parameters(&mut self, number: u32, parameters: &Parameters) -> Result<()> {

@@ -1,5 +1,6 @@
 //! The life of a ublk device from outside its queues: made or taken over, started, removed. Everything here blocks.
 
+use super::affinity::CpuMask;
 use super::control::{self, ControlDevice};
 use super::proto::{self, DeviceInfo, Features, State};
 use super::shape::Shape;
@@ -64,6 +65,8 @@ pub struct Attached {
     pub file: File,
     /// It was left by a daemon before this one, and may be in use.
     pub taken_over: bool,
+    /// The CPUs of each queue.
+    pub affinity: Vec<CpuMask>,
 }
 
 /// Makes a device, or takes over the one that a daemon before this one left. What cannot be in use is removed.
@@ -76,7 +79,8 @@ pub fn attach(wanted: &Wanted) -> Result<Attached> {
             log::warn!("ublk: the device of this clone is {found}, as it may be in use, and not {number}");
         }
         let file = open_queues(info.number, GONE_WAIT_MAX)?;
-        return Ok(Attached { info, file, taken_over: true });
+        let affinity = affinity_of(&mut control, &info);
+        return Ok(Attached { info, file, taken_over: true, affinity });
     }
     let flags = Features::NEEDED | control.features()? & Features::AUTO_BUF_REG;
     let made = control.add(&DeviceInfo {
@@ -98,12 +102,26 @@ pub fn attach(wanted: &Wanted) -> Result<Attached> {
         open_queues(made.number, NODE_WAIT_MAX)
     })();
     match prepared {
-        Ok(file) => Ok(Attached { info: made, file, taken_over: false }),
+        Ok(file) => {
+            let affinity = affinity_of(&mut control, &made);
+            Ok(Attached { info: made, file, taken_over: false, affinity })
+        }
         Err(error) => {
             tell(delete_with(&mut control, made.number));
             Err(error)
         }
     }
+}
+
+/// Where the kernel does not tell, a queue has no CPU: any shard is as good for it.
+fn affinity_of(control: &mut ControlDevice, info: &DeviceInfo) -> Vec<CpuMask> {
+    let mask = |queue| {
+        control.queue_affinity(info.number, queue).unwrap_or_else(|error| {
+            log::debug!("{error}");
+            CpuMask::default()
+        })
+    };
+    (0..info.queues).map(mask).collect()
 }
 
 /// The device with the mark that may be in use, if there is one.
@@ -221,19 +239,26 @@ fn open_queues(number: u32, wait_max: Duration) -> Result<File> {
     }
 }
 
-/// Makes /dev/ublkbN of an attached device whose queues are served; `sectors` is what it is to have.
-pub fn start(info: &DeviceInfo, taken_over: bool, sectors: u64) -> Result<()> {
+/// Makes /dev/ublkbN of an attached device whose queues are served; `sectors` is what it is to have. Returns what it has.
+pub fn start(info: &DeviceInfo, taken_over: bool, sectors: u64) -> Result<u64> {
     let mut control = ControlDevice::open()?;
     if !taken_over {
-        return control.start(info.number);
+        control.start(info.number)?;
+        return Ok(sectors);
     }
     control.end_recovery(info.number)?;
     let has = control.parameters(info.number)?.sectors;
-    if has != sectors {
-        // The clone has grown since; its size counts.
-        tell(control.update_size(info.number, sectors));
+    if has == sectors {
+        return Ok(has);
     }
-    Ok(())
+    // The clone has grown since; its size counts.
+    match resize_with(&mut control, info.number, sectors) {
+        Ok(()) => Ok(sectors),
+        Err(error) => {
+            log::warn!("{error}");
+            Ok(has)
+        }
+    }
 }
 
 /// Removes /dev/ublkbN, also under who has it open; its requests in flight are waited for.
@@ -258,10 +283,18 @@ fn delete_with(control: &mut ControlDevice, number: u32) -> Result<()> {
 
 /// `NotSupported` where the kernel can't change it.
 pub fn resize(number: u32, sectors: u64) -> Result<()> {
-    let mut control = ControlDevice::open()?;
+    resize_with(&mut ControlDevice::open()?, number, sectors)
+}
+
+fn resize_with(control: &mut ControlDevice, number: u32, sectors: u64) -> Result<()> {
     if !control.features()?.contains(Features::UPDATE_SIZE) {
         let path = block_path(number);
-        bail!(NotSupported, "{} keeps its size: Linux 6.16 or later can change it", path.display());
+        bail!(
+            NotSupported,
+            "{} keeps its size (Linux 6.16 or later can change it): it has the new one when it is made anew, by a daemon \
+             that starts after it was stopped while nobody used it",
+            path.display()
+        );
     }
     control.update_size(number, sectors)
 }

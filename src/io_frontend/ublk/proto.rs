@@ -47,6 +47,8 @@ const READ_WRITE: u32 = 3;
 /// A command to /dev/ublk-control.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Control {
+    /// The argument is the queue; the payload becomes a bit for each CPU.
+    GetQueueAffinity,
     GetDeviceInfo,
     GetParameters,
     GetFeatures,
@@ -65,6 +67,7 @@ impl Control {
     /// What goes into `cmd_op` of the SQE.
     pub const fn opcode(self) -> u32 {
         let (direction, number) = match self {
+            Control::GetQueueAffinity => (READ, 0x01),
             Control::GetDeviceInfo => (READ, 0x02),
             Control::GetParameters => (READ, 0x09),
             Control::GetFeatures => (READ, 0x13),
@@ -83,6 +86,7 @@ impl Control {
     /// As the kernel's header calls it, for errors.
     pub const fn name(self) -> &'static str {
         match self {
+            Control::GetQueueAffinity => "GET_QUEUE_AFFINITY",
             Control::GetDeviceInfo => "GET_DEV_INFO",
             Control::GetParameters => "GET_PARAMS",
             Control::GetFeatures => "GET_FEATURES",

@@ -21,6 +21,7 @@ use super::proto::{
     descriptors_offset, io_command,
 };
 use super::stats::UblkStats;
+use super::turn::turn;
 use crate::dma_buf::{DMA_ALIGN, DmaBuf};
 use crate::env::Env;
 use crate::error::{Error, Result};
@@ -285,6 +286,10 @@ impl Queue {
     /// Carries the tag's request out; what the kernel is told. `None`: it was turned away, and comes again.
     async fn carry_out(&self, tag: u16, verdict: Verdict) -> Option<i32> {
         let position = data_position(self.queue, tag);
+        let _turn = match &verdict {
+            Verdict::Read(range) | Verdict::Write { range, .. } => Some(turn(range.start(), range.len()).await),
+            _ => None,
+        };
         let done = match verdict {
             Verdict::Nothing => Ok(0),
             Verdict::Refuse(errno) => {

@@ -5,7 +5,9 @@ use super::harness::*;
 
 mod beside_dm_clone;
 mod failing_disks;
+mod life;
 mod log_writes;
+mod memory;
 mod power_cuts;
 mod under_load;
 
