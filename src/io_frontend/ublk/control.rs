@@ -26,6 +26,21 @@ pub fn numbers() -> Vec<u32> {
     numbers
 }
 
+/// Whether this process may make devices. The file alone does not tell: root without CAP_SYS_ADMIN can open it, and would be
+/// refused only when a device is made, after the metadata. True when it can't be known: then the kernel says it.
+fn may_administer() -> bool {
+    /// CAP_SYS_ADMIN of linux/capability.h.
+    const SYS_ADMIN: u64 = 1 << 21;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).is_none_or(|bits| bits & SYS_ADMIN != 0)
+}
+
+fn no_permission() -> Error {
+    let text = format!("{PATH}: no permission: block devices need root (CAP_SYS_ADMIN, CAP_DAC_OVERRIDE)");
+    Error::new(ErrorKind::PermissionDenied, text)
+}
+
 /// An open /dev/ublk-control.
 pub struct ControlDevice {
     file: File,
@@ -41,13 +56,12 @@ impl ControlDevice {
                     let text = "there is no ublk here: load it with 'modprobe ublk_drv' (Linux 6.12 or later has it)";
                     Error::new(ErrorKind::Environment, format!("{PATH}: {text}"))
                 }
-                Some(libc::EACCES | libc::EPERM) => {
-                    let text =
-                        format!("{PATH}: no permission: block devices need root (CAP_SYS_ADMIN, CAP_DAC_OVERRIDE)");
-                    Error::new(ErrorKind::PermissionDenied, text)
-                }
+                Some(libc::EACCES | libc::EPERM) => no_permission(),
                 _ => Error::from_io(error, PATH),
             })?;
+        if !may_administer() {
+            return Err(no_permission());
+        }
         let uring = IoUring::builder().build(4).map_err(|error| Error::from_io(error, "io_uring for ublk"))?;
         let mut control = Self { file, uring };
         let missing = Features::NEEDED - control.features()?;
