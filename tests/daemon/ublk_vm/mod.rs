@@ -7,6 +7,8 @@ mod beside_dm_clone;
 mod failing_disks;
 mod log_writes;
 mod power_cuts;
+mod pulled;
+mod two_frontends;
 mod under_load;
 
 /// Boots with these disks, modules and programs for the scripts, with hydrant and what all scripts want. `None`: it can't be
