@@ -18,7 +18,7 @@ const SLOT: usize = 4096;
 /// Places where everything is looked at: it takes a second or two. `HYDRANT_POWER_CUTS` says another number.
 const CUTS: u64 = 16;
 
-fn cuts() -> u64 {
+fn number_of_cuts() -> u64 {
     let Ok(text) = std::env::var("HYDRANT_POWER_CUTS") else { return CUTS };
     let cuts = text.parse().ok().filter(|cuts| *cuts >= 8);
     cuts.unwrap_or_else(|| panic!("HYDRANT_POWER_CUTS={text}: not a number of 8 or more"))
@@ -106,7 +106,7 @@ fn power_cuts(fs: &str, mkfs: &str) {
     // Any place, or one where as much as possible is not flushed; first some while the metadata are made.
     let mut random = Random(0x6879_6472_616e_7405);
     let mut cuts: Vec<usize> = (0..3).map(|_| (random.next() as usize) % started).collect();
-    for i in 3..cuts() {
+    for i in 3..number_of_cuts() {
         let place = started + random.next() as usize % (log.entries.len() - started);
         cuts.push(if i % 3 == 0 { place } else { log.next_flush(place) });
     }

@@ -101,7 +101,7 @@ fn is_one_of(sector: &[u8], block: u64, from: u64, to: u64) -> bool {
     let value = number(8);
     number(0) == block
         && (from..=to).contains(&value)
-        && value % ZEROS != 0
+        && !value.is_multiple_of(ZEROS)
         && sector[16..].iter().all(|byte| *byte == value as u8 | 1)
 }
 
@@ -113,7 +113,7 @@ fn writes(blocks: &[Block], is_ublk: bool, end: &AtomicBool) -> u64 {
         let n = random.next() % (BLOCKS / 2) * 2 + u64::from(is_ublk);
         let block = &blocks[n as usize];
         let value = block.begun.fetch_add(1, SeqCst) + 1;
-        if value % ZEROS == 0 {
+        if value.is_multiple_of(ZEROS) {
             side.zero(n * STEP, &mut buffer);
         } else {
             fill(&mut buffer, n, value);
