@@ -20,7 +20,7 @@ pub fn boot_with(kernel: Kernel, scripts: &[&str], more_programs: &[&str], more_
     let images = [("source", SIZE), ("copy", SIZE), ("meta", 4 * MIB), ("other.copy", SIZE), ("other.meta", 4 * MIB)];
     images.iter().for_each(|(name, size)| drop(bench.hole(name, *size)));
     let programs = [env!("CARGO_BIN_EXE_hydrant"), "mkfs.ext4", "fsck.ext4", "blkdiscard", "dd", "fio"];
-    let mut options = vec!["-t", "300", "-m", "ublk_drv", "-m", "ext4"];
+    let mut options = vec!["-t", "330", "-m", "ublk_drv", "-m", "ext4"];
     programs.iter().chain(more_programs).for_each(|program| options.extend(["-p", program]));
     more_modules.iter().for_each(|module| options.extend(["-m", module]));
     if have("nbdcopy").is_ok() {

@@ -17,7 +17,7 @@ fn boot(bench: &Bench, scripts: &[&str], modules: &[&str], programs: &[&str], di
     if !vm::has_kernel() {
         return None;
     }
-    let mut options = vec!["-t", "240", "-m", "ublk_drv"];
+    let mut options = vec!["-t", "330", "-m", "ublk_drv"];
     modules.iter().for_each(|module| options.extend(["-m", module]));
     let common = [env!("CARGO_BIN_EXE_hydrant"), "dmsetup", "dd", "blkdiscard"];
     common.iter().chain(programs).for_each(|program| options.extend(["-p", program]));
