@@ -65,6 +65,15 @@ fn mutants_refuses_a_name_that_is_none() {
         let said = refused("mutants/run", args);
         assert!(said.contains(why), "{args}: {said}");
     }
+    for (args, why) in [
+        ("typo", "'typo'"),
+        ("../semantic/typo", "typo"),
+        ("destination-flush-after-the-bits 0", "not a number of places"),
+        ("destination-flush-after-the-bits many", "not a number of places"),
+    ] {
+        let said = refused("mutants/power-cuts", args);
+        assert!(said.contains(why), "{args}: {said}");
+    }
 }
 
 #[test]

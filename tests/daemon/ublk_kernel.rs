@@ -1,43 +1,51 @@
-//! The block device, in a virtual machine with a kernel that has ublk (`tests/vm`).
+//! The block device, in a virtual machine with a kernel that has ublk (`tests/vm`): the oldest that will do, and a newer one.
 
+use super::harness::vm::{Kernel, Said};
 use super::harness::*;
 
 const KIB64: &str = "65536";
-const SIZE: u64 = 48 * MIB;
+const SIZE: u64 = 32 * MIB;
 
 /// Boots with the images and programs that the scripts want; what they say, line by line. `None`: it can't be done here.
-fn boot(script: &str) -> Option<vm::Said> {
-    boot_with(script, &[], &[])
+fn boot(kernel: Kernel, scripts: &[&str]) -> Option<Said> {
+    boot_with(kernel, scripts, &[], &[])
 }
 
 /// As [`boot`], with more programs and kernel modules.
-pub fn boot_with(script: &str, more_programs: &[&str], more_modules: &[&str]) -> Option<vm::Said> {
-    if !vm::has_kernel() {
+pub fn boot_with(kernel: Kernel, scripts: &[&str], more_programs: &[&str], more_modules: &[&str]) -> Option<Said> {
+    if !kernel.is_there() {
         return None;
     }
     let bench = Bench::new();
     let images = [("source", SIZE), ("copy", SIZE), ("meta", 4 * MIB), ("other.copy", SIZE), ("other.meta", 4 * MIB)];
     images.iter().for_each(|(name, size)| drop(bench.hole(name, *size)));
     let programs = [env!("CARGO_BIN_EXE_hydrant"), "mkfs.ext4", "fsck.ext4", "blkdiscard", "dd", "fio"];
-    let mut options = vec!["-t", "300", "-m", "ublk_drv", "-m", "ext4"];
+    let mut options = vec!["-t", "330", "-m", "ublk_drv", "-m", "ext4"];
     programs.iter().chain(more_programs).for_each(|program| options.extend(["-p", program]));
     more_modules.iter().for_each(|module| options.extend(["-m", module]));
     if have("nbdcopy").is_ok() {
         options.extend(["-p", "nbdcopy"]);
     }
-    Some(vm::boot(&bench, &["ublk-lib.guest", script], &options, &images.map(|(name, _)| name)))
+    let scripts: Vec<_> = ["ublk-lib.guest"].iter().chain(scripts).copied().collect();
+    Some(kernel.boot(&bench, &scripts, &options, &images.map(|(name, _)| name)))
 }
 
-#[test]
-fn a_block_device_from_its_making_to_its_end() {
-    need!("qemu-system-x86_64", "busybox", "cpio", "modprobe", "xz", "mkfs.ext4", "fio");
-    let Some(said) = boot("ublk.guest") else { return };
+fn from_its_making_to_its_end(kernel: Kernel) {
+    need!("qemu-system-x86_64", "busybox", "cpio", "modprobe", "xz", "mkfs.ext4", "fio", "setpriv");
+    let Some(said) = boot_with(kernel, &["ublk.guest"], &["setpriv"], &[]) else { return };
 
     // What is missing is said in one line, before anything is changed.
     said.has(
         "no-module: hydrant: /dev/ublk-control: there is no ublk here: load it with 'modprobe ublk_drv' (Linux 6.12 or later has it)",
     );
     said.has("no-module-metadata: 0");
+    said.has(
+        "no-permission: hydrant: /dev/ublk-control: no permission: block devices need root (CAP_SYS_ADMIN, CAP_DAC_OVERRIDE)",
+    );
+    said.has(
+        "no-capability: hydrant: /dev/ublk-control: no permission, CAP_SYS_ADMIN is missing: block devices need root (CAP_SYS_ADMIN, CAP_DAC_OVERRIDE)",
+    );
+    said.has("no-rights-metadata: 0");
 
     for (name, value) in [
         ("logical_block_size", "512"),
@@ -88,9 +96,18 @@ fn a_block_device_from_its_making_to_its_end() {
 }
 
 #[test]
-fn who_uses_the_device_of_a_killed_daemon_has_only_waited() {
+fn a_block_device_from_its_making_to_its_end() {
+    from_its_making_to_its_end(Kernel::Linux6_18);
+}
+
+#[test]
+fn a_block_device_from_its_making_to_its_end_on_6_12() {
+    from_its_making_to_its_end(Kernel::Linux6_12);
+}
+
+fn who_uses_it_has_only_waited(kernel: Kernel) {
     need!("qemu-system-x86_64", "busybox", "cpio", "modprobe", "xz", "mkfs.ext4", "fio");
-    let Some(said) = boot("ublk-killed.guest") else { return };
+    let Some(said) = boot(kernel, &["ublk-killed.guest"]) else { return };
     said.has("left status: 0");
     said.has("left: /dev/ublkb5");
     said.has("fio: 0");
@@ -104,9 +121,18 @@ fn who_uses_the_device_of_a_killed_daemon_has_only_waited() {
 }
 
 #[test]
-fn block_devices_of_a_daemon_of_many_clones() {
+fn who_uses_the_device_of_a_killed_daemon_has_only_waited() {
+    who_uses_it_has_only_waited(Kernel::Linux6_18);
+}
+
+#[test]
+fn who_uses_the_device_of_a_killed_daemon_has_only_waited_on_6_12() {
+    who_uses_it_has_only_waited(Kernel::Linux6_12);
+}
+
+fn of_a_daemon_of_many_clones(kernel: Kernel) {
     need!("qemu-system-x86_64", "busybox", "cpio", "modprobe", "xz", "mkfs.ext4");
-    let Some(said) = boot("ublk-serve.guest") else { return };
+    let Some(said) = boot(kernel, &["ublk-serve.guest"]) else { return };
     said.has("chosen: /dev/ublkb3");
     said.has("free one: /dev/ublkbN");
     said.has_part("remove-mounted: ", "clone 'a' is in use (/dev/ublkb");
@@ -124,4 +150,14 @@ fn block_devices_of_a_daemon_of_many_clones() {
     said.has("end: 0");
     said.has("left at the end: ");
     said.has("end");
+}
+
+#[test]
+fn block_devices_of_a_daemon_of_many_clones() {
+    of_a_daemon_of_many_clones(Kernel::Linux6_18);
+}
+
+#[test]
+fn block_devices_of_a_daemon_of_many_clones_on_6_12() {
+    of_a_daemon_of_many_clones(Kernel::Linux6_12);
 }

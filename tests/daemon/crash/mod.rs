@@ -7,7 +7,7 @@
 //!
 //! SIGKILL does not lose the page cache: what a power cut loses is not tested here.
 
-mod client;
+pub mod client;
 mod clients;
 mod clone;
 mod content;

@@ -4,6 +4,10 @@
 //! blocks, little-endian. First a superblock, then for each entry one sector with its header (and the text of a mark), and the data.
 //! A write is logged when the flush after it has been done, a FUA write and a mark at once: all that is before a flush
 //! entry is durable, and of the writes between it and the cut any part may be.
+//!
+//! hydrant discards on a block device by punching (fallocate with FALLOC_FL_PUNCH_HOLE, in the kernel a WRITE_ZEROES that may
+//! unmap), since a discard need not read zeros. dm-log-writes passes on no WRITE_ZEROES, so that is refused, and hydrant asks for
+//! FALLOC_FL_ZERO_RANGE, for which the kernel writes zeros: they are in the log as writes, and it has no discards.
 
 use super::super::harness::Random;
 use std::fs::File;

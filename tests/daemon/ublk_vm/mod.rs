@@ -9,6 +9,8 @@ mod life;
 mod log_writes;
 mod memory;
 mod power_cuts;
+mod pulled;
+mod two_frontends;
 mod under_load;
 
 /// Boots with these disks, modules and programs for the scripts, with hydrant and what all scripts want. `None`: it can't be
@@ -17,7 +19,7 @@ fn boot(bench: &Bench, scripts: &[&str], modules: &[&str], programs: &[&str], di
     if !vm::has_kernel() {
         return None;
     }
-    let mut options = vec!["-t", "240", "-m", "ublk_drv"];
+    let mut options = vec!["-t", "330", "-m", "ublk_drv"];
     modules.iter().for_each(|module| options.extend(["-m", module]));
     let common = [env!("CARGO_BIN_EXE_hydrant"), "dmsetup", "dd", "blkdiscard"];
     common.iter().chain(programs).for_each(|program| options.extend(["-p", program]));

@@ -15,8 +15,14 @@ use std::path::Path;
 const SIZE: u64 = 32 * MIB;
 const META: u64 = 4 * MIB;
 const SLOT: usize = 4096;
-/// Places where everything is looked at: it takes a second or two.
+/// Places where everything is looked at: it takes a second or two. `HYDRANT_POWER_CUTS` says another number.
 const CUTS: u64 = 16;
+
+fn number_of_cuts() -> u64 {
+    let Ok(text) = std::env::var("HYDRANT_POWER_CUTS") else { return CUTS };
+    let cuts = text.parse().ok().filter(|cuts| *cuts >= 8);
+    cuts.unwrap_or_else(|| panic!("HYDRANT_POWER_CUTS={text}: not a number of 8 or more"))
+}
 
 fn repeated(line: &str, length: usize) -> Vec<u8> {
     format!("{line}\n").into_bytes().into_iter().cycle().take(length).collect()
@@ -100,7 +106,7 @@ fn power_cuts(fs: &str, mkfs: &str) {
     // Any place, or one where as much as possible is not flushed; first some while the metadata are made.
     let mut random = Random(0x6879_6472_616e_7405);
     let mut cuts: Vec<usize> = (0..3).map(|_| (random.next() as usize) % started).collect();
-    for i in 3..CUTS {
+    for i in 3..number_of_cuts() {
         let place = started + random.next() as usize % (log.entries.len() - started);
         cuts.push(if i % 3 == 0 { place } else { log.next_flush(place) });
     }
@@ -117,6 +123,8 @@ fn power_cuts(fs: &str, mkfs: &str) {
         fs::write(bench.meta(), &image[SIZE as usize..]).unwrap();
         drop(image);
 
+        // The one that is looked at, for who reads of a failure.
+        println!("{place}");
         if cut > started {
             meta_ok(&bench, &format!("check @{}", bench.meta().file_name().unwrap().to_str().unwrap()));
         }
