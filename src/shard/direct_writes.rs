@@ -86,7 +86,7 @@ impl DirectWrites {
 impl Exclusion {
     /// Whether no direct write of the range is under way any more.
     pub fn is_alone(&self) -> bool {
-        stretches(self.range).all(|stretch| self.writes.number(stretch).load(Acquire) % EXCLUSION == 0)
+        stretches(self.range).all(|stretch| self.writes.number(stretch).load(Acquire).is_multiple_of(EXCLUSION))
     }
 }
 
