@@ -103,7 +103,7 @@ shards[].memory.map_bytes shards[].memory.histogram_bytes shards[].memory.copy_b
 shards[].memory.buffers_cached_bytes
 shards[].nbd.connections shards[].nbd.accepted shards[].nbd.dropped shards[].nbd.requests shards[].nbd.errors
 shards[].nbd.in_flight shards[].nbd.read_bytes shards[].nbd.write_bytes
-shards[].ublk.requests shards[].ublk.errors shards[].ublk.in_flight shards[].ublk.read_bytes
+shards[].ublk.requests shards[].ublk.direct shards[].ublk.errors shards[].ublk.in_flight shards[].ublk.read_bytes
 shards[].ublk.write_bytes
 shards[].clones[].name
 shards[].clones[].io.read shards[].clones[].io.write shards[].clones[].io.trim shards[].clones[].io.write_zeroes
