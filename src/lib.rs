@@ -54,3 +54,4 @@ pub mod targets;
 pub mod units;
 pub mod unix_socket;
 pub mod version;
+pub mod zeroed;

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// Files by layer, without `.rs`; `dir/*` is all of a directory, where a file has no line of its own.
 const LAYERS: [&str; 5] = [
     // 0, vocabulary.
-    "units version error dma_buf dma_buf/* io_frontend/request",
+    "units version error dma_buf zeroed dma_buf/* io_frontend/request",
     // 1, pure decisions: no I/O, no async, no clock.
     "meta/mod meta/codec meta/region_map meta/hydrated_bits meta/runs meta/commit meta/growth meta/check meta/dm meta/dm/* meta/dump meta/repair
      shard/plan shard/inflight shard/direct_writes disk/transfer hydration_failures hydration_sched hydration_share events events/* log_limit signatures human

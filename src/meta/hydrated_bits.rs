@@ -6,19 +6,17 @@
 //!
 //! Invariant: a bit is set with Release after all that it stands for, and looked at with Acquire.
 //!
-//! Memory: [`DIRECTORY_BYTES_PER_ZONE`] for each zone, and [`words_per_zone`] words for each zone that has, or had, a bit.
+//! Memory: 1 bit per region, of parts ([`SLAB_WORDS`]) where any bit was ever set, and of these only pages that were touched.
 
 use super::codec::words_per_zone;
 use crate::units::{Geometry, RegionIndex, RegionRange, ZoneIndex};
+use crate::zeroed::zeroed_words;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::*};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
-/// What a zone without bits takes.
-pub const DIRECTORY_BYTES_PER_ZONE: u64 = size_of::<OnceLock<ZoneWords>>() as u64;
-/// What a zone's words take beside themselves: the counters of the [`Arc`].
-pub const WORDS_HEAD_BYTES: u64 = 16;
-
-type ZoneWords = Arc<[AtomicU64]>;
+/// Words that are allocated together, in whole zones: 4 MiB, for 32 million regions.
+pub const SLAB_WORDS: usize = 1 << 19;
 
 /// Words of bits: bit i of word w is bit `64 w + i`.
 pub trait Words {
@@ -59,31 +57,49 @@ pub(super) fn mask(from: usize, end: usize) -> u64 {
 /// See the head of this file.
 pub struct HydratedBits {
     geometry: Geometry,
-    zones: Box<[OnceLock<ZoneWords>]>,
+    words_per_zone: usize,
+    zones_per_slab: usize,
+    slabs: Box<[OnceLock<Box<[AtomicU64]>>]>,
 }
 
 impl HydratedBits {
     /// Nothing hydrated.
     pub fn new(geometry: Geometry) -> Arc<Self> {
-        let zones = (0..geometry.nr_zones()).map(|_| OnceLock::new()).collect();
-        Arc::new(Self { geometry, zones })
+        let (words_per_zone, zones) = (words_per_zone(&geometry), geometry.nr_zones() as usize);
+        let zones_per_slab = (SLAB_WORDS / words_per_zone).clamp(1, zones);
+        let slabs = (0..zones.div_ceil(zones_per_slab)).map(|_| OnceLock::new()).collect();
+        Arc::new(Self { geometry, words_per_zone, zones_per_slab, slabs })
     }
 
-    /// Those of a clone that has grown: what `self` has, and room for the new regions.
+    /// Those of a clone that has grown: what `self` has, and room for the new regions. Nobody sets bits meanwhile.
     fn grown(&self, geometry: Geometry) -> Arc<Self> {
-        let zones = (0..geometry.nr_zones() as usize).map(|zone| self.zones.get(zone).cloned().unwrap_or_default());
-        Arc::new(Self { geometry, zones: zones.collect() })
+        let grown = Self::new(geometry);
+        for zone in (0..self.geometry.nr_zones()).map(ZoneIndex) {
+            let Some(old) = self.zone(zone).filter(|old| old.iter().any(|word| word.load(Acquire) != 0)) else {
+                continue;
+            };
+            for (new, old) in grown.zone_to_set(zone).iter().zip(old) {
+                new.store(old.load(Acquire), Release);
+            }
+        }
+        grown
     }
 
-    /// The words of a zone; `None` when it has no bits.
+    fn place(&self, zone: ZoneIndex) -> (&OnceLock<Box<[AtomicU64]>>, Range<usize>) {
+        let (slab, at) = (zone.0 as usize / self.zones_per_slab, zone.0 as usize % self.zones_per_slab);
+        (&self.slabs[slab], at * self.words_per_zone..(at + 1) * self.words_per_zone)
+    }
+
+    /// The words of a zone; `None`: it has no bits.
     pub(super) fn zone(&self, zone: ZoneIndex) -> Option<&[AtomicU64]> {
-        self.zones[zone.0 as usize].get().map(|words| &**words)
+        let (slab, words) = self.place(zone);
+        slab.get().map(|slab| &slab[words])
     }
 
     /// The words of a zone, to set bits in. For the owner of the zone only.
     pub(super) fn zone_to_set(&self, zone: ZoneIndex) -> &[AtomicU64] {
-        let empty = || (0..words_per_zone(&self.geometry)).map(|_| AtomicU64::new(0)).collect();
-        self.zones[zone.0 as usize].get_or_init(empty)
+        let (slab, words) = self.place(zone);
+        &slab.get_or_init(|| zeroed_words(self.zones_per_slab * self.words_per_zone))[words]
     }
 
     /// Whether every one of `regions` is hydrated, whoever owns them. Regions beyond the end are not.
@@ -163,6 +179,21 @@ mod tests {
         }
     }
 
+    /// More than one slab, the last one short.
+    #[test]
+    fn large_ones_are_made_in_parts() {
+        let geometry =
+            Geometry::new(3 * 64 * SLAB_WORDS as u64 * 4096 + 1, RegionSize::new(4096).unwrap(), 64 * 1000).unwrap();
+        let bits = HydratedBits::new(geometry);
+        let last = RegionIndex(geometry.nr_regions() - 1);
+        for region in [0, 64 * SLAB_WORDS as u64, last.0] {
+            set(&bits, region);
+            assert!(bits.is_all_hydrated(RegionRange::single(RegionIndex(region))));
+        }
+        assert_eq!(bits.slabs.iter().filter(|slab| slab.get().is_some()).count(), 3);
+        assert!(!bits.is_all_hydrated(RegionRange::between(RegionIndex(last.0 - 1), RegionIndex(last.0 + 1)).unwrap()));
+    }
+
     #[test]
     fn shared_while_anybody_has_them_and_across_growth() {
         let (small, large) = (geometry(15, 10), geometry(40, 10));
@@ -173,10 +204,9 @@ mod tests {
         assert!(second.is_all_hydrated(region(3)) && !second.is_all_hydrated(region(4)));
         let (grown, also_grown) = (shared.get(large), shared.get(large));
         set(&grown, 35);
-        // A zone that had bits before is the same one for those who have not grown yet.
-        set(&grown, 4);
-        assert!([3, 4, 35].into_iter().all(|nr| also_grown.is_all_hydrated(region(nr))));
-        assert!(second.is_all_hydrated(region(4)) && !second.is_all_hydrated(region(35)));
+        assert!([3, 35].into_iter().all(|nr| also_grown.is_all_hydrated(region(nr))));
+        assert!(!also_grown.is_all_hydrated(region(4)));
+        assert!(second.is_all_hydrated(region(3)) && !second.is_all_hydrated(region(35)));
         drop((first, second, grown, also_grown));
         assert!(!shared.get(large).is_all_hydrated(region(3)), "nobody had them any more");
     }

@@ -16,12 +16,12 @@
 //! The bits themselves are where the other shards see them, too ([`super::hydrated_bits`]): what is hydrated can be served
 //! by anybody.
 //!
-//! Memory: 1 bit per region of each zone that has any bit set, rounded up to 8 bytes, and 16 bytes for such a zone; 32 bytes
-//! and 1 bit per zone; at most 16 bytes for each zone that is dirty ([`RegionMap::memory_bytes`],
-//! [`RegionMap::memory_bytes_max`]). [`RegionMap::release`] gives all of it back, once every shard has done so.
+//! Memory: 1 bit per region, rounded up to 8 bytes per zone, plus 8 bytes and 1 bit per zone, plus at most 16 bytes for
+//! each zone that is dirty ([`RegionMap::memory_bytes`], [`RegionMap::memory_bytes_max`]). [`RegionMap::release`] gives
+//! all of it back, once every shard has done so.
 
 use super::codec::{REGIONS_MAX, REGIONS_PER_ZONE_MAX, ZONES_MAX, words_per_zone};
-use super::hydrated_bits::{DIRECTORY_BYTES_PER_ZONE, HydratedBits, WORDS_HEAD_BYTES, Words, first_bit, mask};
+use super::hydrated_bits::{HydratedBits, Words, first_bit, mask};
 use crate::units::{Geometry, RegionIndex, RegionRange, ShardIndex, ZoneIndex};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::*;
@@ -50,8 +50,6 @@ pub struct RegionMap {
     words_per_zone: usize,
     /// `None` when they were released.
     bits: Option<Arc<HydratedBits>>,
-    /// How many of the owned zones have words.
-    zones_with_words: u64,
     zones: Vec<ZoneState>,
     /// One bit per owned zone: it has unhydrated regions.
     incomplete: Vec<u64>,
@@ -87,7 +85,6 @@ impl RegionMap {
             me,
             words_per_zone,
             bits: Some(bits),
-            zones_with_words: 0,
             zones: vec![ZoneState::default(); owned_zones],
             incomplete,
             dirty: Vec::new(),
@@ -119,7 +116,6 @@ impl RegionMap {
     /// Sets bits of an owned zone, and returns how many were not set. `masks`: words of the zone, and their bits.
     fn set_bits(&mut self, zone: ZoneIndex, masks: impl Iterator<Item = (usize, u64)>) -> u64 {
         let Some(bits) = &self.bits else { return 0 };
-        self.zones_with_words += u64::from(bits.zone(zone).is_none());
         let words = bits.zone_to_set(zone);
         // The only writer of these words.
         masks.map(|(at, mask)| u64::from((mask & !words[at].fetch_or(mask, Release)).count_ones())).sum()
@@ -286,7 +282,6 @@ impl RegionMap {
     pub fn release(&mut self) {
         assert!(self.unhydrated_count() == 0 && self.is_all_durable(), "the map is still needed");
         self.bits = None;
-        self.zones_with_words = 0;
         self.zones = Vec::new();
         self.incomplete = Vec::new();
     }
@@ -316,8 +311,6 @@ impl RegionMap {
             self.dirty.clear();
             self.zones.iter_mut().for_each(|zone| zone.dirty = false);
         } else {
-            // The words are the same.
-            self.zones_with_words = old.zones_with_words;
             for (slot, zone) in old.zones.iter().enumerate() {
                 let regions = self.geometry.zone_regions(self.zone_at(slot)).count();
                 self.count(slot, regions, u64::from(zone.hydrated));
@@ -330,15 +323,14 @@ impl RegionMap {
         if self.is_released() {
             return 0;
         }
-        let words = self.zones_with_words * (WORDS_HEAD_BYTES + 8 * self.words_per_zone as u64);
-        let directory = self.zones.len() as u64 * DIRECTORY_BYTES_PER_ZONE;
+        let words = self.zones.len() * self.words_per_zone + self.incomplete.capacity();
         let zones = self.zones.capacity() * size_of::<ZoneState>() + self.dirty.capacity() * size_of::<ZoneIndex>();
-        words + directory + (self.incomplete.capacity() * size_of::<u64>() + zones) as u64
+        (words * size_of::<u64>() + zones) as u64
     }
     /// What it may take, by the formula at the head of this file.
     pub fn memory_bytes_max(&self) -> u64 {
         let owned = self.nr_owned.div_ceil(self.geometry.regions_per_zone());
-        let per_zone = 8 * self.words_per_zone as u64 + 16 + 32 + 16;
+        let per_zone = 8 * self.words_per_zone as u64 + 8 + 16;
         // A list has room for four from the start.
         owned * per_zone + 8 * owned.div_ceil(64) + 32
     }

@@ -36,9 +36,6 @@ const SLEEP_MAX: Duration = Duration::from_millis(500);
 const SLEEPS_IN_A_ROW: usize = 64;
 /// Tasks that a round without any work runs: the driver and two probes.
 const TASKS_OF_QUIET_ROUND: u64 = 3;
-/// After a round of so few tasks what they have queued is not handed to the kernel at once, but by the call that also waits
-/// for completions, if the next round is quiet: half the system calls. When more is going on, nothing waits for a quiet round.
-const TASKS_OF_SLACK_ROUND: u64 = TASKS_OF_QUIET_ROUND + 5;
 /// Threads of [`Ring::blocking`] at a time; more jobs wait.
 const BLOCKING_THREADS_MAX: u64 = 4;
 /// Wakes a ring's executor from any thread.
@@ -91,8 +88,6 @@ pub(super) struct Drive {
     blocking: Rc<Semaphore>,
     /// How long to look for something to do before the thread sleeps.
     spin: Cell<Duration>,
-    /// Tasks that the last round has run.
-    tasks_of_round: Cell<u64>,
 }
 
 impl Drive {
@@ -107,7 +102,6 @@ impl Drive {
             next_timer: Cell::new(0),
             blocking: Semaphore::new(BLOCKING_THREADS_MAX),
             spin: Cell::default(),
-            tasks_of_round: Cell::new(u64::MAX),
         }
     }
 
@@ -174,10 +168,8 @@ impl Ring {
         while !self.stopping.get() {
             self.submit.notified().await;
             self.submit_pending.set(false);
-            if self.drive.tasks_of_round.get() > TASKS_OF_SLACK_ROUND {
-                self.enter();
-                self.reap();
-            }
+            self.enter();
+            self.reap();
         }
     }
 
@@ -195,19 +187,17 @@ impl Ring {
     }
 
     async fn drive_task(self: Rc<Self>) {
-        let (mut found, mut kept_back) = (true, false);
+        let mut found = true;
         while !self.stopping.get() {
             self.drive.bell.watched.alive();
             // The count starts at zero again with every call.
             let executed = glommio::executor().executor_stats().tasks_executed();
-            self.drive.tasks_of_round.set(executed);
             let woke = self.drain().woke;
             let woke = self.drive.deliver() || woke;
             let can_run = found || woke || executed > TASKS_OF_QUIET_ROUND;
-            kept_back = can_run && !kept_back && executed <= TASKS_OF_SLACK_ROUND && self.has_queued();
             found = match can_run {
+                // Which submits, too, what sinks have started.
                 false => self.sleep_in_ring(),
-                true if kept_back => woke,
                 true => self.submit_queued() || woke,
             };
             self.drive.probes_left.set(self.drive.probes.len());
@@ -216,13 +206,10 @@ impl Ring {
         }
     }
 
-    fn has_queued(&self) -> bool {
-        !self.inner.borrow_mut().uring.submission().is_empty()
-    }
-
     /// Hands to the kernel what is queued, and takes what has completed; returns whether that woke anybody.
     fn submit_queued(&self) -> bool {
-        if self.has_queued() {
+        let has_queued = !self.inner.borrow_mut().uring.submission().is_empty();
+        if has_queued {
             self.enter();
         }
         self.reap().woke
