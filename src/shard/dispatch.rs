@@ -81,7 +81,7 @@ impl Dispatcher {
         }
     }
 
-    /// Lets the frontend read or write (not FUA) `range` by itself: see [`CloneSlice::begin_direct`]. `None`: it has to submit
+    /// Lets the frontend read or write (not FUA) `range` by itself: see [`super::slice::CloneSlice::begin_direct`]. `None`: it has to submit
     /// a request.
     pub fn begin_direct(&self, range: ByteRange, writes: bool) -> Option<DirectAccess> {
         let pass = self.gate.try_enter()?;
