@@ -13,7 +13,7 @@ use crate::hydration_budget::BudgetMember;
 use crate::hydration_failures::FAILURES_MAX_DEFAULT;
 use crate::meta::hydrated_bits::{HydratedBits, SharedBits};
 use crate::shard::direct_writes::DirectWrites;
-use crate::units::{CloneId, Geometry, RegionRange, ShardIndex};
+use crate::units::{CloneId, Generation, Geometry, RegionRange, ShardIndex};
 use health::Health;
 pub use health::{CopyFailure, FailureReport, LastFailure};
 use source_wait::SourceWait;
@@ -62,6 +62,8 @@ pub struct HydrationKnobs {
 pub trait KeepsBits: Send + Sync {
     /// The data of these regions is in the destination.
     fn keep(&self, regions: RegionRange);
+    /// The metadata have this generation, durably.
+    fn committed(&self, generation: Generation);
     /// A commit has failed: what was kept is worth nothing.
     fn spoil(&self);
 }

@@ -308,7 +308,7 @@ impl Coordinator {
             if let Err(error) = written.await {
                 return Err(self.degrade(error));
             }
-            self.generation.set(generation);
+            self.has_generation(generation);
             let calls: Vec<LocalBoxFuture<'_, _>> = committed
                 .into_iter()
                 .map(|(shard, zones)| self.mesh.call(shard, ShardRequest::Committed { clone, zones }))
@@ -334,7 +334,7 @@ impl Coordinator {
         if let Err(error) = store.write_superblock(codec::CloneState::Complete, generation).await {
             return Err(self.degrade(error));
         }
-        self.generation.set(generation);
+        self.has_generation(generation);
         // At once, and before the source is let go: its loss is no news any more.
         self.state.events().raise(EventKind::HydrationCompleted, "hydration completed");
         self.state.set_complete();
@@ -345,6 +345,27 @@ impl Coordinator {
         for reply in join_all(calls).await {
             reply?;
         }
+        Ok(())
+    }
+
+    /// The metadata have this generation, durably.
+    fn has_generation(&self, generation: Generation) {
+        self.generation.set(generation);
+        if let Some(kept) = self.state.kept_bits() {
+            kept.committed(generation);
+        }
+    }
+
+    /// Gives the metadata a new generation, and nothing else: what is kept beside them from now on is not of what they were
+    /// before.
+    pub async fn renew_generation(&self) -> Result<()> {
+        let _writing = self.writing.acquire(1).await;
+        self.state.check_mode(true)?;
+        let store = self.store.borrow().clone();
+        let generation = Generation(self.generation.get().0 + 1);
+        let renewed = store.write_superblock(store.superblock().state, generation).await;
+        renewed.map_err(|error| self.degrade(error))?;
+        self.has_generation(generation);
         Ok(())
     }
 
@@ -360,7 +381,7 @@ impl Coordinator {
         let generation = Generation(self.generation.get().0 + 1);
         let recorded = store.record_devices(source, before.destination_id, generation).await;
         recorded.map_err(|error| self.degrade(error))?;
-        self.generation.set(generation);
+        self.has_generation(generation);
         Ok(())
     }
 

@@ -7,7 +7,8 @@
 //! file in /run, mapped. It is worth nothing after a reboot, and says so itself.
 //!
 //! ```text
-//!   0 magic "hydrbits" | 8 state u64: 1 good, 2 spoiled | 16 uuid of the metadata | 32 region size u64 | 40 id of the boot (36)
+//!   0 magic "hydrbit2" | 8 state u64: 1 good, 2 spoiled | 16 uuid of the metadata | 32 region size u64 | 40 id of the boot (36)
+//!   80 generation u64: the last one that the metadata were seen to have, durably
 //!   4096 bits: bit i of word w (u64, of the machine) is region 64 w + i
 //! ```
 //!
@@ -16,12 +17,16 @@
 //! * The bits are those that this file was told of, a part of the hydrated ones. Together with those of the metadata they
 //!   are all.
 //! * After a commit that failed they are worth nothing: what a flush has lost would pass for copied. The file is spoiled then.
+//! * With metadata of an earlier generation they are worth nothing either: somebody has put back an earlier state of metadata
+//!   and destination, where the data of these regions are not. So each daemon with a block device begins with a generation
+//!   of its own. (What stays: a state that was taken under a running daemon, put back after it was killed before its next
+//!   commit, a second later at most, in the same boot.)
 //! * All of the file is allocated when it is mapped: a write to it can't fail.
 
 use crate::bail;
 use crate::clone_state::KeepsBits;
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::{Geometry, RegionIndex, RegionRange};
+use crate::units::{Generation, Geometry, RegionIndex, RegionRange};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
@@ -36,10 +41,11 @@ use std::sync::{PoisonError, RwLock};
 pub const DIRECTORY: &str = "/run/hydrant-ublk";
 /// Bits begin here, in bytes: a page of most machines.
 const HEADER_BYTES: usize = 4096;
-const MAGIC: &[u8; 8] = b"hydrbits";
+const MAGIC: &[u8; 8] = b"hydrbit2";
 const GOOD: u64 = 1;
 const SPOILED: u64 = 2;
 const STATE_OFFSET: usize = 8;
+const GENERATION_OFFSET: usize = 80;
 const BOOT_ID_BYTES: usize = 36;
 const BOOT_ID_PATH: &str = "/proc/sys/kernel/random/boot_id";
 
@@ -69,12 +75,16 @@ impl Identity {
         bytes
     }
 
-    /// The state, when the header is one of this clone and this boot.
-    fn state_in(&self, header: &[u8; HEADER_BYTES]) -> Option<u64> {
+    /// The state and the generation, when the header is one of this clone and this boot.
+    fn state_in(&self, header: &[u8; HEADER_BYTES]) -> Option<(u64, Generation)> {
         let mut good = self.header();
-        good[STATE_OFFSET..16].copy_from_slice(&header[STATE_OFFSET..16]);
-        let state = header[STATE_OFFSET..].first_chunk().map(|word| u64::from_ne_bytes(*word));
-        state.filter(|_| good == *header)
+        let [state, generation] = [STATE_OFFSET, GENERATION_OFFSET].map(|offset| {
+            let mut word = [0; 8];
+            word.copy_from_slice(&header[offset..offset + 8]);
+            good[offset..offset + 8].copy_from_slice(&word);
+            u64::from_ne_bytes(word)
+        });
+        (good == *header).then_some((state, Generation(generation)))
     }
 
     /// Where the file of this clone is, in a directory.
@@ -90,6 +100,8 @@ pub enum Found {
     Bits(KeptBits),
     /// One that was spoiled, or cut off: something is missing.
     Spoiled,
+    /// They go with this generation or a later one; the metadata are older.
+    OfLater(Generation),
 }
 
 /// The file of a clone that runs.
@@ -109,10 +121,7 @@ impl KeptBits {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
             _ => {}
         }
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-            _ => {}
-        }
+        Self::forget(directory, identity)?;
         let mut options = OpenOptions::new();
         let options = options.read(true).write(true).create_new(true).mode(0o600);
         let file = options.open(&path).map_err(failed)?;
@@ -129,8 +138,19 @@ impl KeptBits {
         }
     }
 
-    /// The file that a daemon before this one left.
-    pub fn find(directory: &Path, identity: &Identity, geometry: &Geometry) -> Result<Found> {
+    /// Removes the file that may be there.
+    pub fn forget(directory: &Path, identity: &Identity) -> Result<()> {
+        let path = identity.path_in(directory);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Error::from_io(error, path.display().to_string()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The file that a daemon before this one left. `generation`: the newest of the metadata.
+    pub fn find(directory: &Path, identity: &Identity, geometry: &Geometry, generation: Generation) -> Result<Found> {
         let path = identity.path_in(directory);
         let failed = |error| Error::from_io(error, path.display().to_string());
         let mut options = OpenOptions::new();
@@ -148,7 +168,8 @@ impl KeptBits {
             read => read.map_err(failed)?,
         }
         match identity.state_in(&header) {
-            Some(GOOD) => {}
+            Some((_, seen)) if seen > generation => return Ok(Found::OfLater(seen)),
+            Some((GOOD, _)) => {}
             Some(_) => return Ok(Found::Spoiled),
             None => return Ok(Found::Nothing),
         }
@@ -209,6 +230,11 @@ impl KeepsBits for KeptBits {
             mapping.word(at / 64).fetch_or(bits, AcqRel);
             at = stop;
         }
+    }
+
+    fn committed(&self, generation: Generation) {
+        let mapping = self.mapping.read().unwrap_or_else(PoisonError::into_inner);
+        mapping.at(GENERATION_OFFSET).fetch_max(generation.0, AcqRel);
     }
 
     fn spoil(&self) {
@@ -291,6 +317,16 @@ fn allocate(file: &File, bytes: u64) -> io::Result<()> {
         }
         error => Err(error),
     }
+}
+
+/// What is to be done when the metadata are older than the bits.
+pub fn of_later(path: &Path, has: Generation, seen: Generation) -> Error {
+    let text = format!(
+        "the metadata are of generation {has}, and were of {seen} when a daemon with a block device was killed: an earlier state \
+         has been put back. What that daemon left in {} is not of it; go on without with --force",
+        path.display()
+    );
+    Error::new(ErrorKind::Damaged, text)
 }
 
 /// What is to be done when a device lives and its bits are not there.

@@ -120,7 +120,7 @@ impl Coordinator {
         match store.grow(parts.metadata.clone(), superblock).await {
             Ok(grown) => {
                 self.store.replace(Rc::new(grown));
-                self.generation.set(generation);
+                self.has_generation(generation);
                 Ok(())
             }
             Err(error) if store.failure().is_some() => Err(self.degrade(error)),

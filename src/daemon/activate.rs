@@ -197,7 +197,7 @@ pub async fn activate(
         }
     };
 
-    let kept_bits = block_node::kept_bits(config, &store.superblock()).await?;
+    let kept_bits = block_node::kept_bits(config, &store.superblock(), generation).await?;
     let shards = context.mesh.shards();
     let state = CloneState::new(
         id,
@@ -261,6 +261,9 @@ pub async fn activate(
         // The daemon ended between the last commit and its last word; or there are bits that only a daemon before this one
         // knew of, which are to be durable before they count. When their data are not, this is where it is found out.
         coordinator.commit().await?;
+    }
+    if kept_bits.is_some() {
+        coordinator.renew_generation().await?;
     }
     Ok(ActiveClone {
         state,

@@ -28,7 +28,7 @@ use crate::ring::Ring;
 use crate::shard::Mesh;
 use crate::shard::dispatch::Dispatcher;
 use crate::shard::pool::ShardContext;
-use crate::units::{ByteSize, CloneId, Geometry, SECTOR_SIZE, ShardIndex};
+use crate::units::{ByteSize, CloneId, Generation, Geometry, SECTOR_SIZE, ShardIndex};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fs::File;
@@ -357,7 +357,11 @@ impl BlockNode {
 }
 
 /// What keeps the hydrated bits of a clone that has a block device, or had one when a daemon before this one was killed.
-pub async fn kept_bits(config: &CloneConfig, superblock: &Superblock) -> Result<Option<Arc<KeptBits>>> {
+pub async fn kept_bits(
+    config: &CloneConfig,
+    superblock: &Superblock,
+    generation: Generation,
+) -> Result<Option<Arc<KeptBits>>> {
     let (is_wanted, force, geometry) = (config.ublk.is_some(), config.force, superblock.geometry);
     let (is_complete, mark) = (superblock.state == codec::CloneState::Complete, mark_of(&superblock.uuid));
     let identity = match Identity::now(superblock.uuid, &geometry) {
@@ -367,9 +371,18 @@ pub async fn kept_bits(config: &CloneConfig, superblock: &Superblock) -> Result<
     };
     let directory = Path::new(kept_bits::DIRECTORY);
     let job = move || {
-        let is_spoiled = match KeptBits::find(directory, &identity, &geometry)? {
+        let is_spoiled = match KeptBits::find(directory, &identity, &geometry, generation)? {
             Found::Bits(bits) if !is_complete => return Ok(Some(bits)),
             Found::Spoiled => true,
+            Found::OfLater(seen) => {
+                let error = kept_bits::of_later(&identity.path_in(directory), generation, seen);
+                if !force {
+                    return Err(error);
+                }
+                log::warn!("{error}: going on");
+                KeptBits::forget(directory, &identity)?;
+                false
+            }
             Found::Bits(_) | Found::Nothing => false,
         };
         if !is_wanted {

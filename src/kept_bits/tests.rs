@@ -8,10 +8,11 @@ fn run(first: u64, end: u64) -> RegionRange {
     RegionRange::between(RegionIndex(first), RegionIndex(end)).unwrap()
 }
 fn found(directory: &Path, identity: &Identity, regions: u64) -> Option<KeptBits> {
-    match KeptBits::find(directory, identity, &geometry(regions)).unwrap() {
+    match KeptBits::find(directory, identity, &geometry(regions), Generation(9)).unwrap() {
         Found::Bits(bits) => Some(bits),
         Found::Nothing => None,
         Found::Spoiled => panic!("spoiled"),
+        Found::OfLater(generation) => panic!("of {generation}"),
     }
 }
 
@@ -77,5 +78,28 @@ fn after_a_failed_commit_they_are_not_used() {
     let identity = Identity::now([7; 16], &geometry(10)).unwrap();
     let kept = KeptBits::create(directory.path(), &identity, &geometry(10)).unwrap();
     kept.spoil();
-    assert!(matches!(KeptBits::find(directory.path(), &identity, &geometry(10)).unwrap(), Found::Spoiled));
+    assert!(matches!(
+        KeptBits::find(directory.path(), &identity, &geometry(10), Generation(9)).unwrap(),
+        Found::Spoiled
+    ));
+}
+
+/// Somebody has put back an earlier state of the metadata, and of the destination: the data of these regions are not there.
+#[test]
+fn with_older_metadata_they_are_not_used() {
+    let directory = tempfile::tempdir().unwrap();
+    let identity = Identity::now([7; 16], &geometry(10)).unwrap();
+    let kept = KeptBits::create(directory.path(), &identity, &geometry(10)).unwrap();
+    kept.keep(run(1, 2));
+    kept.committed(Generation(9));
+    kept.committed(Generation(8));
+    assert!(found(directory.path(), &identity, 10).is_some());
+    kept.committed(Generation(10));
+    let find = |generation| KeptBits::find(directory.path(), &identity, &geometry(10), Generation(generation)).unwrap();
+    assert!(matches!(find(9), Found::OfLater(Generation(10))));
+    assert!(matches!(find(10), Found::Bits(_)) && matches!(find(11), Found::Bits(_)));
+    kept.spoil();
+    assert!(matches!(find(9), Found::OfLater(_)) && matches!(find(10), Found::Spoiled));
+    KeptBits::forget(directory.path(), &identity).unwrap();
+    assert!(matches!(find(9), Found::Nothing));
 }

@@ -38,13 +38,17 @@ pub struct Dispatcher {
 /// A frontend's own read or write, inside the clone's gate. Kept until that has ended.
 pub struct DirectAccess {
     io: DirectIo,
-    _pass: Pass,
+    pass: Pass,
 }
 
 impl DirectAccess {
     /// See [`DirectIo::file`].
     pub fn file(&self) -> &OwnedFd {
         self.io.file()
+    }
+    /// Whether somebody may wait for its end: then that wakes a task.
+    pub fn is_waited_for(&self) -> bool {
+        self.pass.gate().is_closed()
     }
     /// See [`DirectIo::done`].
     pub fn done(self) {
@@ -87,7 +91,7 @@ impl Dispatcher {
         let pass = self.gate.try_enter()?;
         self.check(range).ok()?;
         let io = self.shard.slice(self.state.id).ok()?.begin_direct(range, writes)?;
-        Some(DirectAccess { io, _pass: pass })
+        Some(DirectAccess { io, pass })
     }
 
     fn pieces(&self, range: ByteRange) -> impl Iterator<Item = (ShardIndex, ByteRange)> + use<> {

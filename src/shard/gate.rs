@@ -72,9 +72,20 @@ impl Gate {
         }
     }
 
+    /// Whether who leaves may be waited for.
+    pub fn is_closed(&self) -> bool {
+        self.closed.get()
+    }
+
     /// Requests that wait at the gate now.
     pub fn waiting(&self) -> u64 {
         self.waiting.get()
+    }
+}
+
+impl Pass {
+    pub fn gate(&self) -> &Gate {
+        &self.0
     }
 }
 

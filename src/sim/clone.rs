@@ -27,7 +27,7 @@ use crate::units::{ByteRange, CloneId, Generation, Geometry, RegionIndex, Region
 use bytes::Bytes;
 use std::collections::BTreeSet;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::*};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -81,6 +81,7 @@ impl Setup {
 pub struct SimKept {
     regions: Mutex<BTreeSet<u64>>,
     spoiled: AtomicBool,
+    generation: AtomicU64,
 }
 
 impl SimKept {
@@ -95,6 +96,9 @@ impl SimKept {
 impl KeepsBits for SimKept {
     fn keep(&self, regions: RegionRange) {
         self.regions.lock().unwrap().extend(regions.indices());
+    }
+    fn committed(&self, generation: Generation) {
+        assert!(self.generation.fetch_max(generation.0, AcqRel) <= generation.0, "generations go up");
     }
     fn spoil(&self) {
         self.spoiled.store(true, Release);

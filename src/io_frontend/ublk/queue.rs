@@ -241,6 +241,7 @@ impl Queue {
     fn transferred(self: &Rc<Self>, tag: u16, result: i32) -> bool {
         let transfer = self.transfers.borrow_mut()[usize::from(tag)].take();
         let Some(Transfer { access, range, writes }) = transfer else { return false };
+        let wakes = access.is_waited_for();
         if i64::from(result) == range.len() as i64 {
             access.done();
             self.stats.count_direct();
@@ -248,7 +249,7 @@ impl Queue {
                 true => self.stats.count_written(range.len()),
                 false => self.stats.count_read(range.len()),
             }
-            return self.answer(tag, Some(result));
+            return self.answer(tag, Some(result)) || wakes;
         }
         drop(access);
         let verdict = match writes {

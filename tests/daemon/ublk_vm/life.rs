@@ -74,3 +74,20 @@ fn a_daemon_is_restarted_under_load() {
     assert!(!said.0.contains("the device has gone"), "{}", said.0);
     said.has("end");
 }
+
+#[test]
+fn an_earlier_state_that_was_put_back_is_noticed() {
+    need!("qemu-system-x86_64", "busybox", "cpio", "modprobe", "xz");
+    let Some(said) = boot("ublk-put-back.guest", 48 * MIB, &[], &[]) else { return };
+    said.has("first: 0");
+    said.has("nbd only: 0");
+    said.has("written: there");
+    for put_back in ["put back: hydrant: ", "put back, nbd only: hydrant: "] {
+        said.has_part(put_back, "an earlier state has been put back");
+        said.has_part(put_back, "go on without with --force");
+    }
+    said.has("metadata: as they were");
+    said.has("with force: as the source");
+    said.has("last: 0");
+    said.has("end");
+}
